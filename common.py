@@ -1,0 +1,1513 @@
+"""What every method shares so that their comparison is fair: data, networks, evaluator, training.
+
+Run as a script it looks over a dataset, which is the first thing to do with a fresh download:
+
+    python common.py --dataset gta5 --data /datasets/gta5
+
+It counts the pairs, the missing ones, the sizes and the pixels of every class, and writes a CSV and
+a figure of images with their labels laid over them.
+
+Letters in shape comments: B batch, C classes, H x W height and width in pixels, N images of a set.
+Images are float RGB in [0, 1] (the networks normalise), labels are train ids 0..C-1 or 255.
+"""
+
+import contextlib
+import copy
+import csv
+import errno
+import hashlib
+import io
+import json
+import os
+import pickle
+import platform
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cache, cached_property, partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+IGNORE = 255  # the train id of pixels that count nowhere
+UNKNOWN = 254  # in a lookup table: a value that no valid label file holds
+
+
+class UserError(Exception):
+    """Something the user can mend. The message is one line: file, what was found, what was expected."""
+
+
+# ---- Label spaces ---------------------------------------------------------------------------------
+CITYSCAPES_IDS = {
+    "road": 7, "sidewalk": 8, "building": 11, "wall": 12, "fence": 13, "pole": 17,
+    "traffic light": 19, "traffic sign": 20, "vegetation": 21, "terrain": 22, "sky": 23,
+    "person": 24, "rider": 25, "car": 26, "truck": 27, "bus": 28, "train": 31,
+    "motorcycle": 32, "bicycle": 33,
+}  # fmt: skip
+MAX_ID = {"kitti": 33, "cityscapes": 33, "gta5": 34}  # GTA5 also labels number plates, as 34
+VKITTI2_COLOURS = {
+    (210, 0, 200): "terrain", (90, 200, 255): "sky", (0, 199, 0): "vegetation",
+    (90, 240, 0): "vegetation", (140, 140, 140): "building", (100, 60, 100): "road",
+    (255, 255, 0): "traffic sign", (200, 200, 0): "traffic light", (255, 130, 0): "pole",
+    (160, 60, 60): "truck", (255, 127, 80): "car", (0, 139, 139): "car",  # the second is Van
+    (250, 100, 255): None, (80, 80, 80): None, (0, 0, 0): None,  # GuardRail, Misc, Undefined
+}  # fmt: skip
+PALETTE = {
+    "road": (128, 64, 128), "sidewalk": (244, 35, 232), "building": (70, 70, 70),
+    "wall": (102, 102, 156), "fence": (190, 153, 153), "pole": (153, 153, 153),
+    "traffic light": (250, 170, 30), "traffic sign": (220, 220, 0), "vegetation": (107, 142, 35),
+    "terrain": (152, 251, 152), "sky": (70, 130, 180), "person": (220, 20, 60),
+    "rider": (255, 0, 0), "car": (0, 0, 142), "truck": (0, 0, 70), "bus": (0, 60, 100),
+    "train": (0, 80, 100), "motorcycle": (0, 0, 230), "bicycle": (119, 11, 32),
+}  # fmt: skip
+
+
+class Benchmark(NamedTuple):
+    """A pair of datasets and the classes that both sides label, in the order of their train ids."""
+
+    source: str
+    target: str
+    classes: tuple[str, ...]
+
+
+# Classes that VKITTI2 and KITTI both label. Train ids count in this order.
+_VKITTI2_KITTI = (
+    "road", "building", "pole", "traffic light", "traffic sign", "vegetation", "terrain", "sky",
+    "car", "truck",
+)  # fmt: skip
+BENCHMARKS = {
+    "vkitti2kitti": Benchmark("vkitti2", "kitti", _VKITTI2_KITTI),
+    "gta52cityscapes": Benchmark("gta5", "cityscapes", tuple(CITYSCAPES_IDS)),
+}
+
+
+def classes_of(dataset: str) -> tuple[str, ...]:
+    """The classes of the benchmark that a dataset belongs to."""
+    return next(b.classes for b in BENCHMARKS.values() if dataset in (b.source, b.target))
+
+
+@cache
+def label_table(dataset: str) -> np.ndarray:
+    """Lookup table from a label file's value to its train id, IGNORE or UNKNOWN. uint8 [values].
+
+    The value is the Cityscapes id, or for VKITTI2 the colour as one number, R*65536 + G*256 + B.
+    """
+    classes = classes_of(dataset)
+    if dataset == "vkitti2":
+        table = np.full(1 << 24, UNKNOWN, np.uint8)
+        for (r, g, b), name in VKITTI2_COLOURS.items():
+            table[r << 16 | g << 8 | b] = classes.index(name) if name else IGNORE
+        return table
+    table = np.full(256, UNKNOWN, np.uint8)
+    table[: MAX_ID[dataset] + 1] = IGNORE
+    for train_id, name in enumerate(classes):
+        table[CITYSCAPES_IDS[name]] = train_id
+    return table
+
+
+def palette(classes: Sequence[str]) -> np.ndarray:
+    """Colours of the train ids; black for all others. uint8 [256,3]."""
+    colours = np.zeros((256, 3), np.uint8)
+    colours[: len(classes)] = [PALETTE[name] for name in classes]
+    return colours
+
+
+# ---- Files of the four datasets -------------------------------------------------------------------
+class Layout(NamedTuple):
+    """Where a dataset keeps its images, and how an image's path turns into its label's."""
+
+    images: str  # glob; {part} is train or val, {variant} a weather or camera variant of VKITTI2
+    renames: tuple[tuple[str, str], ...]
+
+    def label_of(self, image: str) -> str:
+        for old, new in self.renames:
+            image = image.replace(old, new)
+        return image
+
+
+LAYOUTS = {
+    "vkitti2": Layout(
+        "Scene*/{variant}/frames/rgb/Camera_0/rgb_*.jpg",
+        (("/rgb/", "/classSegmentation/"), ("rgb_", "classgt_"), (".jpg", ".png")),
+    ),
+    "kitti": Layout("training/image_2/*_10.png", (("image_2/", "semantic/"),)),
+    "gta5": Layout("images/*.png", (("images/", "labels/"),)),
+    "cityscapes": Layout(
+        "leftImg8bit/{part}/*/*_leftImg8bit.png",
+        (("leftImg8bit/", "gtFine/"), ("_leftImg8bit.png", "_gtFine_labelIds.png")),
+    ),
+}
+# Frames of the official GTA5 archives whose image and label differ in size.
+GTA5_MISMATCHED = {f"images/{i:05d}.png" for i in (15188, 17705, *range(20801, 20861))}
+
+
+class Listing(NamedTuple):
+    """The files of one part of a dataset, sorted by path."""
+
+    root: Path
+    pairs: list[tuple[Path, Path]]  # image, label
+    unlabelled: list[Path]  # images whose label is missing
+    orphans: list[Path]  # labels whose image is missing
+
+
+def list_files(
+    dataset: str, root: Path, part: str, variants: Sequence[str] = ("clone",)
+) -> Listing:
+    """Images and labels of `part`: 'train' or 'test'; a source dataset is all 'train'.
+
+    Raises UserError where there is not one image.
+    """
+    layout, found, labels = LAYOUTS[dataset], [], []
+    folder = {"train": "train", "test": "val"}[part]  # Cityscapes withholds the labels of its test
+    for variant in variants if dataset == "vkitti2" else ("",):
+        pattern = layout.images.format(part=folder, variant=variant)
+        found += [p.relative_to(root).as_posix() for p in root.glob(pattern)]
+        labels += [p.relative_to(root).as_posix() for p in root.glob(layout.label_of(pattern))]
+    if not found:
+        pattern = layout.images.format(part=folder, variant="|".join(variants))
+        raise UserError(f"{root}: no image of {dataset} found, expected {pattern}")
+    found.sort()
+    if dataset == "kitti":  # contiguous halves, so that neighbouring frames do not straddle them
+        # An orphan belongs to both parts, so that it is reported whichever is read.
+        half = len(found) // 2
+        known = {layout.label_of(p) for p in found}
+        orphans = sorted(set(labels) - known)
+        found = found[:half] if part == "train" else found[half:]
+        labels = [p for p in labels if p in {layout.label_of(q) for q in found}] + orphans
+    if dataset == "gta5":
+        found = [p for p in found if p not in GTA5_MISMATCHED]
+        labels = [p for p in labels if p.replace("labels/", "images/") not in GTA5_MISMATCHED]
+    wanted, have = {layout.label_of(p): p for p in found}, set(labels)
+    pairs = [(root / image, root / label) for label, image in wanted.items() if label in have]
+    unlabelled = [root / image for label, image in wanted.items() if label not in have]
+    return Listing(root, pairs, unlabelled, [root / p for p in sorted(have - set(wanted))])
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[Image.Image]:
+    """An image file, decoded; UserError that names the file where that fails."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+            yield image
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path}: cannot be read as an image ({error})") from error
+
+
+def read_image(path: Path, size: tuple[int, int]) -> np.ndarray:
+    """An image resized to `size` (height, width), bilinear with antialiasing. uint8 [H,W,3]."""
+    with opened(path) as image:
+        resized = image.convert("RGB").resize(size[::-1], Image.Resampling.BILINEAR)
+        return np.asarray(resized)
+
+
+def read_label(path: Path, dataset: str, image: Path | None = None) -> np.ndarray:
+    """A label file as train ids at its own resolution. uint8 [H,W], values 0..C-1 or IGNORE.
+
+    Raises UserError where the file is not lossless, is of another kind than the dataset's, holds a
+    value outside the label map, or differs in size from `image`.
+    """
+    with opened(path) as label:
+        modes = ("RGB", "RGBA") if dataset == "vkitti2" else ("L", "P")
+        if label.format != "PNG":
+            raise UserError(f"{path}: a label must be a lossless PNG, found {label.format}")
+        if label.mode not in modes:
+            raise UserError(f"{path}: found mode {label.mode}, expected {' or '.join(modes)}")
+        if dataset == "vkitti2":
+            r, g, b = np.moveaxis(np.asarray(label)[..., :3].astype(np.int32), -1, 0)
+            values = r << 16 | g << 8 | b
+        else:
+            values = np.asarray(label)  # of a palette PNG these are the indices
+    ids = label_table(dataset)[values]
+    if (unknown := ids == UNKNOWN).any():
+        value = int(values[unknown][0])
+        if dataset == "vkitti2":
+            value = f"colour ({value >> 16}, {value >> 8 & 255}, {value & 255})"
+        else:
+            value = f"id {value}"
+        raise UserError(
+            f"{path}: {value} is not in the label map of {dataset} ({unknown.sum()} such pixels); "
+            "was the file JPEG-compressed, resized or recoloured?"
+        )
+    if image is not None:
+        with Image.open(image) as opened_image:  # reads the header alone
+            if opened_image.size != ids.shape[::-1]:
+                width, height = opened_image.size
+                raise UserError(
+                    f"{path}: label is {ids.shape[1]}x{ids.shape[0]}, its image {width}x{height}"
+                )
+    return ids
+
+
+def resize_label(ids: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Nearest neighbour, so that no id is invented. uint8 [h,w] -> [H,W]."""
+    return np.asarray(Image.fromarray(ids).resize(size[::-1], Image.Resampling.NEAREST))
+
+
+# ---- Cache: every file is decoded and resized once ------------------------------------------------
+CACHE = Path("data/cache")  # safe to delete at any time
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary neighbour to write to, renamed over `path` at the end: no reader sees half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def cached(
+    name: str, files: Sequence[Any], shape: tuple[int, ...], read: Callable[[Any], np.ndarray]
+) -> np.ndarray:
+    """`read(file)` of every file, as one memory-mapped array. uint8 [N,*shape].
+
+    The cache file's name is a hash of what its content depends on: `name` (which says how the files
+    are read), shape, and each file's path, size and time of change. `files` holds paths, or tuples
+    of paths. Files are read in parallel threads (Pillow decodes outside Python's global lock).
+    """
+    stamps = []
+    for file in files:
+        for path in file if isinstance(file, tuple) else (file,):
+            stat = path.stat()
+            stamps.append((str(path.resolve()), stat.st_size, stat.st_mtime_ns))
+    key = hashlib.sha256(json.dumps([1, name, shape, stamps]).encode()).hexdigest()[:16]
+    path = CACHE / f"{name}-{'x'.join(map(str, shape))}-{key}.npy"
+    with contextlib.suppress(FileNotFoundError, ValueError, EOFError):  # absent or damaged: rebuild
+        return np.load(path, mmap_mode="r")
+    header = {"descr": "|u1", "fortran_order": False, "shape": (len(files), *shape)}
+    # Written in order through a file, not a writable map: on a full disk a map dies of SIGBUS.
+    with replacing(path) as temporary, ThreadPoolExecutor(os.cpu_count()) as pool:
+        with temporary.open("wb") as out, progress(f"caching {name}", len(files)) as advance:
+            np.lib.format.write_array_header_1_0(out, header)
+            for start in range(0, len(files), 256):  # in pieces: results wait in memory
+                for array in pool.map(read, files[start : start + 256]):
+                    out.write(np.ascontiguousarray(array).data)
+                    advance()
+    return np.load(path, mmap_mode="r")
+
+
+@contextlib.contextmanager
+def progress(label: str, total: int) -> Iterator[Callable[[], None]]:
+    """A progress bar on a terminal, nothing elsewhere. Yields the function that advances it."""
+    from rich.progress import Progress
+
+    with Progress(disable=not sys.stderr.isatty(), transient=True) as bar:
+        task = bar.add_task(label, total=total)
+        yield partial(bar.advance, task)
+
+
+# ---- The four roles -------------------------------------------------------------------------------
+Role = Literal["source", "target_unlabelled", "target_few", "target_test", "target_train"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """The images of one role at the training size, with their labels where the role has them."""
+
+    dataset: str
+    names: tuple[str, ...]  # paths below the dataset's folder
+    images: np.ndarray  # uint8 [N,H,W,3], memory-mapped
+    labels: np.ndarray | None  # uint8 [N,H,W] train ids, memory-mapped
+    files: tuple[tuple[Path, Path], ...]  # image and label
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def dataset_root(data: str | Path, dataset: str) -> Path:
+    """The folder of a dataset below `data`; writes the miniature first where `data` is 'mini'."""
+    if str(data) == "mini":
+        import miniature
+
+        data = Path("data/mini")
+        if not miniature.is_current(data):  # in a process of its own: its workers need no torch
+            script = [sys.executable, miniature.__file__, "--out", str(data)]
+            if subprocess.run(script).returncode:
+                raise UserError(f"{data}: the miniature could not be written, see above")
+    root = Path(data) / dataset
+    if not root.is_dir():
+        layout = LAYOUTS[dataset].images.format(part="train", variant="clone")
+        raise UserError(f"{root}: no such folder; --data must hold {dataset}/ with {layout}")
+    return root
+
+
+def is_miniature(data: str | Path, dataset: str) -> bool:
+    """Whether a dataset is a procedural stand-in, whose numbers are not to be read as real ones."""
+    return (dataset_root(data, dataset) / "miniature.json").exists()
+
+
+def load(args: "Args", role: Role) -> Part:
+    """The images of a role, through the cache. `args` are resolved.
+
+    Labels are opened for 'source', 'target_few' and 'target_train' (the oracle's alone); those of
+    'target_test' are left to `evaluate`, those of 'target_unlabelled' to nobody.
+    """
+    benchmark = BENCHMARKS[args.benchmark]
+    dataset = benchmark.source if role == "source" else benchmark.target
+    root = dataset_root(args.data, dataset)
+    listing = list_files(dataset, root, "test" if role == "target_test" else "train", args.variants)
+    if role == "target_unlabelled":
+        pairs = [(image, image) for image in listing.unlabelled] + listing.pairs
+        pairs.sort()
+    else:
+        pairs = complete(listing, dataset)
+    if role == "target_few":
+        check_labelled(args.labelled, len(pairs))
+        # Evenly spaced, each in the middle of its stretch of the drive.
+        pairs = [
+            pairs[(2 * i + 1) * len(pairs) // (2 * args.labelled)] for i in range(args.labelled)
+        ]
+    read = partial(read_image, size=args.size)
+    images = cached(f"{dataset}-image", [image for image, _ in pairs], (*args.size, 3), read)
+    labels = None
+    if role in ("source", "target_few", "target_train"):
+
+        def read_pair(pair: tuple[Path, Path]) -> np.ndarray:
+            return resize_label(read_label(pair[1], dataset, image=pair[0]), args.size)
+
+        labels = cached(f"{dataset}-label", pairs, args.size, read_pair)
+    names = tuple(image.relative_to(root).as_posix() for image, _ in pairs)
+    return Part(dataset, names, images, labels, tuple(pairs))
+
+
+def complete(listing: Listing, dataset: str) -> list[tuple[Path, Path]]:
+    """The pairs of a listing, or UserError where an image or a label lacks its partner."""
+    for files, what in (
+        (listing.unlabelled, "image without a label"),
+        (listing.orphans, "label without an image"),
+    ):
+        if files:
+            raise UserError(f"{files[0]}: {what} ({len(files)} such in {dataset})")
+    return listing.pairs
+
+
+def check_labelled(labelled: int, available: int) -> None:
+    if not 1 <= labelled <= available:
+        raise UserError(f"--labelled {labelled}: the target's training part has {available} photos")
+
+
+# ---- Batches and augmentation ---------------------------------------------------------------------
+class Batch(NamedTuple):
+    """Images with their labels (None where the role has none) and their places in the part."""
+
+    images: Tensor  # [B,3,H,W] float in [0,1]
+    labels: Tensor | None  # [B,H,W] int64
+    index: np.ndarray  # [B]
+
+
+class Batches:
+    """Endless shuffled batches of a part. `batches(step)` depends on (seed, step) and nothing else,
+    so a resumed run sees what an uninterrupted one would; the next step's batch is read meanwhile.
+
+    wait: seconds that the last call waited for its data.
+    """
+
+    def __init__(self, part: Part, batch_size: int, seed: int, device: torch.device) -> None:
+        self.part, self.batch_size, self.seed, self.device = part, batch_size, seed, device
+        self.wait = 0.0
+        self._reader = ThreadPoolExecutor(1)
+        self._ahead: dict[int, Future] = {}
+        self._order = cache(self._shuffled)
+
+    def _shuffled(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng([self.seed, epoch]).permutation(len(self.part))
+
+    def _read(self, step: int) -> tuple[Tensor, Tensor | None, np.ndarray]:
+        places = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
+        epochs, offsets = np.divmod(places, len(self.part))
+        index = np.array([self._order(int(e))[o] for e, o in zip(epochs, offsets, strict=True)])
+        pin = torch.Tensor.pin_memory if self.device.type == "cuda" else torch.Tensor.contiguous
+        images = pin(torch.from_numpy(self.part.images[index]))
+        labels = None if self.part.labels is None else torch.from_numpy(self.part.labels[index])
+        return images, None if labels is None else pin(labels), index
+
+    def __call__(self, step: int) -> Batch:
+        start = time.perf_counter()
+        future = self._ahead.pop(step, None) or self._reader.submit(self._read, step)
+        self._ahead = {step + 1: self._reader.submit(self._read, step + 1)}
+        images, labels, index = future.result()
+        self.wait = time.perf_counter() - start
+        images = images.to(self.device, non_blocking=True).permute(0, 3, 1, 2) / 255
+        if labels is not None:
+            labels = labels.to(self.device, non_blocking=True).long()
+        return Batch(images, labels, index)
+
+
+def generator(*seeds: int) -> torch.Generator:
+    """A CPU generator for these numbers, (seed, step) say. The draws are the same on every device."""
+    state = np.random.SeedSequence(seeds).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(state))
+
+
+def uniform(batch: int, low: float, high: float, like: Tensor, rng: torch.Generator) -> Tensor:
+    """One draw an image, shaped to broadcast over it. [B,1,1,1] on the device of `like`."""
+    draws = torch.rand(batch, 1, 1, 1, generator=rng) * (high - low) + low
+    return draws.to(like.device, non_blocking=True)
+
+
+def crop_flip(
+    images: Tensor, labels: Tensor | None, rng: torch.Generator, zoom: float = 1.5
+) -> tuple[Tensor, Tensor | None]:
+    """A random part of each image, 1/zoom to 1 of its sides, at the full size again; half flipped.
+
+    images [B,3,H,W] are resampled bilinearly, labels [B,H,W] by nearest neighbour, by the same map.
+    """
+    batch = len(images)
+    scale = 1 / (1 + torch.rand(batch, generator=rng) * (zoom - 1))  # [B] share of the sides kept
+    shift = (torch.rand(batch, 2, generator=rng) * 2 - 1) * (1 - scale)[:, None]  # in half sides
+    flip = torch.where(torch.rand(batch, generator=rng) < 0.5, -1.0, 1.0)
+    theta = torch.zeros(batch, 2, 3)
+    theta[:, 0, 0], theta[:, 1, 1], theta[:, :, 2] = flip * scale, scale, shift
+    theta = theta.to(images.device, non_blocking=True)
+    grid = F.affine_grid(theta, images.shape, align_corners=False)  # [B,H,W,2]
+    sample = partial(F.grid_sample, grid=grid, padding_mode="border", align_corners=False)
+    images = sample(images).contiguous(memory_format=torch.channels_last)
+    if labels is not None:
+        labels = sample(labels[:, None].float(), mode="nearest")[:, 0].long()
+    return images, labels
+
+
+def original(images: Tensor, rng: torch.Generator) -> Tensor:
+    return images
+
+
+def blur(images: Tensor, rng: torch.Generator) -> Tensor:
+    """Gaussian, sigma 0.2 to 2 px. images [B,3,H,W]."""
+    sigma = uniform(len(images), 0.2, 2.0, images, rng)[..., 0]  # [B,1,1]
+    x = torch.arange(-4, 5, device=images.device)
+    kernel = (-(x**2) / (2 * sigma**2)).softmax(dim=-1)  # [B,1,9], sums to 1
+    kernel = kernel.repeat_interleave(images.shape[1], dim=0)[:, :, None]  # [B*3,1,1,9]
+    planes = F.pad(images, (4, 4, 4, 4), mode="reflect").flatten(0, 1)[None]  # [1,B*3,H+8,W+8]
+    planes = F.conv2d(planes, kernel, groups=len(kernel))
+    return F.conv2d(planes, kernel.mT, groups=len(kernel)).view_as(images)
+
+
+def colorjitter(images: Tensor, rng: torch.Generator) -> Tensor:
+    """Brightness, contrast and saturation by a factor of 0.5 to 1.5, hue by up to a tenth of a turn.
+
+    All four are affine in RGB, so each image gets one 3x3 matrix and one offset. images [B,3,H,W].
+    """
+    draw = partial(uniform, len(images), like=images, rng=rng)
+    brightness, contrast, saturation = draw(0.5, 1.5), draw(0.5, 1.5), draw(0.5, 1.5)
+    angle = draw(-0.2 * torch.pi, 0.2 * torch.pi)[..., 0]  # [B,1,1]
+    grey = images.new_tensor([0.299, 0.587, 0.114]).expand(3, 3)  # Rec. 601, in every row
+    # Rotation about the grey axis (Rodrigues): cos I + (1 - cos) 1/3 + sin [axis]_x.
+    eye, third = torch.eye(3, device=images.device), images.new_full((3, 3), 1 / 3)
+    cross = images.new_tensor([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / 3**0.5
+    hue = angle.cos() * eye + (1 - angle.cos()) * third + angle.sin() * cross  # [B,3,3]
+    matrix = hue @ (saturation[..., 0] * eye + (1 - saturation[..., 0]) * grey)
+    mean = images.mean(dim=(1, 2, 3), keepdim=True)
+    flat = matrix @ (contrast * (images - mean)).flatten(2)  # [B,3,HW]
+    return (brightness * (flat.view_as(images) + mean)).clamp(0, 1)
+
+
+def rgbshift(images: Tensor, rng: torch.Generator) -> Tensor:
+    """Each channel moved by up to 0.2 of the full range. images [B,3,H,W]."""
+    shift = torch.cat([uniform(len(images), -0.2, 0.2, images, rng) for _ in range(3)], dim=1)
+    return (images + shift).clamp(0, 1)
+
+
+AUGMENTATIONS: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {
+    "original": original,
+    "blur": blur,
+    "colorjitter": colorjitter,
+    "rgbshift": rgbshift,
+}
+
+
+def random_augmentation(images: Tensor, rng: torch.Generator) -> Tensor:
+    """One of AUGMENTATIONS for each image, all equally likely. images [B,3,H,W]."""
+    choice = torch.randint(len(AUGMENTATIONS), (len(images),), generator=rng)  # on the CPU: no sync
+    images = images.clone()
+    for k, augment in enumerate(AUGMENTATIONS.values()):
+        if (chosen := (choice == k).nonzero()[:, 0]).numel():
+            chosen = chosen.to(images.device, non_blocking=True)
+            images[chosen] = augment(images[chosen], rng)
+    return images
+
+
+# ---- Networks -------------------------------------------------------------------------------------
+def conv(i: int, o: int, kernel: int = 3, stride: int = 1) -> nn.Sequential:
+    """Convolution, batch normalisation, ReLU; 'same' padding."""
+    return nn.Sequential(
+        nn.Conv2d(i, o, kernel, stride, kernel // 2, bias=False),
+        nn.BatchNorm2d(o),
+        nn.ReLU(inplace=True),
+    )
+
+
+def upsample(x: Tensor, size: Sequence[int]) -> Tensor:
+    return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
+
+
+class Residual(nn.Module):
+    """A basic residual block (arXiv:1512.03385v1, fig. 2) of constant width."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first = conv(width, width)
+        self.second = nn.Sequential(
+            nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x + self.second(self.first(x)))
+
+
+class Tiny(nn.Module):
+    """A U-Net of 0.47 M parameters for two CPU cores: stride 16 at the deepest, logits at stride 4."""
+
+    def __init__(self, num_classes: int, pretrained: bool) -> None:
+        super().__init__()
+        self.stem = conv(3, 16, stride=2)
+        self.down4 = nn.Sequential(conv(16, 32, stride=2), conv(32, 32))
+        self.down8 = nn.Sequential(conv(32, 64, stride=2), Residual(64))
+        self.down16 = nn.Sequential(conv(64, 96, stride=2), Residual(96))
+        self.up8 = conv(96 + 64, 64)
+        self.up4 = conv(64 + 32, 48)
+        self.head = nn.Conv2d(48, num_classes, 1)
+
+    def forward(self, x: Tensor, aux: bool) -> list[Tensor]:
+        x4 = self.down4(self.stem(x))  # [B,32,H/4,W/4]
+        x8 = self.down8(x4)  # [B,64,H/8,W/8]
+        y = self.down16(x8)  # [B,96,H/16,W/16]
+        y = self.up8(torch.cat([upsample(y, x8.shape[2:]), x8], dim=1))
+        y = self.up4(torch.cat([upsample(y, x4.shape[2:]), x4], dim=1))
+        return [self.head(y)]
+
+
+class Attention(nn.Module):
+    """Weights channels by their global mean: BiSeNet's attention refinement module."""
+
+    def __init__(self, i: int, o: int) -> None:
+        super().__init__()
+        self.conv = conv(i, o)
+        self.gate = nn.Sequential(nn.Conv2d(o, o, 1, bias=False), nn.BatchNorm2d(o), nn.Sigmoid())
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        return x * self.gate(x.mean(dim=(2, 3), keepdim=True))
+
+
+class BiSeNet(nn.Module):
+    """BiSeNet with ResNet-18 (arXiv:1808.00897v1, fig. 2), logits at stride 8."""
+
+    def __init__(self, num_classes: int, pretrained: bool) -> None:
+        from torchvision.models import ResNet18_Weights, resnet18
+
+        super().__init__()
+        weights = ResNet18_Weights.IMAGENET1K_V1 if pretrained else None
+        self.spatial = nn.Sequential(
+            conv(3, 64, 7, stride=2),
+            conv(64, 64, stride=2),
+            conv(64, 64, stride=2),
+            conv(64, 128, 1),
+        )
+        self.context = resnet18(weights=on_disk(weights))
+        del self.context.fc
+        self.refine16, self.refine32 = Attention(256, 128), Attention(512, 128)
+        self.tail = conv(512, 128, 1)  # of the globally pooled features
+        self.merge16, self.merge32 = conv(128, 128), conv(128, 128)
+        self.fuse = conv(256, 256, 1)
+        self.fuse_gate = nn.Sequential(
+            nn.Conv2d(256, 64, 1), nn.ReLU(inplace=True), nn.Conv2d(64, 256, 1), nn.Sigmoid()
+        )
+        self.head = nn.Sequential(conv(256, 256), nn.Conv2d(256, num_classes, 1))
+        self.aux16 = nn.Sequential(conv(128, 64), nn.Conv2d(64, num_classes, 1))
+        self.aux8 = nn.Sequential(conv(128, 64), nn.Conv2d(64, num_classes, 1))
+
+    def forward(self, x: Tensor, aux: bool) -> list[Tensor]:
+        net = self.context
+        y = net.maxpool(net.relu(net.bn1(net.conv1(x))))
+        x16 = net.layer3(net.layer2(net.layer1(y)))  # [B,256,H/16,W/16]
+        x32 = net.layer4(x16)  # [B,512,H/32,W/32]
+        tail = self.tail(x32.mean(dim=(2, 3), keepdim=True))  # [B,128,1,1]
+        y16 = self.merge32(upsample(self.refine32(x32) + tail, x16.shape[2:]))
+        spatial = self.spatial(x)  # [B,128,H/8,W/8]
+        y8 = self.merge16(upsample(self.refine16(x16) + y16, spatial.shape[2:]))
+        fused = self.fuse(torch.cat([spatial, y8], dim=1))
+        fused = fused + fused * self.fuse_gate(fused.mean(dim=(2, 3), keepdim=True))
+        return [self.head(fused), *([self.aux8(y8), self.aux16(y16)] if aux else [])]
+
+
+class LRASPP(nn.Module):
+    """torchvision's LR-ASPP with MobileNetV3-Large (arXiv:1905.02244v5, sec. 6.4)."""
+
+    def __init__(self, num_classes: int, pretrained: bool) -> None:
+        from torchvision.models import MobileNet_V3_Large_Weights
+        from torchvision.models.segmentation import lraspp_mobilenet_v3_large
+
+        super().__init__()
+        weights = on_disk(MobileNet_V3_Large_Weights.IMAGENET1K_V1 if pretrained else None)
+        self.net = lraspp_mobilenet_v3_large(
+            weights=None, num_classes=num_classes, weights_backbone=weights
+        )
+
+    def forward(self, x: Tensor, aux: bool) -> list[Tensor]:
+        return [self.net.classifier(self.net.backbone(x))]
+
+
+class DeepLab(nn.Module):
+    """torchvision's DeepLabV3 with ResNet-101 (arXiv:1706.05587v3)."""
+
+    def __init__(self, num_classes: int, pretrained: bool) -> None:
+        from torchvision.models import ResNet101_Weights
+        from torchvision.models.segmentation import deeplabv3_resnet101
+
+        super().__init__()
+        weights = on_disk(ResNet101_Weights.IMAGENET1K_V1 if pretrained else None)
+        self.net = deeplabv3_resnet101(
+            weights=None, num_classes=num_classes, weights_backbone=weights, aux_loss=True
+        )
+
+    def forward(self, x: Tensor, aux: bool) -> list[Tensor]:
+        features = self.net.backbone(x)
+        logits = [self.net.classifier(features["out"])]
+        return logits + ([self.net.aux_classifier(features["aux"])] if aux else [])
+
+
+NETWORKS = {"tiny": Tiny, "bisenet": BiSeNet, "lraspp": LRASPP, "deeplab": DeepLab}
+STRIDE = 32  # of the deepest features: sides of the training size are multiples of it
+
+
+def on_disk(weights: Any) -> Any:
+    """torchvision weights whose file is in place already; UserError that says where to put it."""
+    if weights is not None:
+        file = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
+        if not file.exists():
+            raise UserError(f"--pretrained: no {file}; download it from {weights.url}")
+    return weights
+
+
+class Network(nn.Module):
+    """A segmentation network. images [B,3,H,W] in [0,1] -> logits [B,C,H,W].
+
+    With `aux=True` a list: the logits, then those of the auxiliary heads, if it has any.
+    """
+
+    def __init__(self, name: str, num_classes: int, pretrained: bool = False) -> None:
+        super().__init__()
+        self.name, self.num_classes = name, num_classes
+        self.body = NETWORKS[name](num_classes, pretrained)
+        mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # of ImageNet
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor, aux: bool = False) -> Any:
+        outputs = self.body((images - self.mean) / self.std, aux)
+        outputs = [upsample(output, images.shape[2:]).float() for output in outputs]
+        return outputs if aux else outputs[0]
+
+
+# ---- Metrics --------------------------------------------------------------------------------------
+def confusion_matrices(prediction: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    """Rows ground truth, columns prediction, ignored pixels left out. [B,H,W] x2 -> int64 [B,C,C]."""
+    batch, c = len(labels), num_classes
+    # Every (image, truth, prediction) has a cell; one more row of truth takes the ignored pixels.
+    # The narrowest integer makes bincount twice as fast.
+    narrow = torch.int16 if batch * (c + 1) * c < 2**15 else torch.int32
+    image = torch.arange(batch, device=labels.device, dtype=narrow).view(-1, 1, 1)
+    cells = (labels.clamp(max=c).to(narrow) + image * (c + 1)).mul_(c).add_(prediction.to(narrow))
+    counts = torch.bincount(cells.flatten(), minlength=batch * (c + 1) * c)
+    return counts.view(batch, c + 1, c)[:, :c]
+
+
+def iou(confusion: np.ndarray) -> np.ndarray:
+    """Intersection over union of each class in percent; NaN where the truth has none. [C,C] -> [C]."""
+    hit, truth = confusion.diagonal(), confusion.sum(axis=1)
+    union = truth + confusion.sum(axis=0) - hit
+    return np.where(truth > 0, 100 * hit / np.maximum(union, 1), np.nan)
+
+
+def scores(confusion: np.ndarray) -> dict[str, float]:
+    """mIoU, aAcc and mAcc in percent, means over the classes that the truth has. [C,C] -> dict."""
+    hit, truth = confusion.diagonal(), confusion.sum(axis=1)
+    present = truth > 0
+    return {
+        "mIoU": float(iou(confusion)[present].mean()),
+        "aAcc": float(100 * hit.sum() / truth.sum()),
+        "mAcc": float(100 * (hit[present] / truth[present]).mean()),
+    }
+
+
+def class_weights(counts: np.ndarray, smooth: float) -> np.ndarray:
+    """Weights that sum to the number of classes, greater for rarer ones. counts [C] -> [C].
+
+    w_c = 1 / (n_c + smooth * sum n), then scaled. UserError where a class has no pixel, smooth 0.
+    """
+    inverse = counts + smooth * counts.sum()
+    if (inverse <= 0).any():
+        raise UserError("class weights: a class has no pixel at all, so --smooth must be above 0")
+    return len(counts) / inverse / (1 / inverse).sum()
+
+
+@torch.inference_mode()
+def predict(net: nn.Module, images: np.ndarray, device: torch.device, amp: bool = False) -> Tensor:
+    """Logits of cached images, uint8 [B,H,W,3] -> float [B,C,H,W] on the device."""
+    x = torch.from_numpy(np.array(images)).to(device).permute(0, 3, 1, 2) / 255  # channels last
+    with torch.autocast(device.type, torch.bfloat16, enabled=amp and device.type == "cuda"):
+        return net(x)
+
+
+@torch.inference_mode()
+def evaluate(
+    net: nn.Module, part: Part, device: torch.device, amp: bool = False, batch_size: int = 16
+) -> np.ndarray:
+    """Confusion matrix of every test image, at the resolution of its label. int64 [N,C,C].
+
+    This alone opens the labels of the test set. The network is left in the mode it came in.
+    """
+    classes, training = len(classes_of(part.dataset)), net.training
+    matrices = torch.zeros(len(part), classes, classes, dtype=torch.int64)
+    net.eval()
+    with ThreadPoolExecutor(2) as pool:
+
+        def read_ahead(start: int) -> list[Future]:
+            files = part.files[start : start + batch_size]
+            return [pool.submit(read_label, label, part.dataset, image) for image, label in files]
+
+        ahead = read_ahead(0)
+        for start in range(0, len(part), batch_size):
+            futures, ahead = ahead, read_ahead(start + batch_size)
+            logits = predict(net, part.images[start : start + batch_size], device, amp)
+            labels = [torch.from_numpy(future.result()) for future in futures]
+            for size in {label.shape for label in labels}:  # of KITTI's photos there are several
+                same = [i for i, label in enumerate(labels) if label.shape == size]
+                # Upsampled logits of large photos fill the memory: 2^26 numbers at a time.
+                few = max(1, 2**26 // (classes * size.numel()))
+                for some in (same[i : i + few] for i in range(0, len(same), few)):
+                    truth = torch.stack([labels[i] for i in some]).to(device)  # [b,h,w]
+                    # max is several times faster than argmax on the CPU
+                    guess = upsample(logits[some], size).max(dim=1).indices
+                    matrices[[start + i for i in some]] = confusion_matrices(
+                        guess, truth, classes
+                    ).cpu()
+    net.train(training)
+    return matrices.numpy()
+
+
+# ---- The flags that every method shares -----------------------------------------------------------
+class Preset(NamedTuple):
+    """Defaults that go with the data at hand."""
+
+    size: tuple[int, int]
+    batch_size: int
+    steps: int
+    net: str
+    lr: float
+
+
+PRESETS = {
+    "miniature": Preset((64, 128), 16, 400, "tiny", 5e-3),  # for sources less than 512 px wide
+    "vkitti2kitti": Preset((256, 512), 16, 20_000, "bisenet", 1e-3),
+    "gta52cityscapes": Preset((512, 1024), 8, 40_000, "bisenet", 1e-3),
+}
+
+
+@dataclass(frozen=True)
+class Args:
+    benchmark: Literal["vkitti2kitti", "gta52cityscapes"] = "vkitti2kitti"
+    """Source and target: Virtual KITTI 2 to KITTI (10 classes) or GTA5 to Cityscapes (19 classes)."""
+    data: str = "mini"
+    """Folder that holds vkitti2/, kitti/, gta5/, cityscapes/ (those of the benchmark); 'mini' is the
+    procedural miniature, written under data/mini where it is not there yet."""
+    out: Path | None = None
+    """Run folder. Default: runs/BENCHMARK/METHOD/seedSEED."""
+    seed: int = 0
+    """Of weights, batch order and augmentation. The data splits never depend on it."""
+    steps: int | None = None
+    """Updates of the segmentation network. Default: 400 for the miniature, 20,000 for vkitti2kitti,
+    40,000 for gta52cityscapes."""
+    batch_size: int | None = None
+    """Images an update. Default: 16; 8 for gta52cityscapes."""
+    size: tuple[int, int] | None = None
+    """Height and width of the training images in pixels, multiples of 32. Default: 64 128 for the
+    miniature, 256 512 for vkitti2kitti, 512 1024 for gta52cityscapes."""
+    net: Literal["tiny", "bisenet", "lraspp", "deeplab"] | None = None
+    """Segmentation network. Default: tiny for the miniature, else bisenet."""
+    lr: float | None = None
+    """Initial learning rate of AdamW. Default: 0.005 for the miniature, else 0.001."""
+    pretrained: bool = False
+    """Start the network's backbone from torchvision's ImageNet weights; nothing is downloaded, the
+    error says where to put the file."""
+    labelled: int = 16
+    """Labelled target photos that a method may use, evenly spaced in the target's training part."""
+    variants: tuple[str, ...] = ("clone",)
+    """VKITTI2's weather and camera variants to train on: clone fog morning overcast rain sunset
+    15-deg-left ..."""
+    device: str = "auto"
+    """auto (CUDA where there is one), cpu, cuda, cuda:1."""
+    amp: bool = True
+    """bfloat16 autocast, on CUDA only."""
+    compile: bool = False
+    """torch.compile of the segmentation network."""
+    init: Path | None = None
+    """Start from the network of this checkpoint instead of training one on the source."""
+    resume: bool = True
+    """Go on with the run folder where it was cut off; a finished run is not repeated. With
+    --no-resume, or with other arguments, the old folder is moved aside to OUT.old."""
+
+
+def resolve(args: Any, method: str) -> Any:
+    """The arguments with every default filled in and checked; UserError for what cannot run."""
+    benchmark = BENCHMARKS[args.benchmark]
+    source, target = (dataset_root(args.data, d) for d in (benchmark.source, benchmark.target))
+    files = list_files(benchmark.source, source, "train", args.variants)
+    photos = list_files(benchmark.target, target, "train")
+    check_labelled(args.labelled, len(photos.pairs) + len(photos.unlabelled))
+    with opened((files.pairs or [files.unlabelled])[0][0]) as image:
+        preset = PRESETS["miniature" if image.width < 512 else args.benchmark]
+    missing = {k: v for k, v in preset._asdict().items() if getattr(args, k) is None}
+    device = args.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    out = args.out or Path("runs") / args.benchmark / method / f"seed{args.seed}"
+    args = replace(args, **missing, device=device, out=out)
+    if any(side < STRIDE or side % STRIDE for side in args.size):
+        raise UserError(f"--size {args.size[0]} {args.size[1]}: expected multiples of {STRIDE}")
+    for flag, least in (("steps", 1), ("batch_size", 2), ("seed", 0)):
+        if getattr(args, flag) < least:
+            raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: at least {least}")
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        first = str(error).splitlines()[0]
+        raise UserError(f"--device {args.device}: not available here ({first})") from error
+    return args
+
+
+# ---- Run folder -----------------------------------------------------------------------------------
+@dataclass
+class Result:
+    """A row of the table, as result.json and results.json hold it. IoUs in percent."""
+
+    benchmark: str
+    method: str
+    seed: int
+    status: str = "finished"  # or 'failed'
+    error: str | None = None
+    miou: float | None = None
+    iou: dict[str, float | None] | None = None  # None: no test photo contains the class
+    target_labels: int | None = None
+    steps: int | None = None  # updates of the segmentation network
+    seconds: float | None = None
+    peak_memory_mb: float | None = None
+    device: str | None = None
+    commit: str | None = None
+    versions: dict[str, str] | None = None
+
+
+def write_json(path: Path, value: Any) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1, default=str) + "\n")
+
+
+def commit() -> str:
+    """The commit of this code, with '+' where files differ from it; 'unknown' outside git."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        head = subprocess.run(
+            [*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+        )
+        diff = subprocess.run([*git, "diff", "--quiet", "HEAD"], capture_output=True)
+    except OSError:
+        return "unknown"
+    return head.stdout.strip() + "+" * (diff.returncode == 1) if head.returncode == 0 else "unknown"
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Most memory held so far: of the card on CUDA, else resident memory of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    unit = 1 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint of ours. Loaded without running code from the file; UserError for anything else."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such checkpoint") from None
+    except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, ValueError, OSError) as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path}: not a checkpoint, or a damaged one ({first[:80]})") from error
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != "sim2real-1":
+        raise UserError(f"{path}: not a checkpoint of this project")
+    return checkpoint
+
+
+def load_weights(net: Network, path: Path) -> None:
+    """The segmentation network of a checkpoint into `net`. UserError where it is another network."""
+    checkpoint = read_checkpoint(path)
+    found, expected = tuple(checkpoint["network"]), (net.name, net.num_classes)
+    if found != expected:
+        raise UserError(
+            f"{path}: holds {found[0]} of {found[1]} classes, expected {expected[0]} of {expected[1]}"
+        )
+    net.load_state_dict(checkpoint["net"])
+
+
+class Run:
+    """One run folder: arguments, scalars, checkpoint, result. A method's skeleton is
+
+        run = common.Run(args, "my_method")
+        if run.result:  # finished earlier, with the same arguments
+            return run.result
+        net = run.network()
+        for step in run.steps("train", 400, net=net, optimizer=optimizer):
+            ...
+            run.log(step, loss=loss, lr=lr)
+        return run.finish(net, target_labels=0)
+
+    args: the resolved arguments; device: where to compute; classes: names by train id.
+    """
+
+    def __init__(self, args: Any, method: str) -> None:
+        self.args = args = resolve(args, method)
+        self.method, self.device, self.out = method, torch.device(args.device), args.out
+        self.classes = BENCHMARKS[args.benchmark].classes
+        self.result = finished(args, method)
+        if self.result:
+            return
+        self._prepare_folder()
+        self._started, self._seconds_before = time.perf_counter(), 0.0
+        self._pending: list[tuple[int, dict[str, Any]]] = []
+        self._stages: dict[str, dict[str, Any]] = {}  # of finished stages, to restore
+        self._checkpoint: dict[str, Any] = {}
+        self._before = 0  # steps of the stages before this one
+        if (self.out / "checkpoint.pt").exists():
+            self._checkpoint = read_checkpoint(self.out / "checkpoint.pt")
+            self._seconds_before = self._checkpoint["seconds"]
+        scalars = self.out / "scalars.json"
+        scalars.touch()
+        os.truncate(scalars, self._checkpoint.get("scalars_bytes", 0))  # what came after it recurs
+        torch.manual_seed(args.seed)  # initial weights, dropout
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+    def _prepare_folder(self) -> None:
+        """A folder of this configuration, old or new; one with another is moved aside."""
+        config, path = configuration(self.args, self.method), self.out / "config.json"
+        if self.out.exists() and any(self.out.iterdir()):
+            if not path.exists():
+                raise UserError(f"{self.out}: not empty and not a run folder; give another --out")
+            if not self.args.resume or json.loads(path.read_text()) != config:
+                aside = self.out.with_name(self.out.name + ".old")
+                shutil.rmtree(aside, ignore_errors=True)
+                self.out.rename(aside)
+                print(f"{self.out}: moved to {aside}", flush=True)
+        write_json(path, config)
+
+    # Training ................................................................................
+    def network(self) -> Network:
+        """A new segmentation network on the device, with the weights of --init where given."""
+        net = Network(self.args.net, len(self.classes), self.args.pretrained)
+        if self.args.init:
+            load_weights(net, self.args.init)
+        net.to(self.device, memory_format=torch.channels_last)
+        if self.args.compile:
+            net.compile()
+        return net
+
+    def autocast(self) -> torch.autocast:
+        on = self.args.amp and self.device.type == "cuda"
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=on)
+
+    def steps(self, stage: str, total: int, **state: Any) -> Iterator[int]:
+        """Yields 1..total, less what an earlier process did: `state` is then restored first.
+
+        `state` names everything that the stage changes (anything with a state_dict); the network
+        under the key 'net' is what --init reads. It is saved ten times a stage, every two minutes
+        and on Ctrl-C or SIGTERM, which let the step end and then raise KeyboardInterrupt.
+        """
+        done, saved, stop = self._restore(stage, state), time.monotonic(), []
+
+        def on_signal(number: int, frame: Any) -> None:
+            stop.append(number)
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # a second one is at once
+
+        old = {}
+        if threading.current_thread() is threading.main_thread():
+            old = {s: signal.signal(s, on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            for step in range(done + 1, total + 1):
+                yield step
+                due = step % max(1, total // 10) == 0 or time.monotonic() - saved > 120
+                if due or step == total or stop:
+                    self._save(stage, step, total, state)
+                    saved = time.monotonic()
+                if stop:
+                    raise KeyboardInterrupt(f"stopped after step {step} of {total} of {stage}")
+        finally:
+            for number, handler in old.items():
+                signal.signal(number, handler)
+        self._before += total
+
+    def _save(self, stage: str, step: int, total: int, state: dict[str, Any]) -> None:
+        self.flush()
+        for name, thing in state.items():
+            if isinstance(thing, nn.Module) and not all(
+                p.isfinite().all() for p in thing.parameters()
+            ):
+                raise UserError(
+                    f"weights of {name} are not finite at step {step} of {stage}; {self._kept()}"
+                )
+        record = {
+            "step": step,
+            "state": {name: thing.state_dict() for name, thing in state.items()},
+            "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state(self.device)
+            if self.device.type == "cuda"
+            else None,
+        }
+        self._checkpoint = {
+            "format": "sim2real-1",
+            "network": [self.args.net, len(self.classes)],
+            "net": record["state"].get("net", self._checkpoint.get("net")),
+            "stages": {**self._stages, stage: record},
+            "seconds": self.seconds(),
+            "scalars_bytes": (self.out / "scalars.json").stat().st_size,
+        }
+        buffer = io.BytesIO()  # torch reports a full disk as an internal error, a file as one
+        torch.save(self._checkpoint, buffer)
+        with replacing(self.out / "checkpoint.pt") as temporary:
+            temporary.write_bytes(buffer.getbuffer())
+        if step == total:
+            self._stages[stage] = copy.deepcopy(record)  # the live tensors go on changing
+
+    def _restore(self, stage: str, state: dict[str, Any]) -> int:
+        """Puts the saved state of a stage back. -> the step that it was saved after, 0 for none."""
+        record = self._checkpoint.get("stages", {}).get(stage)
+        if record is None:
+            return 0
+        for name, thing in state.items():
+            thing.load_state_dict(record["state"][name])
+        torch.set_rng_state(record["rng"])
+        if record["cuda_rng"] is not None:
+            torch.cuda.set_rng_state(record["cuda_rng"], self.device)
+        self._stages[stage] = copy.deepcopy(record)
+        return record["step"]
+
+    # Scalars .................................................................................
+    def log(self, step: int, **values: Any) -> None:
+        """Training scalars of a step: numbers or 0-d tensors, written as means over ten steps.
+
+        A loss that is not finite ends the run with a UserError; so that a GPU is not made to wait,
+        it is noticed up to ten steps later, and the step that is named is the right one.
+        """
+        detached = {k: v.detach() if isinstance(v, Tensor) else v for k, v in values.items()}
+        self._pending.append((self._before + step, detached))
+        if len(self._pending) == 10:
+            self.flush()
+
+    def flush(self) -> None:
+        if not self._pending:
+            return
+        steps, rows = zip(*self._pending, strict=True)
+        self._pending = []
+        means = {}
+        for key in rows[-1]:
+            column = torch.tensor([float(row[key]) for row in rows if key in row])
+            if key == "loss" and not column.isfinite().all():
+                bad = int((~column.isfinite()).nonzero()[0])
+                raise UserError(
+                    f"loss is {float(column[bad])} at step {steps[bad]}; {self._kept()}"
+                )
+            means[key] = float(column.mean())
+        means["memory"] = peak_memory_mb(self.device)
+        self._write({**means, "iter": steps[-1], "step": steps[-1]})
+
+    def _write(self, line: dict[str, Any]) -> None:
+        with (self.out / "scalars.json").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def _kept(self) -> str:
+        path = self.out / "checkpoint.pt"
+        return (
+            f"the last good checkpoint is {path}" if path.exists() else "no checkpoint was due yet"
+        )
+
+    def seconds(self) -> float:
+        return self._seconds_before + time.perf_counter() - self._started
+
+    # Evaluation ..............................................................................
+    @cached_property
+    def test(self) -> Part:
+        return load(self.args, "target_test")
+
+    def evaluate(self, net: nn.Module, step: int) -> np.ndarray:
+        """Scores on the test photos into scalars.json: for the curve, no weight ever sees them."""
+        self.flush()
+        confusion = evaluate(net, self.test, self.device, self.args.amp)
+        self._write({**scores(confusion.sum(axis=0)), "step": self._before + step})
+        return confusion
+
+    def finish(self, net: Network, target_labels: int, steps: int | None = None) -> Result:
+        """Evaluates the final weights and writes everything. `steps`: updates, if not --steps."""
+        confusion = self.evaluate(net, 0)  # [N,C,C]
+        with replacing(self.out / "confusion.npy") as temporary, temporary.open("wb") as file:
+            np.save(file, confusion)
+        per_class = iou(confusion.sum(axis=0))
+        self.result = Result(
+            self.args.benchmark,
+            self.method,
+            self.args.seed,
+            miou=scores(confusion.sum(axis=0))["mIoU"],
+            iou={
+                c: None if np.isnan(v) else float(v)
+                for c, v in zip(self.classes, per_class, strict=True)
+            },
+            target_labels=target_labels,
+            steps=self.args.steps if steps is None else steps,
+            seconds=self.seconds(),
+            peak_memory_mb=peak_memory_mb(self.device),
+            device=device_name(self.device),
+            commit=commit(),
+            versions={
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "numpy": np.__version__,
+            },
+        )
+        write_csvs(self.out)
+        write_json(self.out / "result.json", asdict(self.result))
+        self._stages = {}  # nothing is left to resume: the checkpoint shrinks to the network
+        self._save("final", 1, 1, {"net": net})
+        draw_curves(self.out)
+        draw_predictions(self.out / "figures/predictions.png", self.test, {"prediction": net})
+        return self.result
+
+
+def configuration(args: Any, method: str) -> dict[str, Any]:
+    """What decides a run's result: its arguments (resolved) and the files that it reads."""
+    digest, benchmark = hashlib.sha256(), BENCHMARKS[args.benchmark]
+    parts = ((benchmark.source, "train"), (benchmark.target, "train"), (benchmark.target, "test"))
+    for dataset, part in parts:
+        root = dataset_root(args.data, dataset)
+        listing = list_files(dataset, root, part, args.variants)
+        for path in (*sum(listing.pairs, ()), *listing.unlabelled):
+            digest.update(f"{path.relative_to(root)} {path.stat().st_size}\n".encode())
+    config = {"method": method, **asdict(args), "files": digest.hexdigest()[:16]}
+    del config["out"], config["resume"]
+    return json.loads(json.dumps(config, default=str))
+
+
+def finished(args: Any, method: str) -> Result | None:
+    """The result of an earlier run with the same configuration. `args` are resolved."""
+    try:
+        config = json.loads((args.out / "config.json").read_text())
+        row = json.loads((args.out / "result.json").read_text())
+    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
+        return None
+    return Result(**row) if args.resume and config == configuration(args, method) else None
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type}, {torch.get_num_threads()} threads"
+
+
+def read_scalars(folder: Path) -> list[dict[str, Any]]:
+    lines = (folder / "scalars.json").read_text().splitlines()
+    return [json.loads(line) for line in lines if line]
+
+
+def write_csvs(folder: Path) -> None:
+    """scalars.json as loss.csv (training lines) and metrics.csv (evaluation lines)."""
+    lines = read_scalars(folder)
+    for name, rows in (
+        ("loss.csv", [line for line in lines if "mIoU" not in line]),
+        ("metrics.csv", [line for line in lines if "mIoU" in line]),
+    ):
+        columns = list(dict.fromkeys(["step", *(key for row in rows for key in row)]))
+        with replacing(folder / name) as temporary, temporary.open("w", newline="") as file:
+            writer = csv.DictWriter(file, columns, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+# ---- Figures --------------------------------------------------------------------------------------
+def save_figure(figure: Any, path: Path) -> None:
+    import matplotlib.pyplot as plt
+
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=150, format="png")
+    plt.close(figure)
+
+
+def draw_curves(folder: Path) -> None:
+    """Loss and mIoU over steps, figures/curves.png."""
+    import matplotlib.pyplot as plt
+
+    lines = read_scalars(folder)
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
+    for axis, key, unit in ((axes[0], "loss", "nats"), (axes[1], "mIoU", "%")):
+        rows = [line for line in lines if key in line]
+        axis.plot(
+            [row["step"] for row in rows], [row[key] for row in rows], marker="." * (key != "loss")
+        )
+        axis.set(xlabel="step", ylabel=f"{key} ({unit})", ylim=(0, None))
+        axis.grid(alpha=0.3)
+    save_figure(figure, folder / "figures/curves.png")
+
+
+def draw_sheet(path: Path, columns: dict[str, list[np.ndarray]], classes: Sequence[str]) -> None:
+    """Pictures in titled columns, uint8 [h,w,3] each, or label maps [h,w], over a legend of classes."""
+    import matplotlib.pyplot as plt
+    from matplotlib.patches import Patch
+
+    count = len(next(iter(columns.values())))
+    height, width = next(iter(columns.values()))[0].shape[:2]
+    inches = max(2.2, 10 / len(columns))
+    size = (inches * len(columns), inches * height / width * count * 1.04 + 0.9)
+    figure, axes = plt.subplots(
+        count, len(columns), figsize=size, layout="constrained", squeeze=False
+    )
+    colours = palette(classes)
+    for j, (title, pictures) in enumerate(columns.items()):
+        axes[0, j].set_title(title, fontsize=9)
+        for axis, picture in zip(axes[:, j], pictures, strict=True):
+            axis.imshow(colours[picture] if picture.ndim == 2 else picture)
+            axis.axis("off")
+    handles = [Patch(color=np.array(PALETTE[name]) / 255, label=name) for name in classes]
+    figure.legend(handles=handles, loc="outside lower center", ncols=7, fontsize=7, frameon=False)
+    save_figure(figure, path)
+
+
+def draw_predictions(path: Path, part: Part, networks: dict[str, Network], count: int = 4) -> None:
+    """Test photos, their ground truth and each network's prediction, in columns."""
+    classes = classes_of(part.dataset)
+    chosen = np.linspace(0, len(part) - 1, min(count, len(part))).round().astype(int)
+    truth = [
+        resize_label(read_label(part.files[i][1], part.dataset), part.images.shape[1:3])
+        for i in chosen
+    ]
+    columns = {"photo": list(part.images[chosen]), "ground truth": truth}
+    for name, net in networks.items():
+        training = net.training
+        logits = predict(net.eval(), part.images[chosen], next(net.parameters()).device)
+        # Where the truth is ignored the prediction does not count either: black in both.
+        maps = logits.argmax(dim=1).cpu().numpy().astype(np.uint8)
+        columns[name] = [np.where(t == IGNORE, IGNORE, m) for t, m in zip(truth, maps, strict=True)]
+        net.train(training)
+    draw_sheet(path, columns, classes)
+
+
+# ---- The supervised recipe ------------------------------------------------------------------------
+AUX_WEIGHT = 0.4  # of each auxiliary head's loss
+
+
+def segmentation_loss(outputs: Sequence[Tensor], labels: Tensor) -> Tensor:
+    """Cross-entropy of the logits plus AUX_WEIGHT times that of each auxiliary head. -> scalar, nats.
+
+    outputs: [B,C,H,W] each; labels [B,H,W]. The mean is over valid pixels, 0 where there is none.
+    """
+    valid = (labels != IGNORE).sum().clamp(min=1)
+    losses = [
+        F.cross_entropy(o, labels, ignore_index=IGNORE, reduction="sum") / valid for o in outputs
+    ]
+    return losses[0] + AUX_WEIGHT * sum(losses[1:])
+
+
+def learning_rate(initial: float, step: int, total: int) -> float:
+    """Linear warm-up over a twentieth of the steps under polynomial decay of power 0.9."""
+    return initial * min(1, step / max(1, total // 20)) * (1 - (step - 1) / total) ** 0.9
+
+
+def train(
+    run: Run,
+    net: Network,
+    part: Part,
+    steps: int,
+    stage: str = "train",
+    augment: Callable[[Tensor, torch.Generator], Tensor] = original,
+    lr: float | None = None,
+) -> None:
+    """The supervised training that all rows share: AdamW, warm-up and decay, zoom and flip.
+
+    `net` is trained in place for `steps` updates on `part`, with its images put through `augment`,
+    from the initial learning rate `lr` (--lr where None).
+    """
+    args, initial = run.args, lr or run.args.lr
+    optimizer = torch.optim.AdamW(net.parameters(), lr=initial, weight_decay=0.01, fused=True)
+    batches = Batches(part, args.batch_size, args.seed, run.device)
+    seconds, waits = [], []  # of each step after the first epoch
+    net.train()
+    for step in run.steps(stage, steps, net=net, optimizer=optimizer):
+        start = time.perf_counter()
+        lr = learning_rate(initial, step, steps)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        rng = generator(args.seed, step)
+        batch = batches(step)
+        images, labels = crop_flip(batch.images, batch.labels, rng)
+        with run.autocast():
+            loss = segmentation_loss(net(augment(images, rng), aux=True), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        took = time.perf_counter() - start
+        run.log(step, loss=loss, lr=lr, time=took, data_time=batches.wait)
+        if step * args.batch_size > len(part):
+            seconds.append(took)
+            waits.append(batches.wait)
+        if step % max(1, steps // 4) == 0 and step < steps:
+            run.evaluate(net, step)
+    if seconds:
+        step_ms, wait_ms = 1000 * np.mean(seconds), 1000 * np.mean(waits)
+        print(
+            f"{stage}: {step_ms:.1f} ms a step, {wait_ms:.2f} ms of it waiting for data", flush=True
+        )
+
+
+# ---- Command line ---------------------------------------------------------------------------------
+UNWRITABLE = {
+    errno.ENOSPC,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.ENOTDIR,
+}
+
+
+def main(args_class: type, run: Callable[[Any], Any], doc: str | None) -> None:
+    """The command line of a script: one line and exit status 1 for what the user can mend."""
+    import tyro
+
+    args = tyro.cli(args_class, description=doc)
+    try:
+        result = run(args)
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt as error:
+        print(
+            f"interrupted {error}; the same command goes on from the last checkpoint",
+            file=sys.stderr,
+        )
+        sys.exit(130)
+    except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
+        sys.exit(f"error: {error.filename or 'output'}: cannot be written ({error.strerror})")
+    if isinstance(result, Result):
+        print(f"{result.benchmark} {result.method} seed {result.seed}: mIoU {result.miou:.1f}")
+
+
+@dataclass(frozen=True)
+class LookArgs:
+    dataset: Literal["vkitti2", "kitti", "gta5", "cityscapes"]
+    """Which of the four layouts the folder has."""
+    data: str = "mini"
+    """The dataset's folder, or one that holds it under the dataset's name, or 'mini'."""
+    part: Literal["train", "test"] = "train"
+    """Training or test part of a target dataset; a source is all 'train'."""
+    variants: tuple[str, ...] = ("clone",)
+    """Variants of VKITTI2 to look at."""
+    smooth: float = 0.01
+    """CLS_SMOOTH of the class weights 1 / (count + smooth * total), scaled to sum to their number."""
+    out: Path = Path("runs/look")
+    """Folder for DATASET-PART.csv and DATASET-PART.png."""
+
+
+def look(args: LookArgs) -> None:
+    """Counts pairs, sizes and classes of a dataset; prints a table, writes a CSV and a figure."""
+    from rich.console import Console
+    from rich.table import Table
+
+    inside = Path(args.data) / args.dataset
+    outside = args.data != "mini" and not inside.is_dir()
+    root = Path(args.data) if outside else dataset_root(args.data, args.dataset)
+    if not root.is_dir():
+        raise UserError(f"{root}: no such folder")
+    listing = list_files(args.dataset, root, args.part, args.variants)
+    classes = classes_of(args.dataset)
+    if not listing.pairs:
+        raise UserError(
+            f"{listing.unlabelled[0]}: image without a label, and so are all the others"
+        )
+
+    def count(pair: tuple[Path, Path]) -> tuple[tuple[int, ...], np.ndarray]:
+        ids = read_label(pair[1], args.dataset, image=pair[0])
+        return ids.shape, np.bincount(ids.ravel(), minlength=256)
+
+    sizes, pixels, images = Counter(), np.zeros(256, np.int64), np.zeros(256, np.int64)
+    with (
+        ThreadPoolExecutor(os.cpu_count()) as pool,
+        progress("reading", len(listing.pairs)) as advance,
+    ):
+        for start in range(0, len(listing.pairs), 256):
+            for shape, counts in pool.map(count, listing.pairs[start : start + 256]):
+                sizes[shape] += 1
+                pixels += counts
+                images += counts > 0
+                advance()
+    valid = pixels[: len(classes)]
+    weights = class_weights(valid, args.smooth)
+    rows = [
+        (name, int(valid[c]), valid[c] / max(1, valid.sum()), int(images[c]), weights[c])
+        for c, name in enumerate(classes)
+    ]
+    stem = args.out / f"{args.dataset}-{args.part}"
+    with replacing(stem.with_suffix(".csv")) as temporary, temporary.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(("class", "pixels", "frequency", "images", "weight"))
+        writer.writerows(rows)
+    table = Table("class", title=f"{args.dataset} {args.part}")
+    for column in ("pixels", "frequency", "images", "weight"):
+        table.add_column(column, justify="right")
+    for name, number, share, seen, weight in rows:
+        table.add_row(name, f"{number:,}", f"{share:.3%}", f"{seen:,}", f"{weight:.3f}")
+    console = Console()
+    console.print(table)
+    console.print(f"pairs: {len(listing.pairs):,}")
+    for files, what in (
+        (listing.unlabelled, "images without a label"),
+        (listing.orphans, "labels without an image"),
+    ):
+        console.print(f"{what}: {len(files):,}" + (f", first {files[0]}" if files else ""))
+    common = ", ".join(f"{w}x{h} ({n:,})" for (h, w), n in sizes.most_common(5))
+    console.print(f"sizes: {common}" + (f" and {len(sizes) - 5} others" if len(sizes) > 5 else ""))
+    console.print(f"ignored pixels: {pixels[IGNORE] / pixels.sum():.1%}")
+    draw_look(stem.with_suffix(".png"), listing, args.dataset)
+    console.print(f"written: {stem}.csv, {stem}.png")
+
+
+def draw_look(path: Path, listing: Listing, dataset: str) -> None:
+    """Six images, and the same with their labels laid over them."""
+    chosen = np.linspace(0, len(listing.pairs) - 1, min(6, len(listing.pairs))).round().astype(int)
+    columns: dict[str, list[np.ndarray]] = {"image": [], "with its label": []}
+    for i in chosen:
+        image, label = listing.pairs[i]
+        ids = read_label(label, dataset)
+        size = (round(640 * ids.shape[0] / ids.shape[1]), 640)
+        picture, ids = read_image(image, size), resize_label(ids, size)
+        colours = palette(classes_of(dataset))[ids]
+        mixed = np.where((ids == IGNORE)[..., None], picture // 2, picture // 2 + colours // 2)
+        columns["image"].append(picture)
+        columns["with its label"].append(mixed)
+    draw_sheet(path, columns, classes_of(dataset))
+
+
+if __name__ == "__main__":
+    main(LookArgs, look, __doc__)
