@@ -24,6 +24,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, Literal
 
+from rich import box
 from rich.console import Console
 from rich.live import Live
 from rich.markup import escape
@@ -32,7 +33,7 @@ from rich.table import Table
 import common
 from common import BENCHMARKS, Result, UserError
 
-# ---- Baselines ------------------------------------------------------------------------------------
+# ---- Baselines ----------------------------------------------------------------------------------
 Baseline = Literal["source_only", "random_aug", "few_label", "oracle"]
 
 
@@ -40,8 +41,8 @@ Baseline = Literal["source_only", "random_aug", "few_label", "oracle"]
 class BaselineArgs(common.Args):
     row: Baseline = "source_only"
     """source_only: trained on the source as it is. random_aug: each source image as it is, blurred,
-    colour-jittered or RGB-shifted at random. few_label: source_only, then fine-tuned on the labelled
-    target photos. oracle: trained on the target's training part with all its labels."""
+    colour-jittered or RGB-shifted at random. few_label: source_only, then fine-tuned on the
+    labelled target photos. oracle: trained on the target's training part with all its labels."""
     finetune: float = 0.5
     """few_label: the share of --steps that is spent on the labelled photos."""
     finetune_lr: float = 0.5
@@ -69,7 +70,7 @@ def run_baseline(args: BaselineArgs) -> Result:
     return run.finish(net, target_labels=args.labelled if tuning else 0, steps=done + tuning)
 
 
-# ---- Rows -----------------------------------------------------------------------------------------
+# ---- Rows ---------------------------------------------------------------------------------------
 BASELINES = ("source_only", "random_aug", "few_label", "oracle")
 METHODS = ()  # modules with Args and run, one name each
 
@@ -77,8 +78,8 @@ METHODS = ()  # modules with Args and run, one name each
 @dataclass(frozen=True)
 class Args:
     data: str = "mini"
-    """Folder that holds vkitti2/, kitti/, gta5/, cityscapes/ (those of the benchmarks that are run);
-    'mini' is the procedural miniature, written under data/mini where it is not there yet."""
+    """Folder that holds vkitti2/, kitti/, gta5/, cityscapes/ (those of the benchmarks that are
+    run); 'mini' is the procedural miniature, written under data/mini where it is not there yet."""
     benchmarks: tuple[Literal["vkitti2kitti", "gta52cityscapes"], ...] = tuple(BENCHMARKS)
     """Benchmarks to run."""
     methods: tuple[str, ...] = (*BASELINES, *METHODS)
@@ -92,7 +93,7 @@ class Args:
     force: bool = False
     """Run finished rows again."""
     steps: int | None = None
-    """Updates of the segmentation network of every row. Default: by the data, 400 for the miniature."""
+    """Updates of every row's segmentation network. Default: by the data, 400 for the miniature."""
     batch_size: int | None = None
     """Images an update. Default: by the data, 16 for the miniature."""
     size: tuple[int, int] | None = None
@@ -137,7 +138,7 @@ def rows_of(args: Args) -> list[Row]:
 
 
 def run_row(row: Row, log: Path, pipe: Connection) -> None:
-    """Runs in a process of its own. What it prints goes to the log; the outcome through the pipe."""
+    """Runs in a process of its own. What it prints goes to the log, its outcome to the pipe."""
     with log.open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -246,17 +247,10 @@ def write_results(out: Path, results: dict[int, Result]) -> None:
     common.write_json(out / "results.json", [asdict(results[i]) for i in sorted(results)])
 
 
-# ---- Tables ---------------------------------------------------------------------------------------
+# ---- Tables -------------------------------------------------------------------------------------
 def spread(values: list[float]) -> str:
     """Mean, and the standard deviation (n - 1) where there is more than one value."""
     return f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
-
-
-def domains(data: str, benchmark: str) -> str:
-    """What the two sides are: 'miniature -> photos', say."""
-    sides = BENCHMARKS[benchmark][:2]
-    kinds = ["miniature" if common.is_miniature(data, side) else side for side in sides]
-    return f"{kinds[0]} → {kinds[1]}"
 
 
 def cell(results: list[Result]) -> str:
@@ -267,7 +261,7 @@ def cell(results: list[Result]) -> str:
 
 def main_table(results: list[Result], args: Args) -> list[list[str]]:
     """Header and rows: methods by benchmarks."""
-    headers = [f"{b} ({domains(args.data, b)})" for b in args.benchmarks]
+    headers = [f"{BENCHMARKS[b].source} → {BENCHMARKS[b].target}" for b in args.benchmarks]
     table = [["method", "target labels", *headers, "updates", "seconds", "MB"]]
     for method in args.methods:
         mine = [r for r in results if r.method == method]
@@ -302,17 +296,19 @@ def notes(results: list[Result], args: Args) -> list[str]:
         if absent:
             named = ", ".join(absent)
             lines.append(f"{benchmark}: no test photo contains {named}; left out of the mean.")
-        if "miniature" in domains(args.data, benchmark):
-            lines.append(
-                f"{benchmark}: procedural miniature, not to be read beside published numbers."
-            )
+        sides = BENCHMARKS[benchmark][:2]
+        if small := [side for side in sides if common.is_miniature(args.data, side)]:
+            named = " and ".join(small)
+            lines.append(f"{named}: the miniature; not to be read beside published numbers.")
+    lines.append("updates: of the segmentation network. seconds: mean. MB: peak memory.")
     return lines
 
 
 def show(table: list[list[str]], title: str, console: Console) -> None:
-    view = Table(title=title, title_justify="left")
-    for i, header in enumerate(table[0]):
-        view.add_column(header, justify="left" if i == 0 else "right", overflow="fold")
+    view = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    view.add_column(table[0][0], no_wrap=True)
+    for header in table[0][1:]:
+        view.add_column(header, justify="right", overflow="fold")
     for row in table[1:]:
         view.add_row(*map(escape, row))
     console.print(view)

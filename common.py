@@ -12,15 +12,14 @@ Images are float RGB in [0, 1] (the networks normalise), labels are train ids 0.
 """
 
 import contextlib
-import copy
 import csv
 import errno
 import hashlib
 import io
+import itertools
 import json
+import math
 import os
-import pickle
-import platform
 import resource
 import shutil
 import signal
@@ -28,10 +27,11 @@ import subprocess
 import sys
 import threading
 import time
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -47,10 +47,10 @@ UNKNOWN = 254  # in a lookup table: a value that no valid label file holds
 
 
 class UserError(Exception):
-    """Something the user can mend. The message is one line: file, what was found, what was expected."""
+    """Something the user can mend, said in one line: file, what was found, what was expected."""
 
 
-# ---- Label spaces ---------------------------------------------------------------------------------
+# ---- Label spaces -------------------------------------------------------------------------------
 CITYSCAPES_IDS = {
     "road": 7, "sidewalk": 8, "building": 11, "wall": 12, "fence": 13, "pole": 17,
     "traffic light": 19, "traffic sign": 20, "vegetation": 21, "terrain": 22, "sky": 23,
@@ -76,22 +76,20 @@ PALETTE = {
 
 
 class Benchmark(NamedTuple):
-    """A pair of datasets and the classes that both sides label, in the order of their train ids."""
+    """A source, a target, and the classes that both label, in the order of their train ids."""
 
     source: str
     target: str
     classes: tuple[str, ...]
 
 
-# Classes that VKITTI2 and KITTI both label. Train ids count in this order.
-_VKITTI2_KITTI = (
-    "road", "building", "pole", "traffic light", "traffic sign", "vegetation", "terrain", "sky",
-    "car", "truck",
-)  # fmt: skip
 BENCHMARKS = {
-    "vkitti2kitti": Benchmark("vkitti2", "kitti", _VKITTI2_KITTI),
+    "vkitti2kitti": Benchmark("vkitti2", "kitti", (
+        "road", "building", "pole", "traffic light", "traffic sign", "vegetation", "terrain",
+        "sky", "car", "truck",
+    )),
     "gta52cityscapes": Benchmark("gta5", "cityscapes", tuple(CITYSCAPES_IDS)),
-}
+}  # fmt: skip
 
 
 def classes_of(dataset: str) -> tuple[str, ...]:
@@ -125,7 +123,7 @@ def palette(classes: Sequence[str]) -> np.ndarray:
     return colours
 
 
-# ---- Files of the four datasets -------------------------------------------------------------------
+# ---- Files of the four datasets -----------------------------------------------------------------
 class Layout(NamedTuple):
     """Where a dataset keeps its images, and how an image's path turns into its label's."""
 
@@ -157,54 +155,49 @@ GTA5_MISMATCHED = {f"images/{i:05d}.png" for i in (15188, 17705, *range(20801, 2
 class Listing(NamedTuple):
     """The files of one part of a dataset, sorted by path."""
 
-    root: Path
     pairs: list[tuple[Path, Path]]  # image, label
     unlabelled: list[Path]  # images whose label is missing
     orphans: list[Path]  # labels whose image is missing
 
 
-def list_files(
-    dataset: str, root: Path, part: str, variants: Sequence[str] = ("clone",)
-) -> Listing:
-    """Images and labels of `part`: 'train' or 'test'; a source dataset is all 'train'.
+def list_files(dataset: str, root: Path, part: str, variants: Sequence[str]) -> Listing:
+    """Images and labels of `part`, 'train' or 'test'; a source is all 'train'.
 
-    Raises UserError where there is not one image.
+    `variants` matter for VKITTI2 alone. UserError where there is not one image.
     """
-    layout, found, labels = LAYOUTS[dataset], [], []
-    folder = {"train": "train", "test": "val"}[part]  # Cityscapes withholds the labels of its test
-    for variant in variants if dataset == "vkitti2" else ("",):
-        pattern = layout.images.format(part=folder, variant=variant)
-        found += [p.relative_to(root).as_posix() for p in root.glob(pattern)]
-        labels += [p.relative_to(root).as_posix() for p in root.glob(layout.label_of(pattern))]
-    if not found:
-        pattern = layout.images.format(part=folder, variant="|".join(variants))
-        raise UserError(f"{root}: no image of {dataset} found, expected {pattern}")
-    found.sort()
+    layout = LAYOUTS[dataset]
+    # The labels of Cityscapes' test are withheld: its val serves.
+    fill = partial(layout.images.format, part={"train": "train", "test": "val"}[part])
+    patterns = [fill(variant=variant) for variant in (variants if "{v" in layout.images else [""])]
+    images = sorted(p.relative_to(root).as_posix() for g in patterns for p in root.glob(g))
+    if not images:
+        raise UserError(f"{root}: no image of {dataset} found, expected {' or '.join(patterns)}")
+    labels = {layout.label_of(image): image for image in images}
+    found = {
+        p.relative_to(root).as_posix() for g in patterns for p in root.glob(layout.label_of(g))
+    }
+    orphans = sorted(root / label for label in found - set(labels))
     if dataset == "kitti":  # contiguous halves, so that neighbouring frames do not straddle them
-        # An orphan belongs to both parts, so that it is reported whichever is read.
-        half = len(found) // 2
-        known = {layout.label_of(p) for p in found}
-        orphans = sorted(set(labels) - known)
-        found = found[:half] if part == "train" else found[half:]
-        labels = [p for p in labels if p in {layout.label_of(q) for q in found}] + orphans
+        half = len(images) // 2
+        images = images[:half] if part == "train" else images[half:]
     if dataset == "gta5":
-        found = [p for p in found if p not in GTA5_MISMATCHED]
-        labels = [p for p in labels if p.replace("labels/", "images/") not in GTA5_MISMATCHED]
-    wanted, have = {layout.label_of(p): p for p in found}, set(labels)
-    pairs = [(root / image, root / label) for label, image in wanted.items() if label in have]
-    unlabelled = [root / image for label, image in wanted.items() if label not in have]
-    return Listing(root, pairs, unlabelled, [root / p for p in sorted(have - set(wanted))])
+        images = [image for image in images if image not in GTA5_MISMATCHED]
+    pairs = [(root / image, root / layout.label_of(image)) for image in images]
+    unlabelled = [i for i, label in pairs if label.relative_to(root).as_posix() not in found]
+    return Listing([pair for pair in pairs if pair[0] not in set(unlabelled)], unlabelled, orphans)
 
 
 @contextlib.contextmanager
-def opened(path: Path) -> Iterator[Image.Image]:
-    """An image file, decoded; UserError that names the file where that fails."""
+def opened(path: Path, decode: bool = True) -> Iterator[Image.Image]:
+    """An image file, or its header alone; UserError that names the file where that fails."""
     try:
         with Image.open(path) as image:
-            image.load()
+            if decode:
+                image.load()
             yield image
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: cannot be read as an image ({error})") from error
+        reason = str(error).replace(f" {str(path)!r}", "")
+        raise UserError(f"{path}: cannot be read as an image ({reason})") from error
 
 
 def read_image(path: Path, size: tuple[int, int]) -> np.ndarray:
@@ -217,38 +210,31 @@ def read_image(path: Path, size: tuple[int, int]) -> np.ndarray:
 def read_label(path: Path, dataset: str, image: Path | None = None) -> np.ndarray:
     """A label file as train ids at its own resolution. uint8 [H,W], values 0..C-1 or IGNORE.
 
-    Raises UserError where the file is not lossless, is of another kind than the dataset's, holds a
-    value outside the label map, or differs in size from `image`.
+    UserError where the file is lossy, of another kind than the dataset's labels, holds a value
+    that is outside the label map, or differs in size from `image`.
     """
+    modes = ("RGB", "RGBA") if dataset == "vkitti2" else ("L", "P")
     with opened(path) as label:
-        modes = ("RGB", "RGBA") if dataset == "vkitti2" else ("L", "P")
-        if label.format != "PNG":
-            raise UserError(f"{path}: a label must be a lossless PNG, found {label.format}")
-        if label.mode not in modes:
-            raise UserError(f"{path}: found mode {label.mode}, expected {' or '.join(modes)}")
-        if dataset == "vkitti2":
-            r, g, b = np.moveaxis(np.asarray(label)[..., :3].astype(np.int32), -1, 0)
-            values = r << 16 | g << 8 | b
-        else:
-            values = np.asarray(label)  # of a palette PNG these are the indices
+        if label.format != "PNG" or label.mode not in modes:
+            found = f"{label.format} of mode {label.mode}"
+            raise UserError(f"{path}: found {found}, expected a PNG of mode {' or '.join(modes)}")
+        values = np.asarray(label)  # of a palette PNG these are the indices
+    if dataset == "vkitti2":
+        r, g, b = np.moveaxis(values[..., :3].astype(np.int32), -1, 0)
+        values = r << 16 | g << 8 | b
     ids = label_table(dataset)[values]
     if (unknown := ids == UNKNOWN).any():
         value = int(values[unknown][0])
-        if dataset == "vkitti2":
-            value = f"colour ({value >> 16}, {value >> 8 & 255}, {value & 255})"
-        else:
-            value = f"id {value}"
+        colour = f"colour ({value >> 16}, {value >> 8 & 255}, {value & 255})"
         raise UserError(
-            f"{path}: {value} is not in the label map of {dataset} ({unknown.sum()} such pixels); "
-            "was the file JPEG-compressed, resized or recoloured?"
+            f"{path}: {colour if dataset == 'vkitti2' else f'id {value}'} is not in the label map "
+            f"of {dataset} ({unknown.sum()} such pixels); was the file compressed or recoloured?"
         )
     if image is not None:
-        with Image.open(image) as opened_image:  # reads the header alone
-            if opened_image.size != ids.shape[::-1]:
-                width, height = opened_image.size
-                raise UserError(
-                    f"{path}: label is {ids.shape[1]}x{ids.shape[0]}, its image {width}x{height}"
-                )
+        with opened(image, decode=False) as photo:
+            if photo.size != ids.shape[::-1]:
+                w, h = photo.size
+                raise UserError(f"{path}: is {ids.shape[1]}x{ids.shape[0]}, its image {w}x{h}")
     return ids
 
 
@@ -257,13 +243,13 @@ def resize_label(ids: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return np.asarray(Image.fromarray(ids).resize(size[::-1], Image.Resampling.NEAREST))
 
 
-# ---- Cache: every file is decoded and resized once ------------------------------------------------
+# ---- Cache: every file is decoded and resized once ----------------------------------------------
 CACHE = Path("data/cache")  # safe to delete at any time
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary neighbour to write to, renamed over `path` at the end: no reader sees half a file."""
+    """A temporary neighbour to write to, renamed over `path` at the end: never half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -293,14 +279,23 @@ def cached(
         return np.load(path, mmap_mode="r")
     header = {"descr": "|u1", "fortran_order": False, "shape": (len(files), *shape)}
     # Written in order through a file, not a writable map: on a full disk a map dies of SIGBUS.
-    with replacing(path) as temporary, ThreadPoolExecutor(os.cpu_count()) as pool:
-        with temporary.open("wb") as out, progress(f"caching {name}", len(files)) as advance:
-            np.lib.format.write_array_header_1_0(out, header)
-            for start in range(0, len(files), 256):  # in pieces: results wait in memory
-                for array in pool.map(read, files[start : start + 256]):
-                    out.write(np.ascontiguousarray(array).data)
-                    advance()
+    with (
+        replacing(path) as temporary,
+        temporary.open("wb") as out,
+        progress(f"caching {name}", len(files)) as advance,
+    ):
+        np.lib.format.write_array_header_1_0(out, header)
+        for array in in_threads(read, files):
+            out.write(np.ascontiguousarray(array).data)
+            advance()
     return np.load(path, mmap_mode="r")
+
+
+def in_threads(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
+    """`function` of every item, in order, on all cores, with a few results at most in memory."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for start in range(0, len(items), 64):
+            yield from pool.map(function, items[start : start + 64])
 
 
 @contextlib.contextmanager
@@ -313,7 +308,7 @@ def progress(label: str, total: int) -> Iterator[Callable[[], None]]:
         yield partial(bar.advance, task)
 
 
-# ---- The four roles -------------------------------------------------------------------------------
+# ---- The four roles -----------------------------------------------------------------------------
 Role = Literal["source", "target_unlabelled", "target_few", "target_test", "target_train"]
 
 
@@ -356,54 +351,40 @@ def is_miniature(data: str | Path, dataset: str) -> bool:
 def load(args: "Args", role: Role) -> Part:
     """The images of a role, through the cache. `args` are resolved.
 
-    Labels are opened for 'source', 'target_few' and 'target_train' (the oracle's alone); those of
-    'target_test' are left to `evaluate`, those of 'target_unlabelled' to nobody.
+    Labels are opened for 'source', 'target_few' and 'target_train' (which is the oracle's alone);
+    those of 'target_test' are left to `evaluate`, those of 'target_unlabelled' to nobody.
     """
     benchmark = BENCHMARKS[args.benchmark]
     dataset = benchmark.source if role == "source" else benchmark.target
     root = dataset_root(args.data, dataset)
     listing = list_files(dataset, root, "test" if role == "target_test" else "train", args.variants)
+    pairs = listing.pairs
     if role == "target_unlabelled":
-        pairs = [(image, image) for image in listing.unlabelled] + listing.pairs
-        pairs.sort()
-    else:
-        pairs = complete(listing, dataset)
-    if role == "target_few":
-        check_labelled(args.labelled, len(pairs))
-        # Evenly spaced, each in the middle of its stretch of the drive.
-        pairs = [
-            pairs[(2 * i + 1) * len(pairs) // (2 * args.labelled)] for i in range(args.labelled)
-        ]
-    read = partial(read_image, size=args.size)
-    images = cached(f"{dataset}-image", [image for image, _ in pairs], (*args.size, 3), read)
+        pairs = sorted(pairs + [(image, image) for image in listing.unlabelled])
+    elif listing.unlabelled or listing.orphans:
+        alone, what = listing.unlabelled + listing.orphans, "image without a label"
+        what = what if listing.unlabelled else "label without an image"
+        raise UserError(f"{alone[0]}: {what} ({len(alone)} such files in {dataset})")
+    if role == "target_few":  # evenly spaced, each in the middle of its stretch of the drive
+        n, k = len(pairs), args.labelled
+        pairs = [pairs[(2 * i + 1) * n // (2 * k)] for i in range(k)]
+    images = [image for image, _ in pairs]
+    pictures = cached(
+        f"{dataset}-image", images, (*args.size, 3), partial(read_image, size=args.size)
+    )
     labels = None
     if role in ("source", "target_few", "target_train"):
 
-        def read_pair(pair: tuple[Path, Path]) -> np.ndarray:
+        def read(pair: tuple[Path, Path]) -> np.ndarray:
             return resize_label(read_label(pair[1], dataset, image=pair[0]), args.size)
 
-        labels = cached(f"{dataset}-label", pairs, args.size, read_pair)
-    names = tuple(image.relative_to(root).as_posix() for image, _ in pairs)
-    return Part(dataset, names, images, labels, tuple(pairs))
+        label_map = zlib.crc32(label_table(dataset))
+        labels = cached(f"{dataset}-label-{label_map:08x}", pairs, args.size, read)
+    names = tuple(image.relative_to(root).as_posix() for image in images)
+    return Part(dataset, names, pictures, labels, tuple(pairs))
 
 
-def complete(listing: Listing, dataset: str) -> list[tuple[Path, Path]]:
-    """The pairs of a listing, or UserError where an image or a label lacks its partner."""
-    for files, what in (
-        (listing.unlabelled, "image without a label"),
-        (listing.orphans, "label without an image"),
-    ):
-        if files:
-            raise UserError(f"{files[0]}: {what} ({len(files)} such in {dataset})")
-    return listing.pairs
-
-
-def check_labelled(labelled: int, available: int) -> None:
-    if not 1 <= labelled <= available:
-        raise UserError(f"--labelled {labelled}: the target's training part has {available} photos")
-
-
-# ---- Batches and augmentation ---------------------------------------------------------------------
+# ---- Batches and augmentation -------------------------------------------------------------------
 class Batch(NamedTuple):
     """Images with their labels (None where the role has none) and their places in the part."""
 
@@ -451,7 +432,7 @@ class Batches:
 
 
 def generator(*seeds: int) -> torch.Generator:
-    """A CPU generator for these numbers, (seed, step) say. The draws are the same on every device."""
+    """A CPU generator for these numbers, (seed, step) say: the same draws on every device."""
     state = np.random.SeedSequence(seeds).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state))
 
@@ -500,7 +481,7 @@ def blur(images: Tensor, rng: torch.Generator) -> Tensor:
 
 
 def colorjitter(images: Tensor, rng: torch.Generator) -> Tensor:
-    """Brightness, contrast and saturation by a factor of 0.5 to 1.5, hue by up to a tenth of a turn.
+    """Brightness, contrast, saturation by a factor of 0.5 to 1.5, hue by up to a tenth of a turn.
 
     All four are affine in RGB, so each image gets one 3x3 matrix and one offset. images [B,3,H,W].
     """
@@ -543,7 +524,7 @@ def random_augmentation(images: Tensor, rng: torch.Generator) -> Tensor:
     return images
 
 
-# ---- Networks -------------------------------------------------------------------------------------
+# ---- Networks -----------------------------------------------------------------------------------
 def conv(i: int, o: int, kernel: int = 3, stride: int = 1) -> nn.Sequential:
     """Convolution, batch normalisation, ReLU; 'same' padding."""
     return nn.Sequential(
@@ -572,7 +553,7 @@ class Residual(nn.Module):
 
 
 class Tiny(nn.Module):
-    """A U-Net of 0.47 M parameters for two CPU cores: stride 16 at the deepest, logits at stride 4."""
+    """A U-Net of 0.47 M parameters for two CPU cores: features to stride 16, logits at 4."""
 
     def __init__(self, num_classes: int, pretrained: bool) -> None:
         super().__init__()
@@ -647,43 +628,38 @@ class BiSeNet(nn.Module):
         return [self.head(fused), *([self.aux8(y8), self.aux16(y16)] if aux else [])]
 
 
-class LRASPP(nn.Module):
-    """torchvision's LR-ASPP with MobileNetV3-Large (arXiv:1905.02244v5, sec. 6.4)."""
+class Torchvision(nn.Module):
+    """torchvision's LR-ASPP with MobileNetV3-Large (arXiv:1905.02244v5, sec. 6.4), or its DeepLabV3
+    with ResNet-101 (arXiv:1706.05587v3), which has an auxiliary head."""
 
-    def __init__(self, num_classes: int, pretrained: bool) -> None:
-        from torchvision.models import MobileNet_V3_Large_Weights
-        from torchvision.models.segmentation import lraspp_mobilenet_v3_large
-
-        super().__init__()
-        weights = on_disk(MobileNet_V3_Large_Weights.IMAGENET1K_V1 if pretrained else None)
-        self.net = lraspp_mobilenet_v3_large(
-            weights=None, num_classes=num_classes, weights_backbone=weights
-        )
-
-    def forward(self, x: Tensor, aux: bool) -> list[Tensor]:
-        return [self.net.classifier(self.net.backbone(x))]
-
-
-class DeepLab(nn.Module):
-    """torchvision's DeepLabV3 with ResNet-101 (arXiv:1706.05587v3)."""
-
-    def __init__(self, num_classes: int, pretrained: bool) -> None:
-        from torchvision.models import ResNet101_Weights
-        from torchvision.models.segmentation import deeplabv3_resnet101
+    def __init__(self, name: str, num_classes: int, pretrained: bool) -> None:
+        from torchvision import models
+        from torchvision.models.segmentation import deeplabv3_resnet101, lraspp_mobilenet_v3_large
 
         super().__init__()
-        weights = on_disk(ResNet101_Weights.IMAGENET1K_V1 if pretrained else None)
-        self.net = deeplabv3_resnet101(
-            weights=None, num_classes=num_classes, weights_backbone=weights, aux_loss=True
-        )
+        if name == "lraspp":
+            weights = models.MobileNet_V3_Large_Weights.IMAGENET1K_V1 if pretrained else None
+            make, extra = lraspp_mobilenet_v3_large, {}
+        else:
+            weights = models.ResNet101_Weights.IMAGENET1K_V1 if pretrained else None
+            make, extra = deeplabv3_resnet101, {"aux_loss": True}
+        backbone = on_disk(weights)
+        self.net = make(weights=None, weights_backbone=backbone, num_classes=num_classes, **extra)
 
     def forward(self, x: Tensor, aux: bool) -> list[Tensor]:
         features = self.net.backbone(x)
+        if not hasattr(self.net, "aux_classifier"):
+            return [self.net.classifier(features)]
         logits = [self.net.classifier(features["out"])]
         return logits + ([self.net.aux_classifier(features["aux"])] if aux else [])
 
 
-NETWORKS = {"tiny": Tiny, "bisenet": BiSeNet, "lraspp": LRASPP, "deeplab": DeepLab}
+NETWORKS = {
+    "tiny": Tiny,
+    "bisenet": BiSeNet,
+    "lraspp": partial(Torchvision, "lraspp"),
+    "deeplab": partial(Torchvision, "deeplab"),
+}
 STRIDE = 32  # of the deepest features: sides of the training size are multiples of it
 
 
@@ -716,9 +692,9 @@ class Network(nn.Module):
         return outputs if aux else outputs[0]
 
 
-# ---- Metrics --------------------------------------------------------------------------------------
+# ---- Metrics ------------------------------------------------------------------------------------
 def confusion_matrices(prediction: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    """Rows ground truth, columns prediction, ignored pixels left out. [B,H,W] x2 -> int64 [B,C,C]."""
+    """Rows truth, columns prediction, ignored pixels left out. [B,H,W] twice -> int64 [B,C,C]."""
     batch, c = len(labels), num_classes
     # Every (image, truth, prediction) has a cell; one more row of truth takes the ignored pixels.
     # The narrowest integer makes bincount twice as fast.
@@ -730,10 +706,10 @@ def confusion_matrices(prediction: Tensor, labels: Tensor, num_classes: int) -> 
 
 
 def iou(confusion: np.ndarray) -> np.ndarray:
-    """Intersection over union of each class in percent; NaN where the truth has none. [C,C] -> [C]."""
+    """Intersection over union of each class in %, NaN where the truth has none. [C,C] -> [C]."""
     hit, truth = confusion.diagonal(), confusion.sum(axis=1)
     union = truth + confusion.sum(axis=0) - hit
-    return np.where(truth > 0, 100 * hit / np.maximum(union, 1), np.nan)
+    return np.where(truth > 0, 100 * (hit / np.maximum(union, 1)), np.nan)
 
 
 def scores(confusion: np.ndarray) -> dict[str, float]:
@@ -747,15 +723,16 @@ def scores(confusion: np.ndarray) -> dict[str, float]:
     }
 
 
-def class_weights(counts: np.ndarray, smooth: float) -> np.ndarray:
-    """Weights that sum to the number of classes, greater for rarer ones. counts [C] -> [C].
+def class_weights(counts: np.ndarray, smooth: float, classes: Sequence[str]) -> np.ndarray:
+    """Weights of mean 1, greater for rarer classes. counts of pixels [C] -> [C].
 
-    w_c = 1 / (n_c + smooth * sum n), then scaled. UserError where a class has no pixel, smooth 0.
+    w_c = 1 / (n_c + smooth * sum n), then scaled. UserError where that divides by zero.
     """
-    inverse = counts + smooth * counts.sum()
-    if (inverse <= 0).any():
-        raise UserError("class weights: a class has no pixel at all, so --smooth must be above 0")
-    return len(counts) / inverse / (1 / inverse).sum()
+    smoothed = counts + smooth * counts.sum()
+    if (smoothed <= 0).any():
+        name = classes[int(smoothed.argmin())]
+        raise UserError(f"class {name} has no pixel, so its weight needs --smooth above 0")
+    return len(counts) / smoothed / (1 / smoothed).sum()
 
 
 @torch.inference_mode()
@@ -803,7 +780,7 @@ def evaluate(
     return matrices.numpy()
 
 
-# ---- The flags that every method shares -----------------------------------------------------------
+# ---- The flags that every method shares ---------------------------------------------------------
 class Preset(NamedTuple):
     """Defaults that go with the data at hand."""
 
@@ -824,10 +801,10 @@ PRESETS = {
 @dataclass(frozen=True)
 class Args:
     benchmark: Literal["vkitti2kitti", "gta52cityscapes"] = "vkitti2kitti"
-    """Source and target: Virtual KITTI 2 to KITTI (10 classes) or GTA5 to Cityscapes (19 classes)."""
+    """Source and target: Virtual KITTI 2 to KITTI (10 classes), GTA5 to Cityscapes (19 classes)."""
     data: str = "mini"
-    """Folder that holds vkitti2/, kitti/, gta5/, cityscapes/ (those of the benchmark); 'mini' is the
-    procedural miniature, written under data/mini where it is not there yet."""
+    """Folder that holds vkitti2/, kitti/, gta5/, cityscapes/ (those of the benchmark); 'mini' is
+    the procedural miniature, written under data/mini where it is not there yet."""
     out: Path | None = None
     """Run folder. Default: runs/BENCHMARK/METHOD/seedSEED."""
     seed: int = 0
@@ -870,9 +847,11 @@ def resolve(args: Any, method: str) -> Any:
     benchmark = BENCHMARKS[args.benchmark]
     source, target = (dataset_root(args.data, d) for d in (benchmark.source, benchmark.target))
     files = list_files(benchmark.source, source, "train", args.variants)
-    photos = list_files(benchmark.target, target, "train")
-    check_labelled(args.labelled, len(photos.pairs) + len(photos.unlabelled))
-    with opened((files.pairs or [files.unlabelled])[0][0]) as image:
+    photos = list_files(benchmark.target, target, "train", ())
+    available = len(photos.pairs)
+    if not 1 <= args.labelled <= available:
+        raise UserError(f"--labelled {args.labelled}: the target has {available} training photos")
+    with opened((files.pairs[:1] or [files.unlabelled])[0][0], decode=False) as image:
         preset = PRESETS["miniature" if image.width < 512 else args.benchmark]
     missing = {k: v for k, v in preset._asdict().items() if getattr(args, k) is None}
     device = args.device
@@ -893,7 +872,7 @@ def resolve(args: Any, method: str) -> Any:
     return args
 
 
-# ---- Run folder -----------------------------------------------------------------------------------
+# ---- Run folder ---------------------------------------------------------------------------------
 @dataclass
 class Result:
     """A row of the table, as result.json and results.json hold it. IoUs in percent."""
@@ -920,16 +899,12 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def commit() -> str:
-    """The commit of this code, with '+' where files differ from it; 'unknown' outside git."""
-    git = ["git", "-C", str(Path(__file__).parent)]
+    """The commit of this code, '-dirty' where files differ from it; 'unknown' outside git."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     try:
-        head = subprocess.run(
-            [*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-        )
-        diff = subprocess.run([*git, "diff", "--quiet", "HEAD"], capture_output=True)
-    except OSError:
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return head.stdout.strip() + "+" * (diff.returncode == 1) if head.returncode == 0 else "unknown"
 
 
 def peak_memory_mb(device: torch.device) -> float:
@@ -941,12 +916,12 @@ def peak_memory_mb(device: torch.device) -> float:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint of ours. Loaded without running code from the file; UserError for anything else."""
+    """A checkpoint of ours, loaded without running code of the file; UserError for others."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint") from None
-    except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, ValueError, OSError) as error:
+    except Exception as error:  # a damaged file makes torch raise whatever it stumbles over
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path}: not a checkpoint, or a damaged one ({first[:80]})") from error
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != "sim2real-1":
@@ -955,12 +930,12 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def load_weights(net: Network, path: Path) -> None:
-    """The segmentation network of a checkpoint into `net`. UserError where it is another network."""
+    """The segmentation network of a checkpoint into `net`; UserError where it is another."""
     checkpoint = read_checkpoint(path)
     found, expected = tuple(checkpoint["network"]), (net.name, net.num_classes)
     if found != expected:
         raise UserError(
-            f"{path}: holds {found[0]} of {found[1]} classes, expected {expected[0]} of {expected[1]}"
+            "{}: holds {} of {} classes, expected {} of {}".format(path, *found, *expected)
         )
     net.load_state_dict(checkpoint["net"])
 
@@ -996,6 +971,7 @@ class Run:
         if (self.out / "checkpoint.pt").exists():
             self._checkpoint = read_checkpoint(self.out / "checkpoint.pt")
             self._seconds_before = self._checkpoint["seconds"]
+            self._pending = self._checkpoint["pending"]
         scalars = self.out / "scalars.json"
         scalars.touch()
         os.truncate(scalars, self._checkpoint.get("scalars_bytes", 0))  # what came after it recurs
@@ -1009,7 +985,7 @@ class Run:
         if self.out.exists() and any(self.out.iterdir()):
             if not path.exists():
                 raise UserError(f"{self.out}: not empty and not a run folder; give another --out")
-            if not self.args.resume or json.loads(path.read_text()) != config:
+            if not (self.args.resume and trains_alike(json.loads(path.read_text()), config)):
                 aside = self.out.with_name(self.out.name + ".old")
                 shutil.rmtree(aside, ignore_errors=True)
                 self.out.rename(aside)
@@ -1062,21 +1038,18 @@ class Run:
         self._before += total
 
     def _save(self, stage: str, step: int, total: int, state: dict[str, Any]) -> None:
-        self.flush()
+        self._settle()
         for name, thing in state.items():
-            if isinstance(thing, nn.Module) and not all(
-                p.isfinite().all() for p in thing.parameters()
-            ):
-                raise UserError(
-                    f"weights of {name} are not finite at step {step} of {stage}; {self._kept()}"
-                )
+            weights = thing.parameters() if isinstance(thing, nn.Module) else ()
+            if not all(p.isfinite().all() for p in weights):
+                where = f"at step {step} of {stage}"
+                raise UserError(f"weights of {name} are not finite {where}; {self._kept()}")
+        cuda = self.device.type == "cuda"
         record = {
             "step": step,
             "state": {name: thing.state_dict() for name, thing in state.items()},
             "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state(self.device)
-            if self.device.type == "cuda"
-            else None,
+            "cuda_rng": torch.cuda.get_rng_state(self.device) if cuda else None,
         }
         self._checkpoint = {
             "format": "sim2real-1",
@@ -1084,14 +1057,17 @@ class Run:
             "net": record["state"].get("net", self._checkpoint.get("net")),
             "stages": {**self._stages, stage: record},
             "seconds": self.seconds(),
+            "pending": self._pending,
             "scalars_bytes": (self.out / "scalars.json").stat().st_size,
         }
         buffer = io.BytesIO()  # torch reports a full disk as an internal error, a file as one
         torch.save(self._checkpoint, buffer)
         with replacing(self.out / "checkpoint.pt") as temporary:
             temporary.write_bytes(buffer.getbuffer())
-        if step == total:
-            self._stages[stage] = copy.deepcopy(record)  # the live tensors go on changing
+        if step == total:  # a copy, since the live tensors go on changing
+            buffer.seek(0)
+            saved = torch.load(buffer, map_location="cpu", weights_only=True)
+            self._stages[stage] = saved["stages"][stage]
 
     def _restore(self, stage: str, state: dict[str, Any]) -> int:
         """Puts the saved state of a stage back. -> the step that it was saved after, 0 for none."""
@@ -1103,7 +1079,7 @@ class Run:
         torch.set_rng_state(record["rng"])
         if record["cuda_rng"] is not None:
             torch.cuda.set_rng_state(record["cuda_rng"], self.device)
-        self._stages[stage] = copy.deepcopy(record)
+        self._stages[stage] = record
         return record["step"]
 
     # Scalars .................................................................................
@@ -1119,21 +1095,22 @@ class Run:
             self.flush()
 
     def flush(self) -> None:
-        if not self._pending:
-            return
-        steps, rows = zip(*self._pending, strict=True)
-        self._pending = []
-        means = {}
-        for key in rows[-1]:
-            column = torch.tensor([float(row[key]) for row in rows if key in row])
-            if key == "loss" and not column.isfinite().all():
-                bad = int((~column.isfinite()).nonzero()[0])
-                raise UserError(
-                    f"loss is {float(column[bad])} at step {steps[bad]}; {self._kept()}"
-                )
-            means[key] = float(column.mean())
-        means["memory"] = peak_memory_mb(self.device)
-        self._write({**means, "iter": steps[-1], "step": steps[-1]})
+        """Writes the means of what was logged and not written yet."""
+        if self._pending:
+            self._settle()
+            steps, rows = zip(*self._pending, strict=True)
+            columns = {key: [row[key] for row in rows if key in row] for key in rows[-1]}
+            means = {key: sum(column) / len(column) for key, column in columns.items()}
+            memory = peak_memory_mb(self.device)
+            self._write({**means, "memory": memory, "iter": steps[-1], "step": steps[-1]})
+            self._pending = []
+
+    def _settle(self) -> None:
+        """Fetches the logged tensors from the device; UserError at a loss that is not finite."""
+        self._pending = [(s, {k: float(v) for k, v in row.items()}) for s, row in self._pending]
+        for step, row in self._pending:
+            if not math.isfinite(row.get("loss", 0.0)):
+                raise UserError(f"loss is {row['loss']} at step {step}; {self._kept()}")
 
     def _write(self, line: dict[str, Any]) -> None:
         with (self.out / "scalars.json").open("a") as file:
@@ -1141,9 +1118,7 @@ class Run:
 
     def _kept(self) -> str:
         path = self.out / "checkpoint.pt"
-        return (
-            f"the last good checkpoint is {path}" if path.exists() else "no checkpoint was due yet"
-        )
+        return f"last good checkpoint: {path if path.exists() else 'none was due yet'}"
 
     def seconds(self) -> float:
         return self._seconds_before + time.perf_counter() - self._started
@@ -1172,20 +1147,16 @@ class Run:
             self.args.seed,
             miou=scores(confusion.sum(axis=0))["mIoU"],
             iou={
-                c: None if np.isnan(v) else float(v)
+                c: None if v != v else float(v)
                 for c, v in zip(self.classes, per_class, strict=True)
             },
             target_labels=target_labels,
             steps=self.args.steps if steps is None else steps,
             seconds=self.seconds(),
             peak_memory_mb=peak_memory_mb(self.device),
-            device=device_name(self.device),
+            device=torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
             commit=commit(),
-            versions={
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "numpy": np.__version__,
-            },
+            versions={m.__name__: m.__version__ for m in (torch, np)},
         )
         write_csvs(self.out)
         write_json(self.out / "result.json", asdict(self.result))
@@ -1198,16 +1169,22 @@ class Run:
 
 def configuration(args: Any, method: str) -> dict[str, Any]:
     """What decides a run's result: its arguments (resolved) and the files that it reads."""
-    digest, benchmark = hashlib.sha256(), BENCHMARKS[args.benchmark]
+    benchmark, digests = BENCHMARKS[args.benchmark], []
     parts = ((benchmark.source, "train"), (benchmark.target, "train"), (benchmark.target, "test"))
     for dataset, part in parts:
         root = dataset_root(args.data, dataset)
         listing = list_files(dataset, root, part, args.variants)
-        for path in (*sum(listing.pairs, ()), *listing.unlabelled):
-            digest.update(f"{path.relative_to(root)} {path.stat().st_size}\n".encode())
-    config = {"method": method, **asdict(args), "files": digest.hexdigest()[:16]}
+        files = [*itertools.chain(*listing.pairs), *listing.unlabelled]
+        sizes = [(path.relative_to(root).as_posix(), path.stat().st_size) for path in files]
+        digests.append(hashlib.sha256(json.dumps(sizes).encode()).hexdigest()[:16])
+    config = {"method": method, **asdict(args), "files": digests[:2], "test_files": digests[2]}
     del config["out"], config["resume"]
     return json.loads(json.dumps(config, default=str))
+
+
+def trains_alike(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two configurations end with the same weights: the test set has no part in them."""
+    return {**one, "test_files": ""} == {**other, "test_files": ""}
 
 
 def finished(args: Any, method: str) -> Result | None:
@@ -1218,12 +1195,6 @@ def finished(args: Any, method: str) -> Result | None:
     except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
         return None
     return Result(**row) if args.resume and config == configuration(args, method) else None
-
-
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type}, {torch.get_num_threads()} threads"
 
 
 def read_scalars(folder: Path) -> list[dict[str, Any]]:
@@ -1245,7 +1216,7 @@ def write_csvs(folder: Path) -> None:
             writer.writerows(rows)
 
 
-# ---- Figures --------------------------------------------------------------------------------------
+# ---- Figures ------------------------------------------------------------------------------------
 def save_figure(figure: Any, path: Path) -> None:
     import matplotlib.pyplot as plt
 
@@ -1271,7 +1242,7 @@ def draw_curves(folder: Path) -> None:
 
 
 def draw_sheet(path: Path, columns: dict[str, list[np.ndarray]], classes: Sequence[str]) -> None:
-    """Pictures in titled columns, uint8 [h,w,3] each, or label maps [h,w], over a legend of classes."""
+    """Pictures, uint8 [h,w,3], or label maps [h,w], in titled columns over a legend of classes."""
     import matplotlib.pyplot as plt
     from matplotlib.patches import Patch
 
@@ -1312,12 +1283,12 @@ def draw_predictions(path: Path, part: Part, networks: dict[str, Network], count
     draw_sheet(path, columns, classes)
 
 
-# ---- The supervised recipe ------------------------------------------------------------------------
+# ---- The supervised recipe ----------------------------------------------------------------------
 AUX_WEIGHT = 0.4  # of each auxiliary head's loss
 
 
 def segmentation_loss(outputs: Sequence[Tensor], labels: Tensor) -> Tensor:
-    """Cross-entropy of the logits plus AUX_WEIGHT times that of each auxiliary head. -> scalar, nats.
+    """Cross-entropy of the logits plus AUX_WEIGHT times that of each auxiliary head, in nats.
 
     outputs: [B,C,H,W] each; labels [B,H,W]. The mean is over valid pixels, 0 where there is none.
     """
@@ -1379,7 +1350,7 @@ def train(
         )
 
 
-# ---- Command line ---------------------------------------------------------------------------------
+# ---- Command line -------------------------------------------------------------------------------
 UNWRITABLE = {
     errno.ENOSPC,
     errno.EROFS,
@@ -1425,7 +1396,7 @@ class LookArgs:
     variants: tuple[str, ...] = ("clone",)
     """Variants of VKITTI2 to look at."""
     smooth: float = 0.01
-    """CLS_SMOOTH of the class weights 1 / (count + smooth * total), scaled to sum to their number."""
+    """CLS_SMOOTH of the class weights 1 / (count + smooth * total), scaled to a mean of 1."""
     out: Path = Path("runs/look")
     """Folder for DATASET-PART.csv and DATASET-PART.png."""
 
@@ -1452,18 +1423,14 @@ def look(args: LookArgs) -> None:
         return ids.shape, np.bincount(ids.ravel(), minlength=256)
 
     sizes, pixels, images = Counter(), np.zeros(256, np.int64), np.zeros(256, np.int64)
-    with (
-        ThreadPoolExecutor(os.cpu_count()) as pool,
-        progress("reading", len(listing.pairs)) as advance,
-    ):
-        for start in range(0, len(listing.pairs), 256):
-            for shape, counts in pool.map(count, listing.pairs[start : start + 256]):
-                sizes[shape] += 1
-                pixels += counts
-                images += counts > 0
-                advance()
+    with progress("reading", len(listing.pairs)) as advance:
+        for shape, counts in in_threads(count, listing.pairs):
+            sizes[shape] += 1
+            pixels += counts
+            images += counts > 0
+            advance()
     valid = pixels[: len(classes)]
-    weights = class_weights(valid, args.smooth)
+    weights = class_weights(valid, args.smooth, classes)
     rows = [
         (name, int(valid[c]), valid[c] / max(1, valid.sum()), int(images[c]), weights[c])
         for c, name in enumerate(classes)

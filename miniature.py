@@ -104,12 +104,13 @@ class Domain:
     grass: tuple[RGB, ...]
     leaves: tuple[RGB, ...]
     facades: tuple[RGB, ...]
-    rare: tuple[int, ...]  # every image shows the next three of these
+    rare: tuple[int, ...]  # every image shows the next five of these
     barriers: tuple[int, ...]  # what may stand between street and plots
     texture: float  # contrast of surfaces
     haze: Range  # extinction, 1/m
     exposure: Range  # stops
     tint: RGB  # gain of each channel
+    balance: float  # its deviation from image to image, as a logarithm
     saturation: float
     contrast: float
     black: float  # lifted black level, 0..1
@@ -136,24 +137,24 @@ DOMAINS = {
         leaves=((0.22, 0.45, 0.12), (0.32, 0.52, 0.16)),
         facades=((0.82, 0.72, 0.55), (0.75, 0.45, 0.35), (0.88, 0.86, 0.8)),
         rare=ROADSIDE, barriers=(RAIL, STATIC), texture=0.12, haze=(0.0005, 0.002),
-        exposure=(-0.2, 0.2), tint=(1, 1, 1), saturation=1.25, contrast=1.0, black=0.0, blur=0.0,
-        noise=0.0, vignette=0.0, jpeg=0,
+        exposure=(-0.2, 0.2), tint=(1, 1, 1), balance=0.015, saturation=1.25, contrast=1.0,
+        black=0.0, blur=0.0, noise=0.0, vignette=0.0, jpeg=0,
     ),
     "kitti": Domain(
-        2, (96, 256), (GLARE, GLARE, AFTERNOON), 0.55, (1.6, 1.7), (0.38, 0.52), 0.1, 0.004,
-        (3.0, 6.0), (2.2, 5.0), (0, 2.2), (0.5, 4), (7, 20), 0.5, (1, 3), (40, 120),
+        2, (96, 256), (GLARE, NOON, AFTERNOON, AFTERNOON), 0.55, (1.6, 1.7), (0.38, 0.52), 0.1,
+        0.004, (3.0, 6.0), (2.2, 5.0), (0, 2.2), (0.5, 4), (7, 20), 0.5, (1, 3), (40, 120),
         parked=4.0, traffic=1.5, people=0.5, trees=10, bare=0.15, poles=4,
         asphalt=((0.40, 0.41, 0.43), (0.33, 0.33, 0.35)), paving=((0.62, 0.60, 0.56),),
         grass=((0.33, 0.40, 0.18), (0.40, 0.40, 0.24)),
         leaves=((0.20, 0.28, 0.10), (0.28, 0.34, 0.14), (0.18, 0.25, 0.12)),
         facades=BRICKS + PLASTER,
         rare=ROADSIDE, barriers=(FENCE, WALL, VEGETATION), texture=0.3, haze=(0.0, 0.002),
-        exposure=(-0.1, 0.6), tint=(0.97, 1.0, 1.04), saturation=0.9, contrast=1.15, black=0.0,
-        blur=0.4, noise=4.0, vignette=0.15, jpeg=70,
+        exposure=(-0.1, 0.6), tint=(0.97, 1.0, 1.04), balance=0.0, saturation=0.9, contrast=1.1,
+        black=0.0, blur=0.4, noise=4.0, vignette=0.15, jpeg=70,
     ),
     "gta5": Domain(
         3, (112, 208), (NOON, AFTERNOON, OVERCAST, GLOOM, DUSK, GLARE), 0.7, (1.3, 2.2),
-        (0.36, 0.56), 0.3, 0.004, (3.5, 9.0), (2.0, 6.0), (1.5, 4.5), (0, 0.5), (8, 22), 0.75,
+        (0.36, 0.56), 0.3, 0.004, (3.0, 8.0), (2.0, 5.5), (1.5, 6.0), (0, 1.0), (8, 22), 0.75,
         (2, 7), (25, 120),
         parked=3.0, traffic=2.0, people=4.0, trees=4, bare=0.4, poles=4,
         asphalt=((0.42, 0.42, 0.42), (0.36, 0.37, 0.39), (0.46, 0.44, 0.42), (0.30, 0.30, 0.31)),
@@ -162,20 +163,20 @@ DOMAINS = {
         leaves=((0.25, 0.30, 0.14), (0.20, 0.26, 0.15), (0.34, 0.36, 0.18)),
         facades=BRICKS + PLASTER,
         rare=STREET, barriers=(FENCE, WALL, VEGETATION), texture=0.35, haze=(0.0, 0.006),
-        exposure=(-0.9, 0.6), tint=(1, 1, 1), saturation=1.0, contrast=1.0, black=0.0, blur=0.3,
-        noise=1.5, vignette=0.1, jpeg=0,
+        exposure=(-0.9, 0.6), tint=(1, 1, 1), balance=0.05, saturation=1.0, contrast=1.0,
+        black=0.0, blur=0.3, noise=1.5, vignette=0.1, jpeg=0,
     ),
     "cityscapes": Domain(
-        4, (128, 256), (HAZY, HAZY, OVERCAST, GLOOM), 0.62, (1.15, 1.3), (0.36, 0.46), 0.1, 0.002,
-        (4.0, 7.0), (3.0, 6.5), (2.0, 4.0), (0, 1.5), (12, 28), 0.7, (3, 6), (40, 120),
+        4, (128, 256), (HAZY, HAZY, OVERCAST, GLOOM), 0.62, (1.2, 1.4), (0.38, 0.47), 0.1, 0.002,
+        (3.5, 6.0), (2.5, 5.5), (3.0, 5.5), (0, 1.5), (12, 28), 0.7, (3, 6), (40, 120),
         parked=4.0, traffic=2.0, people=5.0, trees=5, bare=0.1, poles=4,
         asphalt=((0.40, 0.41, 0.40), (0.35, 0.36, 0.36)),
         paving=((0.52, 0.51, 0.50), (0.50, 0.46, 0.44)),
         grass=((0.28, 0.40, 0.18),), leaves=((0.18, 0.28, 0.12), (0.22, 0.30, 0.14)),
         facades=PLASTER,
-        rare=STREET, barriers=(FENCE, WALL, VEGETATION), texture=0.25, haze=(0.002, 0.006),
-        exposure=(-0.5, 0.1), tint=(0.92, 1.0, 0.94), saturation=0.75, contrast=0.85, black=0.03,
-        blur=0.5, noise=2.5, vignette=0.2, jpeg=0, bonnet=True,
+        rare=STREET, barriers=(FENCE, WALL, VEGETATION), texture=0.3, haze=(0.002, 0.006),
+        exposure=(-0.3, 0.2), tint=(0.90, 1.0, 0.92), balance=0.01, saturation=0.85, contrast=0.86,
+        black=0.03, blur=0.5, noise=2.0, vignette=0.2, jpeg=0, bonnet=True,
     ),
 }  # fmt: skip
 
@@ -389,8 +390,8 @@ class Scene:
             light *= 1 - amount * ((y % 0.35 < 0.05) | (u % 0.8 < 0.05))
             light[y > plot.height - 0.15] *= 1.3
         elif plot.label == FENCE:
-            bars = (u % 2.0 < 0.12) | (y > plot.height - 0.12) | (u % (0.1 * plot.bay) < 0.07)
-            opaque = solid & bars
+            pickets = 0.1 * plot.bay  # their spacing
+            opaque = solid & ((y > plot.height - 0.12) | (u % pickets < 0.55 * pickets))
         elif plot.label == RAIL:
             opaque = solid & ((y > 0.35) | (u % 2.0 < 0.12))
         colour = plot.colour * light[..., None]
@@ -435,10 +436,11 @@ PAINTS = {
 }  # fmt: skip
 
 
-def sides(scene: Scene, x: float, z: float, yaw: float, span: Range, width: float, y: Range,
-          slant: float = 0.0) -> Iterator[tuple[int, Callable, float]]:  # fmt: skip
-    """The visible upright sides of a box that narrows by slant towards its top: which one (0 rear,
-    1 right, 2 front, 3 left), a map from its coordinates s, t (0..1) to px, cosine to the sun."""
+def sides(
+    scene: Scene, x: float, z: float, yaw: float, span: Range, width: float, y: Range, slant: float
+) -> Iterator[tuple[int, Callable, float]]:
+    """The visible sides of an upright box that narrows by slant towards its top: which one (0 rear,
+    1 right, 2 front, 3 left, 4 top), a map from s, t in 0..1 on it to px, cosine to the sun."""
     c, s = math.cos(yaw), math.sin(yaw)
 
     def corner(k: int, t: float) -> tuple[float, float]:
@@ -446,6 +448,9 @@ def sides(scene: Scene, x: float, z: float, yaw: float, span: Range, width: floa
         v = (0.5 if k in (1, 2) else -0.5) * (width - 0.7 * slant * t)
         return x + c * v + s * u, z - s * v + c * u
 
+    if y[1] < scene.eye and z > 1 - span[0]:
+        top = [scene.project(px, y[1], pz) for px, pz in (corner(k, 1) for k in range(4))]
+        yield 4, lambda s, t: top[round(s) ^ (3 * round(t))], 0.9
     for k in range(4):
         (ax, az), (bx, bz) = corner(k, 0), corner((k + 1) % 4, 0)
         nx, nz = bz - az, ax - bx  # outward
@@ -471,71 +476,74 @@ def vehicle(scene: Scene, x: float, z: float, yaw: float, label: int) -> None:
     tall *= rng.uniform(0.95, 1.1)
     hues = PAINTS.get(label, PAINTS[CAR])
     paint = linear(hues[rng.integers(len(hues))]) * rng.uniform(0.7, 1.2)
+    load = scene.colour("facades") * 0.5 + 0.5 * paint
     rear, black, glass = -long / 2, (0.012, 0.012, 0.014), (0.045, 0.055, 0.065)
-    for _, at, _ in sides(scene, x, z, yaw, (rear, -rear), wide, (0, 0.5)):
-        scene.fill(quad(at, 0.03, 0.97, 0.2, 1), scene.tone(black, z), label)
+    glazed = rear + start * long, rear + stop * long
+    lamps = {0: (0.5, 0.02, 0.02), 2: (0.8, 0.8, 0.75)}  # at the rear, at the front
+    boxes = {  # along, width, up, slant, colour
+        "axles": ((rear, -rear), 0.94 * wide, (0.1, 0.5), 0, black),
+        "body": ((rear, -rear), wide, (0.25, belt), 0, paint),
+        "cabin": (glazed, 0.97 * wide, (belt, tall), slant, paint),
+        "cargo": ((rear, rear + 0.68 * long), wide, (0.9, tall + 0.5), 0, load),
+    }
+    order = ["axles", "cabin", "body"]
+    if label == TRUCK:
+        order = ["axles", "body"] + ["cabin", "cargo"][:: 1 if math.cos(yaw) > 0 else -1]
+    for name in order:
+        span, width, up, lean, colour = boxes[name]
+        for k, at, sun in sides(scene, x, z, yaw, span, width, up, lean):
+            scene.fill(quad(at, 0, 1, 0, 1), scene.tone(colour, z, sun), label)
+            if name == "cabin" and k < 4 and not (label == TRUCK and k == 0):
+                panes = max(2, round((stop - start) * long / 1.7)) if k % 2 else 1
+                for n in range(panes):
+                    pane = quad(at, (n + 0.07) / panes, (n + 0.93) / panes, 0.06, 0.82)
+                    scene.fill(pane, scene.tone(glass, z, sun))
+            elif name == "cargo" and k < 4:
+                scene.fill(quad(at, 0.48, 0.5, 0, 1), scene.tone(0.4 * load, z, sun))
+            elif name == "body" and k < 4:
+                scene.fill(quad(at, 0, 1, 0, 0.25), scene.tone(0.4 * paint, z, sun))
+                if k in lamps:
+                    for s in (0.02, 0.82):
+                        scene.fill(quad(at, s, s + 0.16, 0.55, 0.85), scene.tone(lamps[k], z, 0.8))
+                    scene.fill(quad(at, 0.36, 0.64, 0.3, 0.5), scene.tone((0.6, 0.58, 0.4), z))
+                else:
+                    wheels(scene, at, z, long, belt, label)
 
-    def cabin() -> None:
-        span = rear + start * long, rear + stop * long
-        for k, at, sun in sides(scene, x, z, yaw, span, 0.97 * wide, (belt, tall), slant):
-            scene.fill(quad(at, 0, 1, 0, 1), scene.tone(paint, z, sun), label)
-            panes = max(2, round((stop - start) * long / 1.7)) if k % 2 else 1
-            for n in range(panes if k % 2 or label != TRUCK or k == 2 else 0):
-                pane = quad(at, (n + 0.07) / panes, (n + 0.93) / panes, 0.06, 0.82)
-                scene.fill(pane, scene.tone(glass, z, sun))
 
-    def body() -> None:
-        for k, at, sun in sides(scene, x, z, yaw, (rear, -rear), wide, (0.25, belt)):
-            scene.fill(quad(at, 0, 1, 0, 1), scene.tone(paint, z, sun), label)
-            scene.fill(quad(at, 0, 1, 0, 0.25), scene.tone(0.4 * paint, z, sun))
-            lamp = (0.5, 0.02, 0.02) if k == 0 else (0.8, 0.8, 0.75)
-            for s in (0.02, 0.82) if k % 2 == 0 else ():
-                scene.fill(quad(at, s, s + 0.16, 0.55, 0.85), scene.tone(lamp, z, 0.8))
-            if k % 2 == 0:
-                scene.fill(quad(at, 0.36, 0.64, 0.3, 0.5), scene.tone((0.6, 0.58, 0.4), z))
-            radius = 0.32 if long < 6 else 0.45
-            for s in (0.18, 0.82) if k % 2 else ():
-                for r, grey in ((radius, 0.01), (0.55 * radius, 0.15)):
-                    ring = [at(s + r * math.cos(a) / long, (radius + r * math.sin(a) - 0.25) /
-                               (belt - 0.25)) for a in np.arange(12) * math.pi / 6]  # fmt: skip
-                    scene.fill(ring, scene.tone((grey,) * 3, z), label)
-
-    def cargo() -> None:
-        box = sides(scene, x, z, yaw, (rear, rear + 0.68 * long), wide, (0.9, tall + 0.5))
-        load = scene.colour("facades") * 0.5 + 0.5 * paint
-        for _, at, sun in box:
-            scene.fill(quad(at, 0, 1, 0, 1), scene.tone(load, z, sun), label)
-            scene.fill(quad(at, 0.48, 0.5, 0, 1), scene.tone(0.4 * load, z, sun))
-
-    order = (body, cabin, cargo) if math.cos(yaw) > 0 else (body, cargo, cabin)
-    for part in order if label == TRUCK else (cabin, body):
-        part()
+def wheels(scene: Scene, at: Callable, z: float, long: float, belt: float, label: int) -> None:
+    """Two tyres with rims on the side of a body that reaches from 0.25 m up to its belt."""
+    turns, radius = np.arange(12) * math.pi / 6, 0.32 if long < 6 else 0.45
+    for s in (0.18, 0.82):
+        for r, grey in ((radius, 0.01), (0.55 * radius, 0.15)):
+            ring = [(r * math.cos(a) / long, radius + r * math.sin(a)) for a in turns]
+            ring = [at(s + u, (y - 0.25) / (belt - 0.25)) for u, y in ring]
+            scene.fill(ring, scene.tone((grey,) * 3, z), label)
 
 
 # ---- Other things -------------------------------------------------------------------------------
-# Strokes: label (0: of the thing), colour, thickness, from x, y to x, y in metres.
+# Strokes: colour (steel is labelled POLE), thickness, from x, y to x, y in metres.
 STROKES = {
-    PERSON: ((0, "legs", 0.18, -0.07, 0.85, -0.16, 0.08), (0, "legs", 0.18, 0.07, 0.85, 0.16, 0.08),
-             (0, "coat", 0.13, -0.22, 1.4, -0.30, 0.85), (0, "coat", 0.13, 0.22, 1.4, 0.30, 0.85),
-             (0, "coat", 0.40, 0, 1.0, 0, 1.33), (0, "skin", 0.23, 0, 1.62, 0, 1.66),
-             (0, "hair", 0.22, 0, 1.72, 0, 1.72)),
-    RIDER: ((0, "legs", 0.19, -0.05, 0.95, 0.15, 0.30), (0, "coat", 0.40, 0, 1.1, 0.05, 1.4),
-            (0, "coat", 0.14, 0.1, 1.4, 0.42, 1.05), (0, "skin", 0.23, 0.08, 1.7, 0.08, 1.75),
-            (0, "hair", 0.24, 0.08, 1.8, 0.08, 1.82)),
-    BICYCLE: ((0, "tyre", 0.70, -0.52, 0.35, -0.52, 0.35), (0, "tyre", 0.70, 0.52, 0.35, 0.52, 0.35),
-              (0, "rim", 0.56, -0.52, 0.35, -0.52, 0.35), (0, "rim", 0.56, 0.52, 0.35, 0.52, 0.35),
-              (0, "paint", 0.10, -0.52, 0.35, -0.1, 0.9), (0, "paint", 0.10, -0.15, 0.8, 0.45, 0.85),
-              (0, "paint", 0.10, 0.0, 0.35, 0.42, 0.8), (0, "tyre", 0.10, 0.52, 0.35, 0.4, 1.0)),
-    MOTORCYCLE: ((0, "tyre", 0.66, -0.62, 0.33, -0.62, 0.33),
-                 (0, "tyre", 0.66, 0.62, 0.33, 0.62, 0.33), (0, "rim", 0.3, -0.62, 0.33, -0.62, 0.33),
-                 (0, "rim", 0.3, 0.62, 0.33, 0.62, 0.33), (0, "paint", 0.50, -0.45, 0.65, 0.3, 0.7),
-                 (0, "tyre", 0.2, -0.7, 0.85, 0.0, 0.85), (0, "paint", 0.2, 0.62, 0.4, 0.45, 1.1)),
-    LIGHT: ((POLE, "steel", 0.16, 0, 0, 0, 2.4), (0, "tyre", 0.46, 0, 2.4, 0, 3.2),
-            (0, "green", 0.26, 0, 2.42, 0, 2.42), (0, "amber", 0.26, 0, 2.8, 0, 2.8),
-            (0, "red", 0.26, 0, 3.18, 0, 3.18)),
-    POLE: ((0, "steel", 0.22, 0, 0, 0, 7.5), (0, "steel", 0.12, 0, 7.5, 1.8, 7.8),
-           (0, "steel", 0.2, 1.4, 7.7, 2.1, 7.8)),
-    SIGN: ((POLE, "steel", 0.10, 0, 0, 0, 2.3),),
+    PERSON: (("legs", 0.22, -0.08, 0.85, -0.17, 0.1), ("legs", 0.22, 0.08, 0.85, 0.17, 0.1),
+             ("coat", 0.16, -0.24, 1.4, -0.33, 0.85), ("coat", 0.16, 0.24, 1.4, 0.33, 0.85),
+             ("coat", 0.46, 0, 1.0, 0, 1.3), ("skin", 0.26, 0, 1.62, 0, 1.66),
+             ("hair", 0.25, 0, 1.72, 0, 1.72)),
+    RIDER: (("legs", 0.24, -0.05, 0.95, 0.15, 0.30), ("coat", 0.50, 0, 1.1, 0.05, 1.4),
+            ("coat", 0.14, 0.1, 1.4, 0.42, 1.05), ("skin", 0.26, 0.08, 1.7, 0.08, 1.75),
+            ("hair", 0.28, 0.08, 1.8, 0.08, 1.82)),
+    BICYCLE: (("tyre", 0.70, -0.52, 0.35, -0.52, 0.35), ("tyre", 0.70, 0.52, 0.35, 0.52, 0.35),
+              ("rim", 0.56, -0.52, 0.35, -0.52, 0.35), ("rim", 0.56, 0.52, 0.35, 0.52, 0.35),
+              ("paint", 0.10, -0.52, 0.35, -0.1, 0.9), ("paint", 0.10, -0.15, 0.8, 0.45, 0.85),
+              ("paint", 0.10, 0.0, 0.35, 0.42, 0.8), ("tyre", 0.10, 0.52, 0.35, 0.4, 1.0)),
+    MOTORCYCLE: (("tyre", 0.66, -0.62, 0.33, -0.62, 0.33),
+                 ("tyre", 0.66, 0.62, 0.33, 0.62, 0.33), ("rim", 0.3, -0.62, 0.33, -0.62, 0.33),
+                 ("rim", 0.3, 0.62, 0.33, 0.62, 0.33), ("paint", 0.50, -0.45, 0.65, 0.3, 0.7),
+                 ("tyre", 0.2, -0.7, 0.85, 0.0, 0.85), ("paint", 0.2, 0.62, 0.4, 0.45, 1.1)),
+    LIGHT: (("steel", 0.24, 0, 0, 0, 2.4), ("tyre", 0.60, 0, 2.4, 0, 3.3),
+            ("green", 0.36, 0, 2.42, 0, 2.42), ("amber", 0.36, 0, 2.85, 0, 2.85),
+            ("red", 0.36, 0, 3.28, 0, 3.28)),
+    POLE: (("steel", 0.36, 0, 0, 0, 7.5), ("steel", 0.12, 0, 7.5, 1.8, 7.8),
+           ("steel", 0.2, 1.4, 7.7, 2.1, 7.8)),
+    SIGN: (("steel", 0.24, 0, 0, 0, 2.3),),
 }  # fmt: skip
 CLOTHES = ((0.08, 0.08, 0.10), (0.15, 0.18, 0.30), (0.40, 0.40, 0.40), (0.50, 0.12, 0.10),
            (0.75, 0.74, 0.70), (0.20, 0.25, 0.18), (0.35, 0.25, 0.18))  # fmt: skip
@@ -546,7 +554,7 @@ ENAMEL = (((0.70, 0.05, 0.05), (0.9, 0.9, 0.9)), ((0.05, 0.2, 0.6), (0.9, 0.9, 0
 def upright(scene: Scene, x: float, z: float, yaw: float, label: int) -> None:
     """People, cycles, lights, lamps and signs: flat figures made of strokes."""
     rng = scene.rng
-    size, turn = rng.uniform(0.9, 1.1), math.cos(yaw)
+    size, turn = rng.uniform(1.0, 1.25), math.cos(yaw)
     coat, legs = (linear(CLOTHES[rng.integers(len(CLOTHES))]) for _ in range(2))
     steel = rng.uniform(0.03, 0.3)
     inks = {"coat": coat, "legs": legs, "skin": (0.42, 0.26, 0.19), "hair": rng.uniform(0, 0.1, 3),
@@ -556,17 +564,18 @@ def upright(scene: Scene, x: float, z: float, yaw: float, label: int) -> None:
     lamps = {"red": (255, 50, 40), "amber": (255, 190, 50), "green": (40, 255, 150)}
     glowing = rng.choice(list(lamps))
     inks |= {name: glow if name == glowing else inks["rim"] for name, glow in lamps.items()}
-    for own, ink, thick, *ends in STROKES[label]:
-        ax, ay, bx, by = (size * end for end in ends)
-        a, b = (x + turn * ax, ay), (x + turn * bx, by)
-        scene.rod(a, b, z, thick * size, inks[ink], own or label)
+    for ink, *metres in STROKES[label]:
+        thick, ax, ay, bx, by = (size * value for value in metres)
+        mark = POLE if ink == "steel" else label
+        scene.rod((x + turn * ax, ay), (x + turn * bx, by), z, thick, inks[ink], mark)
     if label == SIGN:
         colours, corners = ENAMEL[rng.integers(len(ENAMEL))], (3, 4, 12)[rng.integers(3)]
         for share, colour, mark in ((1, colours[0], SIGN), (0.65, colours[1], 0)):
             turns = 2 * math.pi * (np.arange(corners) + 0.5 * (corners == 4)) / corners
-            plate = [scene.project(x + 0.55 * size * share * math.sin(a),
-                                   2.5 + 0.55 * size * share * math.cos(a), z) for a in turns]  # fmt: skip
-            scene.fill(plate, scene.tone(linear(colour), z, 0.6), mark)
+            r = 0.62 * size * share
+            plate = [(x + r * math.sin(a), 2.5 + r * math.cos(a), z) for a in turns]
+            points = [scene.project(*corner) for corner in plate]
+            scene.fill(points, scene.tone(linear(colour), z, 0.6), mark)
 
 
 def ridden(scene: Scene, x: float, z: float, yaw: float, label: int) -> None:
@@ -673,7 +682,8 @@ def furnish(scene: Scene, rare: list[int]) -> Iterator[Thing]:
         return max(near, min(near * (far / near) ** rng.random(), scene.end - 3))
 
     def beside(side: int, share: float) -> float:  # 0: the kerb, 1: the plots
-        return side * (scene.edge[side] + 0.3 + share * (scene.front(side) - scene.edge[side] - 0.6))
+        kerb, plots = scene.edge[side] + 0.3, scene.front(side) - 0.3
+        return side * (kerb + share * (plots - kerb))
 
     for side in (-1, 1):
         ahead = math.pi * (side < 0)
@@ -684,27 +694,28 @@ def furnish(scene: Scene, rare: list[int]) -> Iterator[Thing]:
             x = side * rng.uniform(0.2, 0.6) * scene.edge[side]
             yield x, depth(8, 70), ahead + rng.normal(0, 0.05), CAR, vehicle
         for _ in range(rng.poisson(d.people / 2)):
-            yield beside(side, rng.random()), depth(6, 40), rng.uniform(0, 1), PERSON, upright
+            yield beside(side, rng.random()), depth(5, 22), rng.uniform(0, 1), PERSON, upright
         for _ in range(rng.poisson(d.trees / 2)):
             yield beside(side, rng.uniform(0.4, 1.8)), depth(8, 80), 0, TREE, tree
         for _ in range(rng.poisson(d.poles / 2)):
             label = (POLE, POLE, SIGN, LIGHT)[rng.integers(4)]
-            yield beside(side, 0.1), depth(6, 50), ahead + math.pi, label, upright
+            yield beside(side, 0.1), depth(5, 25), ahead + math.pi, label, upright
     for label in rare:
         side = rng.choice((-1, 1))
-        ahead, across = math.pi * (side < 0), rng.random() < 0.25
+        ahead, across = math.pi * (side < 0), rng.random() < 0.15
         if label in (TRUCK, BUS, TRAIN, VAN):
-            z = rng.uniform(6, 16) + (2 if across else VEHICLES[label][0] / 2)
+            z = rng.uniform(5, 12) + (2 if across else VEHICLES[label][0] / 2)
             yaw = math.pi / 2 * side if across else ahead + rng.normal(0, 0.1)
             yield side * 0.5 * scene.edge[side], z, yaw, label, vehicle
         elif label in (RIDER, MOTORCYCLE):
             kind = MOTORCYCLE if label == MOTORCYCLE or rng.random() < 0.3 else BICYCLE
             yaw = rng.choice((0, math.pi)) + rng.uniform(-1.2, 1.2)
-            yield side * rng.uniform(0.2, 0.9) * scene.edge[side], rng.uniform(5, 11), yaw, kind, ridden
+            x = side * rng.uniform(0.2, 0.9) * scene.edge[side]
+            yield x, rng.uniform(4.5, 8), yaw, kind, ridden
         elif label in (PERSON, BICYCLE, LIGHT, SIGN, POLE):
-            for _ in range(rng.integers(1, 4)):
+            for _ in range(rng.integers(2, 5)):
                 yaw = rng.uniform(-0.8, 0.8)
-                yield beside(side, 0.5 * rng.random()), rng.uniform(5, 12), yaw, label, upright
+                yield beside(side, 0.5 * rng.random()), rng.uniform(4.5, 9), yaw, label, upright
 
 
 def cast_shadows(scene: Scene, rows: list, things: list[Thing]) -> list[float]:
@@ -730,10 +741,10 @@ def cast_shadows(scene: Scene, rows: list, things: list[Thing]) -> list[float]:
             long, wide, high = 2.5, 2.0, 6.0
         shift = high * reach / 2
         for dx, grey in ((shift, int(0.8 * strength)), (0, 0 if paint is tree else 235)):
-            ring = [scene.project(x - side * dx + (wide + dx) * math.cos(a), 0,
-                                  z + long * math.sin(a)) for a in np.arange(16) * math.pi / 8]  # fmt: skip
+            turns = np.arange(16) * math.pi / 8
+            u, v = x - side * dx + (wide + dx) * np.cos(turns), z + long * np.sin(turns)
             if grey:
-                pen.polygon(ring, grey)
+                pen.polygon([scene.project(*at) for at in zip(u, 0 * u, v, strict=True)], grey)
     return sunlit
 
 
@@ -741,7 +752,7 @@ def render(domain: Domain, seed: int, index: int, size: tuple[int, int]) -> tupl
     """One scene -> image (RGB) and labels (L, our ids), both of the size H, W."""
     rng = np.random.default_rng([seed, domain.number, index])
     scene = Scene(domain, rng, size)
-    rare = [domain.rare[(3 * index + k) % len(domain.rare)] for k in range(3)]
+    rare = [domain.rare[(5 * index + k) % len(domain.rare)] for k in range(5)]
     rows = street(scene, rare)
     things = sorted(furnish(scene, rare), key=lambda thing: -thing[1])
     sunlit = cast_shadows(scene, rows, things)
@@ -762,11 +773,12 @@ def develop(scene: Scene) -> Image.Image:
     x = np.asarray(image, np.float32) / 255  # [H,W,3]
     h, w = x.shape[:2]
     grey = x.mean(axis=2, keepdims=True)
-    x = (grey + d.saturation * (x - grey)) * np.array(d.tint, np.float32)
+    gain = np.array(d.tint) * np.exp(rng.normal(0, d.balance, 3))
+    x = (grey + d.saturation * (x - grey)) * gain.astype(np.float32)
     x = d.black + (1 - d.black) * (0.5 + d.contrast * (x - 0.5))
     radius = np.hypot(np.linspace(-1, 1, h)[:, None], np.linspace(-1, 1, w)[None])
     x *= (1 - d.vignette * 0.5 * radius**2)[..., None]
-    x = 255 * x + d.noise * rng.standard_normal(x.shape, np.float32)
+    x = 255 * x + d.noise * rng.standard_normal((h, w, 1), np.float32)
     image = Image.fromarray(x.clip(0, 255).astype(np.uint8))
     if d.jpeg:
         buffer = io.BytesIO()
@@ -803,12 +815,12 @@ def jobs(root: Path, seed: int, scale: float) -> Iterator[Job]:
     for k in range(count(400)):
         yield d, seed, k, d.size, at / f"images/{k + 1:05}.png", at / f"labels/{k + 1:05}.png"
     d, at, index = DOMAINS["cityscapes"], root / "cityscapes", 0
-    for city, full in (("adorf", 100), ("beheim", 100), ("cestadt", 100), ("dehain", 50), ("efurt", 50)):
-        split = "train" if full == 100 else "val"
-        for k in range(count(full, 3)):
-            name = f"{split}/{city}/{city}_{k:06}_000019"
-            image, label = (f"leftImg8bit/{name}_leftImg8bit.png", f"gtFine/{name}_gtFine_labelIds.png")
-            yield d, seed, index, d.size, at / image, at / label
+    for city in ("train/adorf", "train/beheim", "train/cestadt", "val/dehain", "val/efurt"):
+        for k in range(count(100 if city.startswith("train") else 50, 3)):
+            stem = f"{city}/{city.split('/')[1]}_{k:06}_000019"
+            image = at / f"leftImg8bit/{stem}_leftImg8bit.png"
+            label = at / f"gtFine/{stem}_gtFine_labelIds.png"
+            yield d, seed, index, d.size, image, label
             index += 1
 
 
@@ -818,7 +830,7 @@ def draw(job: Job) -> None:
     image, labels = render(domain, seed, index, size)
     for path in (image_path, label_path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    if image_path.suffix == ".jpg":
+    if domain.number == DOMAINS["vkitti2"].number:
         image.save(image_path, quality=95)
         table = np.zeros((256, 3), np.uint8)
         table[list(VKITTI_COLOURS)] = list(VKITTI_COLOURS.values())
@@ -826,7 +838,7 @@ def draw(job: Job) -> None:
     else:
         image.save(image_path, compress_level=1)
         labels = labels.point([{TREE: VEGETATION, VAN: CAR}.get(k, k) for k in range(256)])
-    if domain is DOMAINS["gta5"] or domain.number == 3:
+    if domain.number == DOMAINS["gta5"].number:
         colours = [CITYSCAPES_COLOURS.get(k, (0, 0, 0)) for k in range(256)]
         labels.putpalette([value for colour in colours for value in colour])  # L becomes P
     labels.save(label_path)
@@ -845,22 +857,27 @@ def is_current(out: Path, seed: int = 0, scale: float = 1.0) -> bool:
 
 
 def write(out: Path, seed: int = 0, scale: float = 1.0, workers: int | None = None) -> None:
-    """Writes the four datasets below out, whole or not at all; replaces an older miniature."""
+    """Writes the four datasets below out; none of them is ever there by half.
+
+    An older miniature is replaced. FileExistsError where out holds anything else.
+    """
+    out = Path(out).resolve()
     if is_current(out, seed, scale):
         print(f"{out}: the miniature is there already")
         return
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        if not all((out / name / "miniature.json").is_file() for name in DOMAINS):
-            raise FileExistsError(f"{out}: found other files, expected an empty folder")
+    for found in out.iterdir() if out.exists() else ():
+        if found.name not in DOMAINS or not (found / "miniature.json").is_file():
+            raise FileExistsError(f"{out}: found {found.name}, expected an empty folder")
     part = out.with_name(f"{out.name}.{os.getpid()}.part")
     try:
         with ProcessPoolExecutor(workers or os.cpu_count(), get_context("spawn")) as pool:
             for _ in pool.map(draw, jobs(part, seed, scale), chunksize=8):
                 pass
+        out.mkdir(parents=True, exist_ok=True)
         for name in DOMAINS:
             (part / name / "miniature.json").write_text(marker(name, seed, scale))
-        shutil.rmtree(out, ignore_errors=True)
-        part.rename(out)
+            shutil.rmtree(out / name, ignore_errors=True)
+            (part / name).rename(out / name)
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
@@ -884,7 +901,8 @@ def main() -> None:
     try:
         write(args.out, args.seed, args.scale)
     except OSError as error:
-        sys.exit(f"error: {error}" if not error.filename else f"error: {error.filename}: {error.strerror}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

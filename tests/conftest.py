@@ -1,0 +1,55 @@
+"""Fixtures: a small miniature, real data where it lies beside the project, short runs."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+
+import common  # noqa: E402
+import miniature  # noqa: E402
+
+torch.set_num_threads(1)  # on pictures this small a second thread costs more than it gives
+
+REAL = ROOT.parent / "shared/data"
+
+
+@pytest.fixture(scope="session")
+def mini(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A miniature of a few images a dataset; read only."""
+    folder = tmp_path_factory.mktemp("data") / "mini"
+    miniature.write(folder, seed=0, scale=0.05)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Every test runs in an empty folder, so that caches and run folders are its own."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def real() -> Path:
+    """Real photos and genuine label files, laid beside the project."""
+    if not REAL.is_dir():
+        pytest.skip("the real samples are not beside this checkout (../shared/data)")
+    return REAL
+
+
+@pytest.fixture
+def args(mini: Path) -> common.Args:
+    """A short run on the small miniature."""
+    return common.Args(
+        data=str(mini), steps=6, batch_size=4, size=(32, 64), labelled=2, device="cpu"
+    )
+
+
+def environment() -> dict[str, str]:
+    """Of a script in a process of its own: it finds the project from any folder."""
+    return {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "80", "OMP_NUM_THREADS": "1"}

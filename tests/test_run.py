@@ -1,0 +1,272 @@
+"""Run folder: checkpoints, resuming, scalars, results; and what training may depend on."""
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import environment
+from PIL import Image
+
+import benchmark
+import common
+from common import UserError
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return common.read_checkpoint(folder / "checkpoint.pt")["net"]
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+
+
+def baseline(args: common.Args, row: str, out: str, **changes) -> benchmark.BaselineArgs:
+    fields = {f: getattr(args, f) for f in args.__dataclass_fields__}
+    return benchmark.BaselineArgs(**{**fields, "out": Path(out), **changes}, row=row)
+
+
+# ---- The folder ---------------------------------------------------------------------------------
+def test_a_run_writes_what_the_contract_says(args: common.Args):
+    result = benchmark.run_baseline(baseline(args, "few_label", "run", steps=25))
+    names = {p.relative_to("run").as_posix() for p in Path("run").rglob("*") if p.is_file()}
+    assert names == {
+        "config.json", "result.json", "scalars.json", "loss.csv", "metrics.csv", "checkpoint.pt",
+        "confusion.npy", "figures/curves.png", "figures/predictions.png",
+    }  # fmt: skip
+    row = json.loads(Path("run/result.json").read_text())
+    assert list(row) == [
+        "benchmark", "method", "seed", "status", "error", "miou", "iou", "target_labels", "steps",
+        "seconds", "peak_memory_mb", "device", "commit", "versions",
+    ]  # fmt: skip
+    assert (row["method"], row["target_labels"], row["steps"]) == ("few_label", 2, 25)
+    assert row["miou"] == result.miou and row["peak_memory_mb"] < 2000
+    confusion = np.load("run/confusion.npy")
+    assert common.scores(confusion.sum(axis=0))["mIoU"] == result.miou
+
+    lines = common.read_scalars(Path("run"))
+    training = [line for line in lines if "mIoU" not in line]
+    evaluation = [line for line in lines if "mIoU" in line]
+    assert all({"loss", "lr", "iter", "step"} <= set(line) for line in training)
+    assert all({"mIoU", "aAcc", "mAcc", "step"} == set(line) for line in evaluation)
+    steps = [line["step"] for line in lines]
+    assert steps == sorted(steps) and steps[-1] == 25 and evaluation[-1]["mIoU"] == result.miou
+    with open("run/metrics.csv") as file:
+        assert [float(r["mIoU"]) for r in csv.DictReader(file)] == [e["mIoU"] for e in evaluation]
+
+
+def test_the_learning_rate_that_is_logged_is_the_schedule(args: common.Args):
+    """40 steps: two of warm-up, then polynomial decay; the log says the mean over ten steps."""
+    benchmark.run_baseline(baseline(args, "source_only", "run", steps=40, lr=0.1))
+    logged = {line["step"]: line["lr"] for line in common.read_scalars(Path("run")) if "lr" in line}
+    exact = [0.1 * min(1, t / 2) * (1 - (t - 1) / 40) ** 0.9 for t in range(1, 41)]
+    assert list(logged) == [10, 20, 30, 40]
+    for end, value in logged.items():
+        assert value == pytest.approx(np.mean(exact[end - 10 : end]))
+
+
+def test_a_finished_run_is_not_repeated_and_another_moves_it_aside(args: common.Args):
+    first = benchmark.run_baseline(baseline(args, "source_only", "run"))
+    stamp = Path("run/checkpoint.pt").stat().st_mtime_ns
+    assert benchmark.run_baseline(baseline(args, "source_only", "run")) == first
+    assert Path("run/checkpoint.pt").stat().st_mtime_ns == stamp
+    old = Path("run/checkpoint.pt").read_bytes()
+    benchmark.run_baseline(baseline(args, "source_only", "run", seed=1))
+    assert Path("run.old/checkpoint.pt").read_bytes() == old
+    again = benchmark.run_baseline(baseline(args, "source_only", "run", seed=1, resume=False))
+    assert again.miou == json.loads(Path("run.old/result.json").read_text())["miou"]
+
+
+def test_a_checkpoint_starts_another_run(args: common.Args):
+    benchmark.run_baseline(baseline(args, "source_only", "one"))
+    init = Path("one/checkpoint.pt")
+    result = benchmark.run_baseline(baseline(args, "source_only", "two", init=init))
+    assert same(weights(Path("one")), weights(Path("two"))) and result.steps == 0
+    tuned = benchmark.run_baseline(baseline(args, "few_label", "three", init=init))
+    assert tuned.steps == 3 and not same(weights(Path("one")), weights(Path("three")))
+
+
+# ---- Resuming -----------------------------------------------------------------------------------
+SCRIPT = """
+import sys, time, common, benchmark
+from pathlib import Path
+data, out, slow = sys.argv[1], Path(sys.argv[2]), float(sys.argv[3])
+del sys.argv[1:]
+log = common.Run.log
+def slowly(self, step, **values):
+    log(self, step, **values)
+    print(step, flush=True)
+    time.sleep(slow)
+common.Run.log = slowly
+args = benchmark.BaselineArgs(data=data, out=out, row="few_label", steps=40,
+                              batch_size=4, size=(32, 64), labelled=2, device="cpu")
+common.main(lambda: args, benchmark.run_baseline, None)
+"""
+
+
+def start(mini: Path, out: str, slow: float) -> subprocess.Popen:
+    Path("script.py").write_text(SCRIPT)
+    command = [sys.executable, "script.py", str(mini), out, str(slow)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, env=environment(), **pipes)
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_was_cut_off_ends_with_the_same_weights(mini: Path, how: signal.Signals):
+    """Killed in its second stage (steps 21 to 40), after a checkpoint and some steps more."""
+    whole = start(mini, "whole", 0)
+    assert whole.wait() == 0, whole.stderr.read()
+    cut = start(mini, "cut", 0.05)
+    steps = (line for line in cut.stdout if line.strip().isdigit())
+    seen = 0
+    for line in steps:
+        seen += int(line) == 5
+        if seen == 2:  # step 5 of the second stage
+            break
+    cut.send_signal(how)
+    _, error = cut.communicate()
+    if how == signal.SIGKILL:
+        assert cut.returncode == -9
+    else:
+        assert cut.returncode == 130 and error.count("\n") == 1
+        assert "the same command goes on" in error
+    assert not Path("cut/result.json").exists()
+    again = start(mini, "cut", 0)
+    out, error = again.communicate()
+    assert again.returncode == 0, error
+    done = [int(line) for line in out.splitlines() if line.strip().isdigit()]
+    assert done[-1] == 20 and len(done) <= 16  # the first stage and what was saved is not repeated
+    assert same(weights(Path("whole")), weights(Path("cut")))
+    scalars = [common.read_scalars(Path(name)) for name in ("whole", "cut")]
+    for line in (line for lines in scalars for line in lines):
+        for key in ("time", "data_time", "memory"):
+            line.pop(key, None)
+    assert scalars[0] == scalars[1]
+
+
+def test_a_second_stage_starts_from_the_state_at_the_end_of_the_first(args: common.Args):
+    """The record of a finished stage is a copy: later training must not leak into it."""
+    run = common.Run(replace(args, out=Path("run")), "x")
+    net = run.network()
+    list(run.steps("one", 1, net=net))
+    kept = {k: v.clone() for k, v in net.state_dict().items()}
+    with torch.no_grad():
+        for p in net.parameters():
+            p.add_(1)
+    list(run.steps("two", 1, net=net))
+    again = common.Run(replace(args, out=Path("run")), "x")
+    net = again.network()
+    assert list(again.steps("one", 1, net=net)) == []
+    assert same(net.state_dict(), kept)
+
+
+# ---- What weights may depend on -----------------------------------------------------------------
+def scramble(folder: Path, pattern: str, keep: int = 0) -> None:
+    """Other labels, of the same size and of valid ids, into the files from the `keep`-th on."""
+    rng = np.random.default_rng(0)
+    for path in sorted(folder.glob(pattern))[keep:]:
+        shape = np.asarray(Image.open(path)).shape
+        Image.fromarray(rng.choice(np.array([7, 11, 23], np.uint8), shape)).save(path)
+
+
+@pytest.mark.parametrize("row", benchmark.BASELINES)
+def test_test_labels_change_no_weight(args: common.Args, mini: Path, row: str):
+    shutil.copytree(mini, "data2")
+    half = len(list(Path("data2/kitti/training/semantic").iterdir())) // 2
+    scramble(Path("data2"), "kitti/training/semantic/*", keep=half)
+    one = benchmark.run_baseline(baseline(args, row, "one"))
+    two = benchmark.run_baseline(baseline(args, row, "two", data="data2"))
+    assert same(weights(Path("one")), weights(Path("two"))) and one.miou != two.miou
+
+
+@pytest.mark.parametrize("row", benchmark.BASELINES)
+def test_few_labels_change_the_weights_of_those_alone_that_say_so(
+    args: common.Args, mini: Path, row: str
+):
+    shutil.copytree(mini, "data2")
+    scramble(Path("data2"), "kitti/training/semantic/*")
+    one = benchmark.run_baseline(baseline(args, row, "one"))
+    benchmark.run_baseline(baseline(args, row, "two", data="data2"))
+    assert same(weights(Path("one")), weights(Path("two"))) == (one.target_labels == 0)
+
+
+def test_seeds_change_the_weights_and_nothing_else_does(args: common.Args):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        benchmark.run_baseline(baseline(args, "random_aug", name, seed=seed))
+    assert same(weights(Path("a")), weights(Path("b")))
+    assert not same(weights(Path("a")), weights(Path("c")))
+
+
+def test_training_learns(args: common.Args):
+    """Thirty updates on the target's own photos halve the loss and beat a constant guess."""
+    result = benchmark.run_baseline(baseline(args, "oracle", "run", steps=60, batch_size=8))
+    losses = [line["loss"] for line in common.read_scalars(Path("run")) if "loss" in line]
+    assert losses[-1] < losses[0] / 2 and result.miou > 15
+
+
+# ---- Failures -----------------------------------------------------------------------------------
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(args: common.Args):
+    run = common.Run(replace(args, out=Path("run")), "x")
+    net = run.network()
+    with pytest.raises(UserError, match=r"loss is nan at step 17; last good checkpoint: run/check"):
+        for step in run.steps("train", 40, net=net):
+            run.log(step, loss=torch.tensor(float("nan") if step == 17 else 1.0), lr=0.1)
+    kept = common.read_checkpoint(Path("run/checkpoint.pt"))["stages"]["train"]
+    assert kept["step"] == 16 and all(v.isfinite().all() for v in kept["state"]["net"].values())
+
+
+def test_weights_that_are_not_finite_are_never_saved(args: common.Args):
+    run = common.Run(replace(args, out=Path("run")), "x")
+    net = run.network()
+    with pytest.raises(UserError, match="weights of net are not finite at step 5 of train"):
+        for step in run.steps("train", 10, net=net):
+            if step == 5:
+                next(net.parameters()).data.fill_(float("inf"))
+            run.log(step, loss=1.0)
+    assert all(v.isfinite().all() for v in weights(Path("run")).values())
+
+
+def test_a_full_disk_gets_one_line_and_leaves_the_last_checkpoint(mini: Path):
+    """A limit on the size of files stands for the disk: the write fails in the same way."""
+    good = start(mini, "run", 0)
+    assert good.wait() == 0, good.stderr.read()
+    before = Path("run/checkpoint.pt").read_bytes()
+    Path("run/result.json").unlink()
+    full = (
+        "import resource, runpy, sys\nresource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6))\n"
+    )
+    Path("full.py").write_text(full + "sys.argv.pop(0)\nrunpy.run_path('script.py')\n")
+    Path("run/config.json").write_text("{}")  # another configuration: it starts anew
+    command = [sys.executable, "full.py", "script.py", str(mini), "run", "0"]
+    ended = subprocess.run(command, env=environment(), capture_output=True, text=True)
+    assert ended.returncode == 1, ended.stderr
+    assert ended.stderr.count("\n") == 1 and "cannot be written" in ended.stderr
+    assert Path("run.old/checkpoint.pt").read_bytes() == before
+    assert not list(Path("run").glob(".*.tmp"))
+
+
+def test_data_is_not_what_a_step_waits_for(args: common.Args, capfd: pytest.CaptureFixture):
+    benchmark.run_baseline(baseline(args, "source_only", "run", steps=40))
+    line = next(line for line in capfd.readouterr().out.splitlines() if "waiting" in line)
+    words = line.split()
+    assert float(words[words.index("step,") + 1]) < 0.05 * float(words[1]), line
+
+
+def test_ctrl_c_twice_does_not_wait_for_the_step(mini: Path):
+    cut = start(mini, "cut", 30)
+    cut.stdout.readline()
+    began = time.monotonic()
+    os.kill(cut.pid, signal.SIGINT)
+    time.sleep(0.5)
+    os.kill(cut.pid, signal.SIGINT)
+    _, error = cut.communicate()
+    assert cut.returncode == 130 and time.monotonic() - began < 15 and "Traceback" not in error
