@@ -125,7 +125,7 @@ BRICKS = ((0.48, 0.30, 0.24), (0.62, 0.52, 0.40), (0.72, 0.68, 0.60), (0.55, 0.5
 PLASTER = ((0.80, 0.76, 0.66), (0.66, 0.60, 0.50), (0.86, 0.84, 0.80), (0.44, 0.42, 0.40))
 STREET = (FENCE, BUS, RIDER, LIGHT, PERSON, WALL, TRUCK, BICYCLE, SIGN, TERRAIN, TRAIN, MOTORCYCLE,
           POLE, PERSON, FENCE, BICYCLE)  # fmt: skip
-ROADSIDE = (TRUCK, LIGHT, SIGN, POLE, RAIL, TRUCK, SIGN, VAN, LIGHT, POLE)
+ROADSIDE = (TRUCK, SIGN, RAIL, 0, 0, LIGHT, POLE, VAN, SIGN, 0)  # 0: nothing
 
 DOMAINS = {
     "vkitti2": Domain(
@@ -174,9 +174,9 @@ DOMAINS = {
         paving=((0.52, 0.51, 0.50), (0.50, 0.46, 0.44)),
         grass=((0.28, 0.40, 0.18),), leaves=((0.18, 0.28, 0.12), (0.22, 0.30, 0.14)),
         facades=PLASTER,
-        rare=STREET, barriers=(FENCE, WALL, VEGETATION), texture=0.3, haze=(0.002, 0.006),
-        exposure=(-0.3, 0.2), tint=(0.90, 1.0, 0.92), balance=0.01, saturation=0.85, contrast=0.86,
-        black=0.03, blur=0.5, noise=2.0, vignette=0.2, jpeg=0, bonnet=True,
+        rare=STREET, barriers=(FENCE, WALL, VEGETATION), texture=0.3, haze=(0.001, 0.005),
+        exposure=(-0.3, 0.2), tint=(0.90, 1.0, 0.92), balance=0.01, saturation=0.85, contrast=0.88,
+        black=0.025, blur=0.5, noise=2.0, vignette=0.15, jpeg=0, bonnet=True,
     ),
 }  # fmt: skip
 
