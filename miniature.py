@@ -488,7 +488,7 @@ def vehicle(scene: Scene, x: float, z: float, yaw: float, label: int) -> None:
     }
     order = ["axles", "cabin", "body"]
     if label == TRUCK:
-        order = ["axles", "body"] + ["cabin", "cargo"][:: 1 if math.cos(yaw) > 0 else -1]
+        order = ["axles", "body", *["cabin", "cargo"][:: 1 if math.cos(yaw) > 0 else -1]]
     for name in order:
         span, width, up, lean, colour = boxes[name]
         for k, at, sun in sides(scene, x, z, yaw, span, width, up, lean):
