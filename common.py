@@ -28,7 +28,7 @@ import sys
 import threading
 import time
 import zlib
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -294,8 +294,13 @@ def cached(
 def in_threads(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
     """`function` of every item, in order, on all cores, with a few results at most in memory."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for start in range(0, len(items), 64):
-            yield from pool.map(function, items[start : start + 64])
+        waiting: deque[Future] = deque()
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > 32:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 @contextlib.contextmanager
@@ -753,29 +758,19 @@ def evaluate(
     """
     classes, training = len(classes_of(part.dataset)), net.training
     matrices = torch.zeros(len(part), classes, classes, dtype=torch.int64)
+    labels = in_threads(lambda pair: read_label(pair[1], part.dataset, pair[0]), part.files)
     net.eval()
-    with ThreadPoolExecutor(2) as pool:
-
-        def read_ahead(start: int) -> list[Future]:
-            files = part.files[start : start + batch_size]
-            return [pool.submit(read_label, label, part.dataset, image) for image, label in files]
-
-        ahead = read_ahead(0)
-        for start in range(0, len(part), batch_size):
-            futures, ahead = ahead, read_ahead(start + batch_size)
-            logits = predict(net, part.images[start : start + batch_size], device, amp)
-            labels = [torch.from_numpy(future.result()) for future in futures]
-            for size in {label.shape for label in labels}:  # of KITTI's photos there are several
-                same = [i for i, label in enumerate(labels) if label.shape == size]
-                # Upsampled logits of large photos fill the memory: 2^26 numbers at a time.
-                few = max(1, 2**26 // (classes * size.numel()))
-                for some in (same[i : i + few] for i in range(0, len(same), few)):
-                    truth = torch.stack([labels[i] for i in some]).to(device)  # [b,h,w]
-                    # max is several times faster than argmax on the CPU
-                    guess = upsample(logits[some], size).max(dim=1).indices
-                    matrices[[start + i for i in some]] = confusion_matrices(
-                        guess, truth, classes
-                    ).cpu()
+    for start in range(0, len(part), batch_size):
+        logits = predict(net, part.images[start : start + batch_size], device, amp)
+        truths = [torch.from_numpy(next(labels)) for _ in logits]
+        for size in {truth.shape for truth in truths}:  # of KITTI's photos there are several
+            same = [i for i, truth in enumerate(truths) if truth.shape == size]
+            at_once = max(1, 2**26 // (classes * size.numel()))  # upsampled logits fill the memory
+            for some in (same[i : i + at_once] for i in range(0, len(same), at_once)):
+                truth = torch.stack([truths[i] for i in some]).to(device)  # [b,h,w]
+                guess = upsample(logits[some], size).max(dim=1).indices  # argmax is slow on CPUs
+                counts = confusion_matrices(guess, truth, classes)
+                matrices[[start + i for i in some]] = counts.cpu()
     net.train(training)
     return matrices.numpy()
 
@@ -898,6 +893,10 @@ def write_json(path: Path, value: Any) -> None:
         temporary.write_text(json.dumps(value, indent=1, default=str) + "\n")
 
 
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
 def commit() -> str:
     """The commit of this code, '-dirty' where files differ from it; 'unknown' outside git."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
@@ -985,7 +984,8 @@ class Run:
         if self.out.exists() and any(self.out.iterdir()):
             if not path.exists():
                 raise UserError(f"{self.out}: not empty and not a run folder; give another --out")
-            if not (self.args.resume and trains_alike(json.loads(path.read_text()), config)):
+            over = (self.out / "result.json").exists()  # and not to be reused: see `finished`
+            if over or not self.args.resume or not trains_alike(read_json(path), config):
                 aside = self.out.with_name(self.out.name + ".old")
                 shutil.rmtree(aside, ignore_errors=True)
                 self.out.rename(aside)
@@ -1190,8 +1190,7 @@ def trains_alike(one: dict[str, Any], other: dict[str, Any]) -> bool:
 def finished(args: Any, method: str) -> Result | None:
     """The result of an earlier run with the same configuration. `args` are resolved."""
     try:
-        config = json.loads((args.out / "config.json").read_text())
-        row = json.loads((args.out / "result.json").read_text())
+        config, row = read_json(args.out / "config.json"), read_json(args.out / "result.json")
     except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
         return None
     return Result(**row) if args.resume and config == configuration(args, method) else None
@@ -1218,19 +1217,16 @@ def write_csvs(folder: Path) -> None:
 
 # ---- Figures ------------------------------------------------------------------------------------
 def save_figure(figure: Any, path: Path) -> None:
-    import matplotlib.pyplot as plt
-
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=150, format="png")
-    plt.close(figure)
 
 
 def draw_curves(folder: Path) -> None:
     """Loss and mIoU over steps, figures/curves.png."""
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure  # without pyplot, which would look for a screen
 
-    lines = read_scalars(folder)
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
+    lines, figure = read_scalars(folder), Figure(figsize=(9, 3), layout="constrained")
+    axes = figure.subplots(1, 2)
     for axis, key, unit in ((axes[0], "loss", "nats"), (axes[1], "mIoU", "%")):
         rows = [line for line in lines if key in line]
         axis.plot(
@@ -1243,16 +1239,15 @@ def draw_curves(folder: Path) -> None:
 
 def draw_sheet(path: Path, columns: dict[str, list[np.ndarray]], classes: Sequence[str]) -> None:
     """Pictures, uint8 [h,w,3], or label maps [h,w], in titled columns over a legend of classes."""
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
     count = len(next(iter(columns.values())))
     height, width = next(iter(columns.values()))[0].shape[:2]
     inches = max(2.2, 10 / len(columns))
     size = (inches * len(columns), inches * height / width * count * 1.04 + 0.9)
-    figure, axes = plt.subplots(
-        count, len(columns), figsize=size, layout="constrained", squeeze=False
-    )
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(count, len(columns), squeeze=False)
     colours = palette(classes)
     for j, (title, pictures) in enumerate(columns.items()):
         axes[0, j].set_title(title, fontsize=9)
