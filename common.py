@@ -32,7 +32,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from functools import cache, cached_property, partial
+from functools import cache, cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -410,7 +410,7 @@ class Batches:
         self.wait = 0.0
         self._reader = ThreadPoolExecutor(1)
         self._ahead: dict[int, Future] = {}
-        self._order = cache(self._shuffled)
+        self._order = lru_cache(maxsize=2)(self._shuffled)
 
     def _shuffled(self, epoch: int) -> np.ndarray:
         return np.random.default_rng([self.seed, epoch]).permutation(len(self.part))
@@ -442,10 +442,9 @@ def generator(*seeds: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(state))
 
 
-def uniform(batch: int, low: float, high: float, like: Tensor, rng: torch.Generator) -> Tensor:
-    """One draw an image, shaped to broadcast over it. [B,1,1,1] on the device of `like`."""
-    draws = torch.rand(batch, 1, 1, 1, generator=rng) * (high - low) + low
-    return draws.to(like.device, non_blocking=True)
+def uniform(batch: int, low: float, high: float, rng: torch.Generator) -> Tensor:
+    """One draw an image, shaped to broadcast over it. [B,1,1,1], on the CPU."""
+    return torch.rand(batch, 1, 1, 1, generator=rng) * (high - low) + low
 
 
 def crop_flip(
@@ -476,10 +475,9 @@ def original(images: Tensor, rng: torch.Generator) -> Tensor:
 
 def blur(images: Tensor, rng: torch.Generator) -> Tensor:
     """Gaussian, sigma 0.2 to 2 px. images [B,3,H,W]."""
-    sigma = uniform(len(images), 0.2, 2.0, images, rng)[..., 0]  # [B,1,1]
-    x = torch.arange(-4, 5, device=images.device)
-    kernel = (-(x**2) / (2 * sigma**2)).softmax(dim=-1)  # [B,1,9], sums to 1
-    kernel = kernel.repeat_interleave(images.shape[1], dim=0)[:, :, None]  # [B*3,1,1,9]
+    sigma = uniform(len(images), 0.2, 2.0, rng)  # [B,1,1,1]
+    kernel = (-(torch.arange(-4, 5) ** 2) / (2 * sigma**2)).softmax(dim=-1)  # [B,1,1,9], sums to 1
+    kernel = kernel.repeat_interleave(3, dim=0).to(images.device, non_blocking=True)  # [B*3,1,1,9]
     planes = F.pad(images, (4, 4, 4, 4), mode="reflect").flatten(0, 1)[None]  # [1,B*3,H+8,W+8]
     planes = F.conv2d(planes, kernel, groups=len(kernel))
     return F.conv2d(planes, kernel.mT, groups=len(kernel)).view_as(images)
@@ -490,24 +488,26 @@ def colorjitter(images: Tensor, rng: torch.Generator) -> Tensor:
 
     All four are affine in RGB, so each image gets one 3x3 matrix and one offset. images [B,3,H,W].
     """
-    draw = partial(uniform, len(images), like=images, rng=rng)
+    draw = partial(uniform, len(images), rng=rng)
     brightness, contrast, saturation = draw(0.5, 1.5), draw(0.5, 1.5), draw(0.5, 1.5)
-    angle = draw(-0.2 * torch.pi, 0.2 * torch.pi)[..., 0]  # [B,1,1]
-    grey = images.new_tensor([0.299, 0.587, 0.114]).expand(3, 3)  # Rec. 601, in every row
-    # Rotation about the grey axis (Rodrigues): cos I + (1 - cos) 1/3 + sin [axis]_x.
-    eye, third = torch.eye(3, device=images.device), images.new_full((3, 3), 1 / 3)
-    cross = images.new_tensor([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / 3**0.5
+    angle = draw(-0.2 * torch.pi, 0.2 * torch.pi)[:, 0]  # [B,1,1]
+    # Hue: rotation about the grey axis (Rodrigues), cos I + (1 - cos) 1/3 + sin [axis]_x.
+    eye, third = torch.eye(3), torch.full((3, 3), 1 / 3)
+    cross = torch.tensor([[0.0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / 3**0.5
     hue = angle.cos() * eye + (1 - angle.cos()) * third + angle.sin() * cross  # [B,3,3]
-    matrix = hue @ (saturation[..., 0] * eye + (1 - saturation[..., 0]) * grey)
+    grey = torch.tensor([0.299, 0.587, 0.114]).expand(3, 3)  # luma of Rec. 601, in every row
+    matrix = brightness[:, 0] * hue @ torch.lerp(grey, eye, saturation[:, 0])
     mean = images.mean(dim=(1, 2, 3), keepdim=True)
-    flat = matrix @ (contrast * (images - mean)).flatten(2)  # [B,3,HW]
-    return (brightness * (flat.view_as(images) + mean)).clamp(0, 1)
+    parts = (matrix * contrast[:, 0], brightness)
+    matrix, brightness = (part.to(images.device, non_blocking=True) for part in parts)
+    flat = matrix @ (images - mean).flatten(2)  # [B,3,HW]
+    return (flat.view_as(images) + brightness * mean).clamp(0, 1)
 
 
 def rgbshift(images: Tensor, rng: torch.Generator) -> Tensor:
     """Each channel moved by up to 0.2 of the full range. images [B,3,H,W]."""
-    shift = torch.cat([uniform(len(images), -0.2, 0.2, images, rng) for _ in range(3)], dim=1)
-    return (images + shift).clamp(0, 1)
+    shift = torch.cat([uniform(len(images), -0.2, 0.2, rng) for _ in range(3)], dim=1)
+    return (images + shift.to(images.device, non_blocking=True)).clamp(0, 1)
 
 
 AUGMENTATIONS: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {
@@ -700,14 +700,17 @@ class Network(nn.Module):
 # ---- Metrics ------------------------------------------------------------------------------------
 def confusion_matrices(prediction: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     """Rows truth, columns prediction, ignored pixels left out. [B,H,W] twice -> int64 [B,C,C]."""
-    batch, c = len(labels), num_classes
+    batch, c, lanes = len(labels), num_classes, 4
     # Every (image, truth, prediction) has a cell; one more row of truth takes the ignored pixels.
-    # The narrowest integer makes bincount twice as fast.
-    narrow = torch.int16 if batch * (c + 1) * c < 2**15 else torch.int32
-    image = torch.arange(batch, device=labels.device, dtype=narrow).view(-1, 1, 1)
-    cells = (labels.clamp(max=c).to(narrow) + image * (c + 1)).mul_(c).add_(prediction.to(narrow))
-    counts = torch.bincount(cells.flatten(), minlength=batch * (c + 1) * c)
-    return counts.view(batch, c + 1, c)[:, :c]
+    # Neighbours count in lanes of their own: adding to one cell again and again waits for itself.
+    # The narrowest integer that holds the cells makes bincount twice as fast.
+    narrow = torch.int16 if batch * lanes * (c + 1) * c < 2**15 else torch.int32
+    lane = np.add.outer(np.arange(batch) * lanes, np.arange(labels.shape[2]) % lanes)  # [B,W]
+    offset = torch.from_numpy(lane * (c + 1))[:, None].to(labels.device, narrow)  # [B,1,W]
+    cells = labels.to(narrow, copy=True).clamp_(max=c).add_(offset).mul_(c)
+    cells = cells.add_(prediction.to(narrow)).view(-1)
+    counts = torch.bincount(cells, minlength=batch * lanes * (c + 1) * c)
+    return counts.view(batch, lanes, c + 1, c).sum(dim=1)[:, :c]
 
 
 def iou(confusion: np.ndarray) -> np.ndarray:
@@ -756,23 +759,23 @@ def evaluate(
 
     This alone opens the labels of the test set. The network is left in the mode it came in.
     """
-    classes, training = len(classes_of(part.dataset)), net.training
-    matrices = torch.zeros(len(part), classes, classes, dtype=torch.int64)
+    classes, training, matrices = len(classes_of(part.dataset)), net.training, []
     labels = in_threads(lambda pair: read_label(pair[1], part.dataset, pair[0]), part.files)
     net.eval()
     for start in range(0, len(part), batch_size):
         logits = predict(net, part.images[start : start + batch_size], device, amp)
-        truths = [torch.from_numpy(next(labels)) for _ in logits]
-        for size in {truth.shape for truth in truths}:  # of KITTI's photos there are several
-            same = [i for i, truth in enumerate(truths) if truth.shape == size]
-            at_once = max(1, 2**26 // (classes * size.numel()))  # upsampled logits fill the memory
-            for some in (same[i : i + at_once] for i in range(0, len(same), at_once)):
-                truth = torch.stack([truths[i] for i in some]).to(device)  # [b,h,w]
-                guess = upsample(logits[some], size).max(dim=1).indices  # argmax is slow on CPUs
-                counts = confusion_matrices(guess, truth, classes)
-                matrices[[start + i for i in some]] = counts.cpu()
+        truths = [next(labels) for _ in logits]
+        # The photos of KITTI differ in size: what is missing to the largest is ignored.
+        largest = np.max([truth.shape for truth in truths], axis=0)
+        truth = torch.full((len(truths), *largest), IGNORE, dtype=torch.uint8)
+        guess = torch.zeros(truth.shape, dtype=torch.int16, device=device)
+        for i, (h, w) in enumerate(one.shape for one in truths):
+            truth[i, :h, :w] = torch.from_numpy(truths[i])
+            # One at a time: upsampled logits are large. max is far faster than argmax on the CPU.
+            guess[i, :h, :w] = upsample(logits[i : i + 1], (h, w)).max(dim=1).indices[0]
+        matrices.append(confusion_matrices(guess, truth.to(device), classes))
     net.train(training)
-    return matrices.numpy()
+    return torch.cat(matrices).cpu().numpy()
 
 
 # ---- The flags that every method shares ---------------------------------------------------------
