@@ -16,9 +16,10 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import mean, stdev
@@ -50,6 +51,8 @@ class BaselineArgs(common.Args):
 
 
 def run_baseline(args: BaselineArgs) -> Result:
+    if not 0 < args.finetune <= 1 or not args.finetune_lr > 0:
+        raise UserError("--finetune must lie in 0 to 1, --finetune-lr above 0")
     run = common.Run(args, args.row)
     if run.result:
         return run.result
@@ -58,7 +61,7 @@ def run_baseline(args: BaselineArgs) -> Result:
         photos = common.load(args, "target_train")
         common.train(run, net, photos, args.steps)
         return run.finish(net, target_labels=len(photos))
-    tuning = round(args.steps * args.finetune) if args.row == "few_label" else 0
+    tuning = max(1, round(args.steps * args.finetune)) if args.row == "few_label" else 0
     done = 0
     if not args.init:
         augment = common.random_augmentation if args.row == "random_aug" else common.original
@@ -101,6 +104,17 @@ class Args:
     miniature."""
     net: Literal["tiny", "bisenet", "lraspp", "deeplab"] | None = None
     """Segmentation network. Default: tiny for the miniature, else bisenet."""
+    lr: float | None = None
+    """Initial learning rate of AdamW. Default: 0.005 for the miniature, else 0.001."""
+    pretrained: bool = False
+    """Start every network's backbone from torchvision's ImageNet weights; nothing is downloaded,
+    the error says where to put the file."""
+    variants: tuple[str, ...] = ("clone",)
+    """VKITTI2's weather and camera variants to train on."""
+    amp: bool = True
+    """bfloat16 autocast, on CUDA only."""
+    compile: bool = False
+    """torch.compile of the segmentation networks."""
     labelled: int = 16
     """Labelled target photos that a row may use."""
 
@@ -113,37 +127,48 @@ class Row:
     args: Any
 
 
+SHARED = [f.name for f in fields(Args) if f.name in common.Args.__dataclass_fields__]
+
+
 def rows_of(args: Args) -> list[Row]:
     """Every run of the table, in the table's order; UserError where the arguments cannot run."""
-    for name in args.methods:
-        if name not in (*BASELINES, *METHODS):
+    known = (*BASELINES, *METHODS)
+    for flag in ("benchmarks", "methods", "seeds", "devices"):
+        values = getattr(args, flag)
+        if not values or len(set(values)) < len(values):
             raise UserError(
-                f"--methods {name}: expected some of {' '.join((*BASELINES, *METHODS))}"
+                f"--{flag} {' '.join(map(str, values))}: expected one or more, each once"
             )
-    passed = ("data", "steps", "batch_size", "size", "net", "labelled")
-    shared = {name: getattr(args, name) for name in passed} | {"resume": not args.force}
+    for name in args.methods:
+        if name not in known:
+            raise UserError(f"--methods {name}: expected some of {' '.join(known)}")
+    for device in args.devices:
+        common.check_device(device)
+    flags = {name: getattr(args, name) for name in SHARED if name != "out"}
+    flags |= {"resume": not args.force, "device": args.devices[0]}
     rows = []
     for benchmark in args.benchmarks:
         for seed in args.seeds:
             for method in args.methods:
                 out = args.out / benchmark / method / f"seed{seed}"
-                flags = {**shared, "benchmark": benchmark, "seed": seed, "out": out}
-                flags["device"] = args.devices[0]
+                own = {**flags, "benchmark": benchmark, "seed": seed, "out": out}
                 if method in BASELINES:
-                    one = BaselineArgs(**flags, row=method)
+                    one = BaselineArgs(**own, row=method)
                 else:
-                    one = importlib.import_module(method).Args(**flags)
+                    one = importlib.import_module(method).Args(**own)
                 rows.append(Row(method, common.resolve(one, method)))
     return rows
 
 
 def run_row(row: Row, log: Path, pipe: Connection) -> None:
     """Runs in a process of its own. What it prints goes to the log, its outcome to the pipe."""
-    with log.open("w") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    run = run_baseline if row.method in BASELINES else importlib.import_module(row.method).run
     try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        threading.Thread(target=end_with_parent, daemon=True).start()
+        with log.open("w") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        run = run_baseline if row.method in BASELINES else importlib.import_module(row.method).run
         pipe.send(run(row.args))
     except KeyboardInterrupt:
         pipe.send("interrupted")
@@ -151,6 +176,12 @@ def run_row(row: Row, log: Path, pipe: Connection) -> None:
         traceback.print_exc()
         first = (str(error).splitlines() or [""])[0]
         pipe.send(first if isinstance(error, UserError) else f"{type(error).__name__}: {first}")
+
+
+def end_with_parent() -> None:
+    """A row whose benchmark was killed ends as on Ctrl-C, lest a second one joins it."""
+    multiprocessing.parent_process().join()
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 class Job:
@@ -164,10 +195,12 @@ class Job:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         context = multiprocessing.get_context("spawn")  # no memory, RNG or CUDA state is shared
         self.pipe, end = context.Pipe(duplex=False)
-        self.process = context.Process(
-            target=run_row, args=(replace(row, args=args), self.log, end)
-        )
+        task = replace(row, args=args), self.log, end
+        self.process = context.Process(target=run_row, args=task)
+        # While it imports torch it ignores Ctrl-C, which would print a traceback.
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
         self.process.start()
+        signal.signal(signal.SIGINT, handler)
         end.close()
 
     def ended(self) -> bool:
@@ -186,7 +219,9 @@ class Job:
     def progress(self) -> str:
         """The last step in the run's scalars, of how many."""
         try:
-            last = (self.row.args.out / "scalars.json").read_text().splitlines()[-1]
+            with (self.row.args.out / "scalars.json").open("rb") as file:
+                file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
+                last = file.read().splitlines()[-1]
             return f"{json.loads(last)['step']}/{self.row.args.steps}"
         except (FileNotFoundError, IndexError, json.JSONDecodeError):
             return "starts"
@@ -219,7 +254,8 @@ def run_rows(rows: list[Row], args: Args, console: Console) -> list[Result]:
                 time.sleep(0.2)
         except KeyboardInterrupt:
             interrupted = True
-            for job in jobs.values():  # Ctrl-C reached them too; each saves its step and ends
+            for job in jobs.values():  # each saves its step and ends
+                job.process.terminate()
                 job.process.join(60)
     write_results(args.out, results)
     if interrupted:

@@ -14,6 +14,7 @@ Images are float RGB in [0, 1] (the networks normalise), labels are train ids 0.
 import contextlib
 import csv
 import errno
+import fcntl
 import hashlib
 import io
 import itertools
@@ -27,6 +28,7 @@ import subprocess
 import sys
 import threading
 import time
+import uuid
 import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -148,7 +150,7 @@ LAYOUTS = {
         (("leftImg8bit/", "gtFine/"), ("_leftImg8bit.png", "_gtFine_labelIds.png")),
     ),
 }
-# Frames of the official GTA5 archives whose image and label differ in size.
+# Frames of the official GTA5 archives that are unusable: image and label differ.
 GTA5_MISMATCHED = {f"images/{i:05d}.png" for i in (15188, 17705, *range(20801, 20861))}
 
 
@@ -184,17 +186,17 @@ def list_files(dataset: str, root: Path, part: str, variants: Sequence[str]) -> 
         images = [image for image in images if image not in GTA5_MISMATCHED]
     pairs = [(root / image, root / layout.label_of(image)) for image in images]
     unlabelled = [i for i, label in pairs if label.relative_to(root).as_posix() not in found]
-    return Listing([pair for pair in pairs if pair[0] not in set(unlabelled)], unlabelled, orphans)
+    missing = set(unlabelled)
+    return Listing([pair for pair in pairs if pair[0] not in missing], unlabelled, orphans)
 
 
-@contextlib.contextmanager
-def opened(path: Path, decode: bool = True) -> Iterator[Image.Image]:
+def opened(path: Path, decode: bool = True) -> Image.Image:
     """An image file, or its header alone; UserError that names the file where that fails."""
     try:
-        with Image.open(path) as image:
-            if decode:
-                image.load()
-            yield image
+        image = Image.open(path)
+        if decode:
+            image.load()
+        return image
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         reason = str(error).replace(f" {str(path)!r}", "")
         raise UserError(f"{path}: cannot be read as an image ({reason})") from error
@@ -251,7 +253,7 @@ CACHE = Path("data/cache")  # safe to delete at any time
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary neighbour to write to, renamed over `path` at the end: never half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         yield temporary
         temporary.replace(path)
@@ -275,8 +277,21 @@ def cached(
             stamps.append((str(path.resolve()), stat.st_size, stat.st_mtime_ns))
     key = hashlib.sha256(json.dumps([1, name, shape, stamps]).encode()).hexdigest()[:16]
     path = CACHE / f"{name}-{'x'.join(map(str, shape))}-{key}.npy"
-    with contextlib.suppress(FileNotFoundError, ValueError, EOFError):  # absent or damaged: rebuild
-        return np.load(path, mmap_mode="r")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of processes side by side one builds, the others wait
+        with contextlib.suppress(FileNotFoundError, ValueError, EOFError):  # else absent or damaged
+            return np.load(path, mmap_mode="r")
+        build_cache(path, name, files, shape, read)
+    return np.load(path, mmap_mode="r")
+
+
+def build_cache(
+    path: Path, name: str, files: Sequence[Any], shape: tuple[int, ...], read: Callable
+) -> None:
+    """Writes `cached`'s file; the temporary of a builder that was killed goes first."""
+    for left in path.parent.glob(f".{path.name}.*.tmp"):
+        left.unlink()
     header = {"descr": "|u1", "fortran_order": False, "shape": (len(files), *shape)}
     # Written in order through a file, not a writable map: on a full disk a map dies of SIGBUS.
     with (
@@ -288,7 +303,6 @@ def cached(
         for array in in_threads(read, files):
             out.write(np.ascontiguousarray(array).data)
             advance()
-    return np.load(path, mmap_mode="r")
 
 
 def in_threads(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
@@ -306,9 +320,11 @@ def in_threads(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator
 @contextlib.contextmanager
 def progress(label: str, total: int) -> Iterator[Callable[[], None]]:
     """A progress bar on a terminal, nothing elsewhere. Yields the function that advances it."""
+    from rich.console import Console
     from rich.progress import Progress
 
-    with Progress(disable=not sys.stderr.isatty(), transient=True) as bar:
+    console = Console(stderr=True)
+    with Progress(console=console, disable=not console.is_terminal, transient=True) as bar:
         task = bar.add_task(label, total=total)
         yield partial(bar.advance, task)
 
@@ -325,7 +341,7 @@ class Part:
     names: tuple[str, ...]  # paths below the dataset's folder
     images: np.ndarray  # uint8 [N,H,W,3], memory-mapped
     labels: np.ndarray | None  # uint8 [N,H,W] train ids, memory-mapped
-    files: tuple[tuple[Path, Path], ...]  # image and label
+    test_files: tuple[tuple[Path, Path], ...] = ()  # image and label, for the evaluator alone
 
     def __len__(self) -> int:
         return len(self.names)
@@ -364,8 +380,9 @@ def load(args: "Args", role: Role) -> Part:
     root = dataset_root(args.data, dataset)
     listing = list_files(dataset, root, "test" if role == "target_test" else "train", args.variants)
     pairs = listing.pairs
+    images = [image for image, _ in pairs]
     if role == "target_unlabelled":
-        pairs = sorted(pairs + [(image, image) for image in listing.unlabelled])
+        images = sorted(images + listing.unlabelled)
     elif listing.unlabelled or listing.orphans:
         alone, what = listing.unlabelled + listing.orphans, "image without a label"
         what = what if listing.unlabelled else "label without an image"
@@ -373,7 +390,7 @@ def load(args: "Args", role: Role) -> Part:
     if role == "target_few":  # evenly spaced, each in the middle of its stretch of the drive
         n, k = len(pairs), args.labelled
         pairs = [pairs[(2 * i + 1) * n // (2 * k)] for i in range(k)]
-    images = [image for image, _ in pairs]
+        images = [image for image, _ in pairs]
     pictures = cached(
         f"{dataset}-image", images, (*args.size, 3), partial(read_image, size=args.size)
     )
@@ -386,7 +403,8 @@ def load(args: "Args", role: Role) -> Part:
         label_map = zlib.crc32(label_table(dataset))
         labels = cached(f"{dataset}-label-{label_map:08x}", pairs, args.size, read)
     names = tuple(image.relative_to(root).as_posix() for image in images)
-    return Part(dataset, names, pictures, labels, tuple(pairs))
+    tests = tuple(pairs) if role == "target_test" else ()
+    return Part(dataset, names, pictures, labels, tests)
 
 
 # ---- Batches and augmentation -------------------------------------------------------------------
@@ -405,15 +423,19 @@ class Batches:
     wait: seconds that the last call waited for its data.
     """
 
-    def __init__(self, part: Part, batch_size: int, seed: int, device: torch.device) -> None:
-        self.part, self.batch_size, self.seed, self.device = part, batch_size, seed, device
+    def __init__(
+        self, part: Part, batch_size: int, seed: int | tuple[int, ...], device: torch.device
+    ) -> None:
+        self.part, self.batch_size, self.device = part, batch_size, device
+        self.seed = seed if isinstance(seed, tuple) else (seed,)
         self.wait = 0.0
         self._reader = ThreadPoolExecutor(1)
         self._ahead: dict[int, Future] = {}
         self._order = lru_cache(maxsize=2)(self._shuffled)
 
     def _shuffled(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng([self.seed, epoch]).permutation(len(self.part))
+        first, *rest = self.seed
+        return np.random.default_rng([first, epoch, *rest]).permutation(len(self.part))
 
     def _read(self, step: int) -> tuple[Tensor, Tensor | None, np.ndarray]:
         places = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
@@ -760,7 +782,7 @@ def evaluate(
     This alone opens the labels of the test set. The network is left in the mode it came in.
     """
     classes, training, matrices = len(classes_of(part.dataset)), net.training, []
-    labels = in_threads(lambda pair: read_label(pair[1], part.dataset, pair[0]), part.files)
+    labels = in_threads(lambda pair: read_label(pair[1], part.dataset, pair[0]), part.test_files)
     net.eval()
     for start in range(0, len(part), batch_size):
         logits = predict(net, part.images[start : start + batch_size], device, amp)
@@ -859,15 +881,24 @@ def resolve(args: Any, method: str) -> Any:
     args = replace(args, **missing, device=device, out=out)
     if any(side < STRIDE or side % STRIDE for side in args.size):
         raise UserError(f"--size {args.size[0]} {args.size[1]}: expected multiples of {STRIDE}")
+    if not 0 < args.lr < math.inf:
+        raise UserError(f"--lr {args.lr}: expected a number above 0")
+    if args.pretrained and args.net == "tiny":
+        raise UserError("--pretrained: there are no ImageNet weights of tiny")
     for flag, least in (("steps", 1), ("batch_size", 2), ("seed", 0)):
         if getattr(args, flag) < least:
             raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: at least {least}")
-    try:
-        torch.empty(0, device=args.device)
-    except (RuntimeError, AssertionError) as error:
-        first = str(error).splitlines()[0]
-        raise UserError(f"--device {args.device}: not available here ({first})") from error
+    check_device(args.device)
     return args
+
+
+def check_device(device: str) -> None:
+    try:
+        if device != "auto":
+            torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        first = str(error).splitlines()[0]
+        raise UserError(f"--device {device}: not available here ({first})") from error
 
 
 # ---- Run folder ---------------------------------------------------------------------------------
@@ -896,8 +927,14 @@ def write_json(path: Path, value: Any) -> None:
         temporary.write_text(json.dumps(value, indent=1, default=str) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    return json.loads(path.read_text())
+def locked(path: Path) -> Any:
+    """An open file that this process alone holds until it is closed; UserError where it is held."""
+    file = path.open("w")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system frees it if the process dies
+    except OSError:
+        raise UserError(f"{path.parent}: another process is at work in this folder") from None
+    return file
 
 
 def commit() -> str:
@@ -939,6 +976,8 @@ def load_weights(net: Network, path: Path) -> None:
         raise UserError(
             "{}: holds {} of {} classes, expected {} of {}".format(path, *found, *expected)
         )
+    if checkpoint["net"] is None:
+        raise UserError(f"{path}: holds no segmentation network yet")
     net.load_state_dict(checkpoint["net"])
 
 
@@ -965,35 +1004,40 @@ class Run:
         if self.result:
             return
         self._prepare_folder()
-        self._started, self._seconds_before = time.perf_counter(), 0.0
-        self._pending: list[tuple[int, dict[str, Any]]] = []
+        self._started, self._commit = time.perf_counter(), commit()
         self._stages: dict[str, dict[str, Any]] = {}  # of finished stages, to restore
-        self._checkpoint: dict[str, Any] = {}
+        self.entered: list[str] = []  # names of the stages so far
+        self._inside = False  # a stage
         self._before = 0  # steps of the stages before this one
-        if (self.out / "checkpoint.pt").exists():
-            self._checkpoint = read_checkpoint(self.out / "checkpoint.pt")
-            self._seconds_before = self._checkpoint["seconds"]
-            self._pending = self._checkpoint["pending"]
-        scalars = self.out / "scalars.json"
-        scalars.touch()
-        os.truncate(scalars, self._checkpoint.get("scalars_bytes", 0))  # what came after it recurs
+        path, scalars = self.out / "checkpoint.pt", self.out / "scalars.json"
+        self._found = read_checkpoint(path) if path.exists() else {}  # of an earlier process
+        self._seconds_before = self._found.get("seconds", 0.0)
+        self._pending: list[tuple[int, dict[str, Any]]] = self._found.get("pending", [])
+        scalars.touch()  # what came after the checkpoint recurs
+        os.truncate(scalars, min(scalars.stat().st_size, self._found.get("scalars_bytes", 0)))
         torch.manual_seed(args.seed)  # initial weights, dropout
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
 
     def _prepare_folder(self) -> None:
         """A folder of this configuration, old or new; one with another is moved aside."""
-        config, path = configuration(self.args, self.method), self.out / "config.json"
-        if self.out.exists() and any(self.out.iterdir()):
-            if not path.exists():
-                raise UserError(f"{self.out}: not empty and not a run folder; give another --out")
-            over = (self.out / "result.json").exists()  # and not to be reused: see `finished`
-            if over or not self.args.resume or not trains_alike(read_json(path), config):
-                aside = self.out.with_name(self.out.name + ".old")
-                shutil.rmtree(aside, ignore_errors=True)
-                self.out.rename(aside)
-                print(f"{self.out}: moved to {aside}", flush=True)
-        write_json(path, config)
+        config, old = configuration(self.args, self.method), read_config(self.out)
+        entries = self.out.iterdir() if self.out.exists() else ()
+        if old is None and any(p.suffix not in (".tmp", ".lock") for p in entries):
+            raise UserError(f"{self.out}: not empty and not a run folder; give another --out")
+        self.out.mkdir(parents=True, exist_ok=True)
+        self._lock = locked(self.out / ".lock")
+        over = (self.out / "result.json").exists()  # and not to be reused: see `finished`
+        if old and (over or not self.args.resume or not trains_alike(old, config)):
+            aside = self.out.with_name(self.out.name + ".old")
+            if aside.exists() and read_config(aside) is None:
+                raise UserError(f"{aside}: in the way, and not a run folder; give another --out")
+            shutil.rmtree(aside, ignore_errors=True)
+            self.out.rename(aside)
+            print(f"{self.out}: moved to {aside}", flush=True)
+            self.out.mkdir()
+            self._lock = locked(self.out / ".lock")
+        write_json(self.out / "config.json", config)
 
     # Training ................................................................................
     def network(self) -> Network:
@@ -1017,6 +1061,10 @@ class Run:
         under the key 'net' is what --init reads. It is saved ten times a stage, every two minutes
         and on Ctrl-C or SIGTERM, which let the step end and then raise KeyboardInterrupt.
         """
+        if stage in self.entered or self._inside:
+            raise ValueError(f"stage {stage!r} begins a second time, or inside another stage")
+        self.entered.append(stage)
+        self._inside = True
         done, saved, stop = self._restore(stage, state), time.monotonic(), []
 
         def on_signal(number: int, frame: Any) -> None:
@@ -1029,6 +1077,8 @@ class Run:
         try:
             for step in range(done + 1, total + 1):
                 yield step
+                if step == total:
+                    self.flush()  # no line mixes two stages
                 due = step % max(1, total // 10) == 0 or time.monotonic() - saved > 120
                 if due or step == total or stop:
                     self._save(stage, step, total, state)
@@ -1036,6 +1086,7 @@ class Run:
                 if stop:
                     raise KeyboardInterrupt(f"stopped after step {step} of {total} of {stage}")
         finally:
+            self._inside = False
             for number, handler in old.items():
                 signal.signal(number, handler)
         self._before += total
@@ -1043,9 +1094,10 @@ class Run:
     def _save(self, stage: str, step: int, total: int, state: dict[str, Any]) -> None:
         self._settle()
         for name, thing in state.items():
-            weights = thing.parameters() if isinstance(thing, nn.Module) else ()
-            if not all(p.isfinite().all() for p in weights):
-                where = f"at step {step} of {stage}"
+            tensors = thing.state_dict().values() if isinstance(thing, nn.Module) else ()
+            finite = [t.isfinite().all() for t in tensors if t.is_floating_point()]
+            if finite and not torch.stack(finite).all():
+                where = f"at step {self._before + step} (stage {stage})"
                 raise UserError(f"weights of {name} are not finite {where}; {self._kept()}")
         cuda = self.device.type == "cuda"
         record = {
@@ -1054,33 +1106,37 @@ class Run:
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state(self.device) if cuda else None,
         }
-        self._checkpoint = {
+        buffer = self._write_checkpoint({**self._stages, stage: record}, state.get("net"))
+        if step == total:  # a copy, since the live tensors go on changing
+            saved = torch.load(buffer, map_location="cpu", weights_only=True)
+            self._stages[stage] = saved["stages"][stage]
+
+    def _write_checkpoint(self, stages: dict[str, Any], net: nn.Module | None) -> io.BytesIO:
+        checkpoint = {
             "format": "sim2real-1",
             "network": [self.args.net, len(self.classes)],
-            "net": record["state"].get("net", self._checkpoint.get("net")),
-            "stages": {**self._stages, stage: record},
+            "net": net.state_dict() if net is not None else None,  # what --init reads
+            "stages": stages,
             "seconds": self.seconds(),
             "pending": self._pending,
             "scalars_bytes": (self.out / "scalars.json").stat().st_size,
         }
         buffer = io.BytesIO()  # torch reports a full disk as an internal error, a file as one
-        torch.save(self._checkpoint, buffer)
+        torch.save(checkpoint, buffer)
         with replacing(self.out / "checkpoint.pt") as temporary:
             temporary.write_bytes(buffer.getbuffer())
-        if step == total:  # a copy, since the live tensors go on changing
-            buffer.seek(0)
-            saved = torch.load(buffer, map_location="cpu", weights_only=True)
-            self._stages[stage] = saved["stages"][stage]
+        buffer.seek(0)
+        return buffer
 
     def _restore(self, stage: str, state: dict[str, Any]) -> int:
         """Puts the saved state of a stage back. -> the step that it was saved after, 0 for none."""
-        record = self._checkpoint.get("stages", {}).get(stage)
+        record = self._found.get("stages", {}).get(stage)
         if record is None:
             return 0
         for name, thing in state.items():
             thing.load_state_dict(record["state"][name])
         torch.set_rng_state(record["rng"])
-        if record["cuda_rng"] is not None:
+        if record["cuda_rng"] is not None and self.device.type == "cuda":
             torch.cuda.set_rng_state(record["cuda_rng"], self.device)
         self._stages[stage] = record
         return record["step"]
@@ -1089,7 +1145,7 @@ class Run:
     def log(self, step: int, **values: Any) -> None:
         """Training scalars of a step: numbers or 0-d tensors, written as means over ten steps.
 
-        A loss that is not finite ends the run with a UserError; so that a GPU is not made to wait,
+        A value named *loss* that is not finite ends the run; so that a GPU is not made to wait,
         it is noticed up to ten steps later, and the step that is named is the right one.
         """
         detached = {k: v.detach() if isinstance(v, Tensor) else v for k, v in values.items()}
@@ -1102,7 +1158,8 @@ class Run:
         if self._pending:
             self._settle()
             steps, rows = zip(*self._pending, strict=True)
-            columns = {key: [row[key] for row in rows if key in row] for key in rows[-1]}
+            keys = dict.fromkeys(key for row in rows for key in row)
+            columns = {key: [row[key] for row in rows if key in row] for key in keys}
             means = {key: sum(column) / len(column) for key, column in columns.items()}
             memory = peak_memory_mb(self.device)
             self._write({**means, "memory": memory, "iter": steps[-1], "step": steps[-1]})
@@ -1112,8 +1169,9 @@ class Run:
         """Fetches the logged tensors from the device; UserError at a loss that is not finite."""
         self._pending = [(s, {k: float(v) for k, v in row.items()}) for s, row in self._pending]
         for step, row in self._pending:
-            if not math.isfinite(row.get("loss", 0.0)):
-                raise UserError(f"loss is {row['loss']} at step {step}; {self._kept()}")
+            for key, value in row.items():
+                if "loss" in key and not math.isfinite(value):
+                    raise UserError(f"{key} is {value} at step {step}; {self._kept()}")
 
     def _write(self, line: dict[str, Any]) -> None:
         with (self.out / "scalars.json").open("a") as file:
@@ -1141,6 +1199,7 @@ class Run:
     def finish(self, net: Network, target_labels: int, steps: int | None = None) -> Result:
         """Evaluates the final weights and writes everything. `steps`: updates, if not --steps."""
         confusion = self.evaluate(net, 0)  # [N,C,C]
+        self._write_checkpoint(self._stages, net)
         with replacing(self.out / "confusion.npy") as temporary, temporary.open("wb") as file:
             np.save(file, confusion)
         per_class = iou(confusion.sum(axis=0))
@@ -1158,15 +1217,16 @@ class Run:
             seconds=self.seconds(),
             peak_memory_mb=peak_memory_mb(self.device),
             device=torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
-            commit=commit(),
+            commit=self._commit,
             versions={m.__name__: m.__version__ for m in (torch, np)},
         )
         write_csvs(self.out)
-        write_json(self.out / "result.json", asdict(self.result))
-        self._stages = {}  # nothing is left to resume: the checkpoint shrinks to the network
-        self._save("final", 1, 1, {"net": net})
         draw_curves(self.out)
         draw_predictions(self.out / "figures/predictions.png", self.test, {"prediction": net})
+        write_json(self.out / "result.json", asdict(self.result))  # from here on it is finished
+        self._write_checkpoint({}, net)  # nothing is left to resume
+        (self.out / ".lock").unlink()
+        self._lock.close()
         return self.result
 
 
@@ -1181,6 +1241,9 @@ def configuration(args: Any, method: str) -> dict[str, Any]:
         sizes = [(path.relative_to(root).as_posix(), path.stat().st_size) for path in files]
         digests.append(hashlib.sha256(json.dumps(sizes).encode()).hexdigest()[:16])
     config = {"method": method, **asdict(args), "files": digests[:2], "test_files": digests[2]}
+    config["device"] = torch.device(args.device).type  # any card of a kind will do
+    if args.init and args.init.exists():
+        config["init"] = hashlib.sha256(args.init.read_bytes()).hexdigest()[:16]
     del config["out"], config["resume"]
     return json.loads(json.dumps(config, default=str))
 
@@ -1190,13 +1253,20 @@ def trains_alike(one: dict[str, Any], other: dict[str, Any]) -> bool:
     return {**one, "test_files": ""} == {**other, "test_files": ""}
 
 
+def read_config(folder: Path) -> dict[str, Any] | None:
+    """The configuration of a run folder, None for any other folder."""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
+        config = json.loads((folder / "config.json").read_text())
+        return config if isinstance(config, dict) and "method" in config else None
+    return None
+
+
 def finished(args: Any, method: str) -> Result | None:
     """The result of an earlier run with the same configuration. `args` are resolved."""
-    try:
-        config, row = read_json(args.out / "config.json"), read_json(args.out / "result.json")
-    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
+    config, path = read_config(args.out), args.out / "result.json"
+    if not (args.resume and config and path.exists() and config == configuration(args, method)):
         return None
-    return Result(**row) if args.resume and config == configuration(args, method) else None
+    return Result(**json.loads(path.read_text()))
 
 
 def read_scalars(folder: Path) -> list[dict[str, Any]]:
@@ -1267,7 +1337,7 @@ def draw_predictions(path: Path, part: Part, networks: dict[str, Network], count
     classes = classes_of(part.dataset)
     chosen = np.linspace(0, len(part) - 1, min(count, len(part))).round().astype(int)
     truth = [
-        resize_label(read_label(part.files[i][1], part.dataset), part.images.shape[1:3])
+        resize_label(read_label(part.test_files[i][1], part.dataset), part.images.shape[1:3])
         for i in chosen
     ]
     columns = {"photo": list(part.images[chosen]), "ground truth": truth}
@@ -1318,29 +1388,33 @@ def train(
     """
     args, initial = run.args, lr or run.args.lr
     optimizer = torch.optim.AdamW(net.parameters(), lr=initial, weight_decay=0.01, fused=True)
-    batches = Batches(part, args.batch_size, args.seed, run.device)
+    nth = len(run.entered)  # each stage draws numbers of its own
+    batches = Batches(part, args.batch_size, (args.seed, nth), run.device)
     seconds, waits = [], []  # of each step after the first epoch
     net.train()
+    start = time.perf_counter()
     for step in run.steps(stage, steps, net=net, optimizer=optimizer):
-        start = time.perf_counter()
         lr = learning_rate(initial, step, steps)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        rng = generator(args.seed, step)
+        rng = generator(args.seed, step, nth)
         batch = batches(step)
         images, labels = crop_flip(batch.images, batch.labels, rng)
+        images = augment(images, rng)
         with run.autocast():
-            loss = segmentation_loss(net(augment(images, rng), aux=True), labels)
+            loss = segmentation_loss(net(images, aux=True), labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        took = time.perf_counter() - start
+        # From end to end, since `log` is where the device is waited for.
+        took, start = time.perf_counter() - start, time.perf_counter()
         run.log(step, loss=loss, lr=lr, time=took, data_time=batches.wait)
         if step * args.batch_size > len(part):
             seconds.append(took)
             waits.append(batches.wait)
         if step % max(1, steps // 4) == 0 and step < steps:
             run.evaluate(net, step)
+            start = time.perf_counter()
     if seconds:
         step_ms, wait_ms = 1000 * np.mean(seconds), 1000 * np.mean(waits)
         print(
@@ -1349,15 +1423,10 @@ def train(
 
 
 # ---- Command line -------------------------------------------------------------------------------
-UNWRITABLE = {
-    errno.ENOSPC,
-    errno.EROFS,
-    errno.EACCES,
-    errno.EPERM,
-    errno.EDQUOT,
-    errno.EFBIG,
-    errno.ENOTDIR,
-}
+OUTSIDE = {  # what the file system may say, which is no fault of the code
+    errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT, errno.EFBIG,
+    errno.ENOTDIR, errno.EISDIR, errno.ENOENT,
+}  # fmt: skip
 
 
 def main(args_class: type, run: Callable[[Any], Any], doc: str | None) -> None:
@@ -1370,15 +1439,13 @@ def main(args_class: type, run: Callable[[Any], Any], doc: str | None) -> None:
     except UserError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt as error:
-        print(
-            f"interrupted {error}; the same command goes on from the last checkpoint",
-            file=sys.stderr,
-        )
+        reason = " ".join(["interrupted", str(error)]).strip()
+        print(f"{reason}; the same command goes on from there", file=sys.stderr)
         sys.exit(130)
     except OSError as error:
-        if error.errno not in UNWRITABLE:
+        if error.errno not in OUTSIDE:
             raise
-        sys.exit(f"error: {error.filename or 'output'}: cannot be written ({error.strerror})")
+        sys.exit(f"error: {error.filename or 'output'}: {error.strerror}")
     if isinstance(result, Result):
         print(f"{result.benchmark} {result.method} seed {result.seed}: mIoU {result.miou:.1f}")
 
@@ -1416,17 +1483,25 @@ def look(args: LookArgs) -> None:
             f"{listing.unlabelled[0]}: image without a label, and so are all the others"
         )
 
-    def count(pair: tuple[Path, Path]) -> tuple[tuple[int, ...], np.ndarray]:
-        ids = read_label(pair[1], args.dataset, image=pair[0])
-        return ids.shape, np.bincount(ids.ravel(), minlength=256)
+    def count(pair: tuple[Path, Path]) -> Any:
+        try:
+            ids = read_label(pair[1], args.dataset, image=pair[0])
+            return ids.shape, np.bincount(ids.ravel(), minlength=256)
+        except UserError as error:
+            return error
 
-    sizes, pixels, images = Counter(), np.zeros(256, np.int64), np.zeros(256, np.int64)
+    sizes, pixels, images, bad = Counter(), np.zeros(256, np.int64), np.zeros(256, np.int64), []
     with progress("reading", len(listing.pairs)) as advance:
-        for shape, counts in in_threads(count, listing.pairs):
-            sizes[shape] += 1
-            pixels += counts
-            images += counts > 0
+        for found in in_threads(count, listing.pairs):
             advance()
+            if isinstance(found, UserError):
+                bad.append(found)
+                continue
+            sizes[found[0]] += 1
+            pixels += found[1]
+            images += found[1] > 0
+    if len(bad) == len(listing.pairs):
+        raise bad[0]
     valid = pixels[: len(classes)]
     weights = class_weights(valid, args.smooth, classes)
     rows = [
@@ -1454,6 +1529,10 @@ def look(args: LookArgs) -> None:
     common = ", ".join(f"{w}x{h} ({n:,})" for (h, w), n in sizes.most_common(5))
     console.print(f"sizes: {common}" + (f" and {len(sizes) - 5} others" if len(sizes) > 5 else ""))
     console.print(f"ignored pixels: {pixels[IGNORE] / pixels.sum():.1%}")
+    for error in bad[:5]:
+        console.print(f"bad: {error}", soft_wrap=True, markup=False)
+    if bad:
+        raise UserError(f"{root}: {len(bad)} of {len(listing.pairs)} pairs cannot be used")
     draw_look(stem.with_suffix(".png"), listing, args.dataset)
     console.print(f"written: {stem}.csv, {stem}.png")
 

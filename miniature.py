@@ -873,6 +873,8 @@ def write(out: Path, seed: int = 0, scale: float = 1.0, workers: int | None = No
         with ProcessPoolExecutor(workers or os.cpu_count(), get_context("spawn")) as pool:
             for _ in pool.map(draw, jobs(part, seed, scale), chunksize=8):
                 pass
+        if is_current(out, seed, scale):
+            return  # another process was quicker
         out.mkdir(parents=True, exist_ok=True)
         for name in DOMAINS:
             (part / name / "miniature.json").write_text(marker(name, seed, scale))
@@ -903,6 +905,9 @@ def main() -> None:
     except OSError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

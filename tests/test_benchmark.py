@@ -1,7 +1,9 @@
 """The table: rows, statistics, reuse, interruption; and the contract of every script."""
 
 import ast
+import contextlib
 import dataclasses
+import fcntl
 import json
 import os
 import signal
@@ -74,6 +76,37 @@ def test_ctrl_c_loses_no_finished_row(mini: Path):
     assert again.returncode == 0 and "1 of 2 rows are finished already" in again.stdout
 
 
+def test_rows_side_by_side_on_two_devices_are_found_again(mini: Path):
+    flags = ("--devices", "cpu", "cpu:0", "--methods", "source_only", "random_aug")
+    first = table(mini, *flags, "--benchmarks", "vkitti2kitti")
+    again = table(mini, *flags, "--benchmarks", "vkitti2kitti")
+    assert first.returncode == 0 and "2 of 2 rows are finished already" in again.stdout
+
+
+def test_a_killed_benchmark_leaves_no_row_behind(mini: Path):
+    flags = [*SHORT, "--methods", "source_only", "--benchmarks", "vkitti2kitti"]
+    flags[1] = "2000"
+    command = [sys.executable, str(ROOT / "benchmark.py"), "--data", str(mini), *flags]
+    process = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL)
+    scalars = Path("runs/vkitti2kitti/source_only/seed0/scalars.json")
+    while not (scalars.exists() and scalars.read_text()) and process.poll() is None:
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    with scalars.with_name(".lock").open("r+") as lock:  # free as soon as the row has ended
+        for _ in range(200):
+            with contextlib.suppress(OSError):
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            time.sleep(0.1)
+        else:
+            pytest.fail("the row trains on without its benchmark")
+    assert (
+        common.read_checkpoint(scalars.with_name("checkpoint.pt"))["stages"]["source"]["step"]
+        < 2000
+    )
+
+
 def test_a_row_that_is_killed_is_reported(mini: Path, tmp_path: Path):
     """As by the kernel when memory runs out: the process leaves no word."""
     job = object.__new__(benchmark.Job)
@@ -114,7 +147,7 @@ def test_help_is_quick_and_importing_does_nothing(name: str, tmp_path: Path):
     command = [sys.executable, str(ROOT / name), "--help"]
     ended = subprocess.run(command, env=environment(), capture_output=True, text=True)
     assert ended.returncode == 0 and "usage:" in ended.stdout
-    assert time.monotonic() - began < 8  # 4 s on a machine that does nothing else
+    assert time.monotonic() - began < 4 or os.getloadavg()[0] > 2  # a busy machine is no measure
     assert not list(tmp_path.iterdir())
 
 
@@ -134,7 +167,7 @@ def test_every_flag_is_explained(name: str):
 def test_the_table_passes_on_flags_that_every_method_has():
     shared = {f.name: f.type for f in dataclasses.fields(common.Args)}
     own = {f.name: f.type for f in dataclasses.fields(benchmark.Args)}
-    for name in ("data", "steps", "batch_size", "size", "net", "labelled"):
+    for name in set(own) & set(shared) - {"out"}:
         assert own[name] == shared[name]
         default = common.Args.__dataclass_fields__[name].default
         assert benchmark.Args.__dataclass_fields__[name].default == default
