@@ -66,7 +66,8 @@ def run_baseline(args: BaselineArgs) -> Result:
     if not args.init:
         augment = common.random_augmentation if args.row == "random_aug" else common.original
         done = args.steps - tuning
-        common.train(run, net, common.load(args, "source"), done, "source", augment)
+        source, more = common.load(args, "source"), tuning > 0
+        common.train(run, net, source, done, "source", augment, more=more)
     if tuning:
         few = common.load(args, "target_few")
         common.train(run, net, few, tuning, "few", lr=args.lr * args.finetune_lr)
@@ -100,8 +101,8 @@ class Args:
     batch_size: int | None = None
     """Images an update. Default: by the data, 16 for the miniature."""
     size: tuple[int, int] | None = None
-    """Height and width of the training images in pixels. Default: by the data, 64 128 for the
-    miniature."""
+    """Height and width of the training images in pixels, multiples of 32. Default: by the data,
+    64 128 for the miniature."""
     net: Literal["tiny", "bisenet", "lraspp", "deeplab"] | None = None
     """Segmentation network. Default: tiny for the miniature, else bisenet."""
     lr: float | None = None
@@ -325,7 +326,8 @@ def class_table(results: list[Result], args: Args, benchmark: str) -> list[list[
 
 def notes(results: list[Result], args: Args) -> list[str]:
     """What has to be said below the table."""
-    lines = []
+    failed = [r for r in results if r.status != "finished"]
+    lines = [f"failed: {r.benchmark} {r.method} seed {r.seed}: {r.error}" for r in failed]
     for benchmark in args.benchmarks:
         ok = [r for r in results if r.benchmark == benchmark and r.status == "finished"]
         absent = [name for name, value in ok[0].iou.items() if value is None] if ok else []
@@ -345,8 +347,8 @@ def show(table: list[list[str]], title: str, console: Console) -> None:
     view.add_column(table[0][0], no_wrap=True)
     for header in table[0][1:]:
         view.add_column(header, justify="right", overflow="fold")
-    for row in table[1:]:
-        view.add_row(*map(escape, row))
+    for row in table[1:]:  # the reason of a failure needs a line of its own: see `notes`
+        view.add_row(*(escape(cell.split(": ")[0]) for cell in row))
     console.print(view)
 
 
@@ -373,7 +375,7 @@ def live_table(rows: list[Row], results: dict[int, Result], jobs: dict[int, Job]
     return view
 
 
-def draw(results: list[Result], rows: list[Row], args: Args) -> None:
+def draw(results: list[Result], rows: list[Row], args: Args, console: Console) -> None:
     """figures/BENCHMARK.png: test photos, ground truth, and the first seed's predictions."""
     for benchmark in args.benchmarks:
         networks = {}
@@ -381,7 +383,11 @@ def draw(results: list[Result], rows: list[Row], args: Args) -> None:
             first = (benchmark, args.seeds[0])
             if result.status == "finished" and (row.args.benchmark, row.args.seed) == first:
                 net = common.Network(row.args.net, len(BENCHMARKS[benchmark].classes))
-                common.load_weights(net, row.args.out / "checkpoint.pt")
+                try:
+                    common.load_weights(net, row.args.out / "checkpoint.pt")
+                except UserError as error:  # its number stands; the figure does without it
+                    console.print(f"not drawn: {error}", markup=False, soft_wrap=True)
+                    continue
                 networks[row.method] = net
                 test = common.load(row.args, "target_test")
         if networks:
@@ -397,11 +403,11 @@ def main(args: Args) -> None:
     for title, table in titled[1:] + titled[:1]:  # the one that matters stands last
         show(table, title, console)
     for line in notes(results, args):
-        console.print(line, highlight=False)
+        console.print(line, highlight=False, markup=False, soft_wrap=line.startswith("failed"))
     text = "\n\n".join(f"## {title}\n\n{markdown(table)}" for title, table in titled)
     with common.replacing(args.out / "results.md") as temporary:
         temporary.write_text("\n\n".join([text, *notes(results, args)]) + "\n")
-    draw(results, rows, args)
+    draw(results, rows, args, console)
     console.print(f"written: {args.out}/results.json, results.md, figures/", highlight=False)
     if any(result.status != "finished" for result in results):
         sys.exit(1)

@@ -870,7 +870,8 @@ def resolve(args: Any, method: str) -> Any:
     photos = list_files(benchmark.target, target, "train", ())
     available = len(photos.pairs)
     if not 1 <= args.labelled <= available:
-        raise UserError(f"--labelled {args.labelled}: the target has {available} training photos")
+        has = f"the target has {available} training photos"
+        raise UserError(f"--labelled {args.labelled}: {has}, expected 1 to {available}")
     with opened((files.pairs[:1] or [files.unlabelled])[0][0], decode=False) as image:
         preset = PRESETS["miniature" if image.width < 512 else args.benchmark]
     missing = {k: v for k, v in preset._asdict().items() if getattr(args, k) is None}
@@ -898,7 +899,7 @@ def check_device(device: str) -> None:
             torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         first = str(error).splitlines()[0]
-        raise UserError(f"--device {device}: not available here ({first})") from error
+        raise UserError(f"--device {device}: not available here ({first[:60]})") from error
 
 
 # ---- Run folder ---------------------------------------------------------------------------------
@@ -1010,7 +1011,10 @@ class Run:
         self._inside = False  # a stage
         self._before = 0  # steps of the stages before this one
         path, scalars = self.out / "checkpoint.pt", self.out / "scalars.json"
-        self._found = read_checkpoint(path) if path.exists() else {}  # of an earlier process
+        try:
+            self._found = read_checkpoint(path) if path.exists() else {}  # of an earlier process
+        except UserError as error:
+            raise UserError(f"{error}; delete {self.out} to start anew") from error
         self._seconds_before = self._found.get("seconds", 0.0)
         self._pending: list[tuple[int, dict[str, Any]]] = self._found.get("pending", [])
         scalars.touch()  # what came after the checkpoint recurs
@@ -1266,7 +1270,9 @@ def finished(args: Any, method: str) -> Result | None:
     config, path = read_config(args.out), args.out / "result.json"
     if not (args.resume and config and path.exists() and config == configuration(args, method)):
         return None
-    return Result(**json.loads(path.read_text()))
+    with contextlib.suppress(json.JSONDecodeError, TypeError):  # damaged: it is run again
+        return Result(**json.loads(path.read_text()))
+    return None
 
 
 def read_scalars(folder: Path) -> list[dict[str, Any]]:
@@ -1380,17 +1386,20 @@ def train(
     stage: str = "train",
     augment: Callable[[Tensor, torch.Generator], Tensor] = original,
     lr: float | None = None,
+    more: bool = False,
 ) -> None:
     """The supervised training that all rows share: AdamW, warm-up and decay, zoom and flip.
 
     `net` is trained in place for `steps` updates on `part`, with its images put through `augment`,
-    from the initial learning rate `lr` (--lr where None).
+    from the initial learning rate `lr` (--lr where None). `more`: another stage follows, so the
+    curve wants a point at the end of this one, which `Run.finish` adds otherwise.
     """
     args, initial = run.args, lr or run.args.lr
     optimizer = torch.optim.AdamW(net.parameters(), lr=initial, weight_decay=0.01, fused=True)
     nth = len(run.entered)  # each stage draws numbers of its own
     batches = Batches(part, args.batch_size, (args.seed, nth), run.device)
     seconds, waits = [], []  # of each step after the first epoch
+    quarter = max(1, steps // 4)
     net.train()
     start = time.perf_counter()
     for step in run.steps(stage, steps, net=net, optimizer=optimizer):
@@ -1412,7 +1421,7 @@ def train(
         if step * args.batch_size > len(part):
             seconds.append(took)
             waits.append(batches.wait)
-        if step % max(1, steps // 4) == 0 and step < steps:
+        if (step % quarter == 0 and step < steps) or (more and step == steps):
             run.evaluate(net, step)
             start = time.perf_counter()
     if seconds:
@@ -1425,7 +1434,7 @@ def train(
 # ---- Command line -------------------------------------------------------------------------------
 OUTSIDE = {  # what the file system may say, which is no fault of the code
     errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT, errno.EFBIG,
-    errno.ENOTDIR, errno.EISDIR, errno.ENOENT,
+    errno.ENOTDIR, errno.EISDIR, errno.ENOENT, errno.EEXIST,
 }  # fmt: skip
 
 
@@ -1476,6 +1485,8 @@ def look(args: LookArgs) -> None:
     root = Path(args.data) if outside else dataset_root(args.data, args.dataset)
     if not root.is_dir():
         raise UserError(f"{root}: no such folder")
+    if args.part == "test" and args.dataset in ("vkitti2", "gta5"):
+        raise UserError(f"--part test: {args.dataset} is a source, all of it is 'train'")
     listing = list_files(args.dataset, root, args.part, args.variants)
     classes = classes_of(args.dataset)
     if not listing.pairs:

@@ -868,6 +868,8 @@ def write(out: Path, seed: int = 0, scale: float = 1.0, workers: int | None = No
     for found in out.iterdir() if out.exists() else ():
         if found.name not in DOMAINS or not (found / "miniature.json").is_file():
             raise FileExistsError(f"{out}: found {found.name}, expected an empty folder")
+    if out.exists() and any(out.iterdir()):
+        print(f"{out}: replacing a miniature of another seed, scale or version")
     part = out.with_name(f"{out.name}.{os.getpid()}.part")
     try:
         with ProcessPoolExecutor(workers or os.cpu_count(), get_context("spawn")) as pool:
@@ -900,6 +902,9 @@ def main() -> None:
     import tyro
 
     args = tyro.cli(Args, description=__doc__)
+    if args.seed < 0 or not 0 < args.scale <= 1:
+        print("error: --seed must be at least 0, --scale in 0 to 1", file=sys.stderr)
+        sys.exit(2)
     try:
         write(args.out, args.seed, args.scale)
     except OSError as error:
