@@ -65,7 +65,12 @@ class Loop(common.Run):
     def __init__(self, args: common.Args) -> None:
         self.args, self.device = args, torch.device(args.device)
         self.classes = common.BENCHMARKS[args.benchmark].classes
-        self._pending, self._before, self._stages, self._checkpoint = [], 0, {}, {}
+        self._pending, self._before, self._stages, self._found = [], 0, {}, {}
+        self._inside = False
+
+    @property
+    def entered(self) -> list[str]:
+        return []  # the same stage may be repeated
 
     def _write(self, line: dict) -> None: ...
 
@@ -105,7 +110,7 @@ def main(bench: Args) -> None:
             common.predict(net, test.images[start : start + 16], device, args.amp)
 
     test = common.load(args, "target_test")
-    labels = [common.read_label(label, test.dataset) for _, label in test.files]
+    labels = [common.read_label(label, test.dataset) for _, label in test.test_files]
     shape = min((label.shape for label in labels), key=lambda s: s[0] * s[1])
     truth = torch.stack([torch.from_numpy(x[: shape[0], : shape[1]]) for x in labels[:16]])
     truth = truth.to(device)
