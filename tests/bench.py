@@ -116,7 +116,7 @@ def main(bench: Args) -> None:
     truth = truth.to(device)
     net.eval()
     logits = common.predict(net, test.images[: len(truth)], device)
-    guess = common.upsample(logits, shape).max(dim=1).indices
+    guess = common.upsample(logits, shape).max(dim=1).indices.short()  # as `evaluate` does
 
     def metric() -> None:
         """The confusion matrices of the whole test set, and the IoUs."""
