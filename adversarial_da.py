@@ -243,8 +243,8 @@ def align(run: Run, net: Network, source: Part, photos: Part, steps: int, beta: 
     net.train()
     for step in run.steps("align", steps, net=net, **state):
         rng = common.generator(args.seed, step, 1)
-        lr = set_rate(optimizer, args.lr * args.stage_lr, step, steps)
-        set_rate(critic_optimizer, args.critic_lr, step, steps)
+        lr = common.set_rate(optimizer, args.lr * args.stage_lr, step, steps)
+        common.set_rate(critic_optimizer, args.critic_lr, step, steps)
         batch = batches(step)
         images, labels = common.crop_flip(batch.images, batch.labels, rng)
         x, _ = common.crop_flip(targets(step).images, None, rng)  # [B,3,H,W]
@@ -281,14 +281,6 @@ def two_domains(
     outputs = net(torch.cat([source, target]), aux=True)
     halves = [output.split([len(source), len(target)]) for output in outputs]
     return [half[0] for half in halves], [half[1] for half in halves]
-
-
-def set_rate(optimizer: torch.optim.Optimizer, initial: float, step: int, steps: int) -> float:
-    """The learning rate of a step, into the optimizer."""
-    lr = common.learning_rate(initial, step, steps)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    return lr
 
 
 # ---- Self-training ------------------------------------------------------------------------------
@@ -358,7 +350,7 @@ def self_train(
     teacher.train(args.statistics == "target")
     for step in run.steps("self_train", steps, net=net, teacher=teacher, optimizer=optimizer):
         rng = common.generator(args.seed, step, 2)
-        lr = set_rate(optimizer, args.lr * args.stage_lr, step, steps)
+        lr = common.set_rate(optimizer, args.lr * args.stage_lr, step, steps)
         batch = batches(step)
         images, labels = common.crop_flip(batch.images, batch.labels, rng)
         x, _ = common.crop_flip(targets(step).images, None, rng)  # [B,3,H,W]

@@ -1378,6 +1378,14 @@ def learning_rate(initial: float, step: int, total: int) -> float:
     return initial * min(1, step / max(1, total // 20)) * (1 - (step - 1) / total) ** 0.9
 
 
+def set_rate(optimizer: torch.optim.Optimizer, initial: float, step: int, total: int) -> float:
+    """The learning rate of a step, into the optimizer."""
+    lr = learning_rate(initial, step, total)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    return lr
+
+
 def train(
     run: Run,
     net: Network,
@@ -1403,9 +1411,7 @@ def train(
     net.train()
     start = time.perf_counter()
     for step in run.steps(stage, steps, net=net, optimizer=optimizer):
-        lr = learning_rate(initial, step, steps)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        lr = set_rate(optimizer, initial, step, steps)
         rng = generator(args.seed, step, nth)
         batch = batches(step)
         images, labels = crop_flip(batch.images, batch.labels, rng)
