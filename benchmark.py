@@ -63,7 +63,7 @@ def run_baseline(args: BaselineArgs) -> Result:
         return run.finish(net, target_labels=len(photos))
     tuning = max(1, round(args.steps * args.finetune)) if args.row == "few_label" else 0
     done = 0
-    if not args.init:
+    if not args.checkpoint:
         augment = common.random_augmentation if args.row == "random_aug" else common.original
         done = args.steps - tuning
         source, more = common.load(args, "source"), tuning > 0

@@ -377,6 +377,8 @@ def load(args: "Args", role: Role) -> Part:
     """
     benchmark = BENCHMARKS[args.benchmark]
     dataset = benchmark.source if role == "source" else benchmark.target
+    if role == "source" and args.init and args.init.is_dir():
+        return load_set(args.init, dataset, args.size)
     root = dataset_root(args.data, dataset)
     listing = list_files(dataset, root, "test" if role == "target_test" else "train", args.variants)
     pairs = listing.pairs
@@ -405,6 +407,39 @@ def load(args: "Args", role: Role) -> Part:
     names = tuple(image.relative_to(root).as_posix() for image in images)
     tests = tuple(pairs) if role == "target_test" else ()
     return Part(dataset, names, pictures, labels, tests)
+
+
+def save_set(
+    folder: Path, dataset: str, images: np.ndarray, labels: np.ndarray, names: Sequence[str]
+) -> None:
+    """A training set that a method has made of `dataset`, for --init of another method.
+
+    images uint8 [N,H,W,3], labels uint8 [N,H,W] train ids, names: N, of the source images.
+    """
+    if not len(images) == len(labels) == len(names):
+        raise ValueError(f"{len(images)} images, {len(labels)} labels, {len(names)} names")
+    digests = {}
+    for name, array in (("images", images), ("labels", labels)):
+        array = np.ascontiguousarray(array, np.uint8)
+        digests[name] = hashlib.sha256(array.data).hexdigest()
+        with replacing(folder / f"{name}.npy") as temporary, temporary.open("wb") as file:
+            np.save(file, array)
+    write_json(folder / "set.json", {"dataset": dataset, **digests, "names": list(names)})
+
+
+def load_set(folder: Path, dataset: str, size: Sequence[int]) -> Part:
+    """What `save_set` wrote; UserError where it is of another dataset or size, or is none."""
+    try:
+        record = json.loads((folder / "set.json").read_text())
+        images, labels = (np.load(folder / f"{n}.npy", mmap_mode="r") for n in ("images", "labels"))
+        found = record["dataset"], images.shape, labels.shape, len(record["names"])
+    except (OSError, ValueError, KeyError, EOFError) as error:
+        raise UserError(f"{folder}: not a training set that a method wrote ({error})") from error
+    shape = (len(images), *size)
+    if found != (dataset, (*shape, 3), shape, len(images)):
+        what = f"{found[0]} at {'x'.join(map(str, images.shape[1:3]))}"
+        raise UserError(f"{folder}: holds {what}, expected {dataset} at {size[0]}x{size[1]}")
+    return Part(dataset, tuple(record["names"]), images, labels)
 
 
 # ---- Batches and augmentation -------------------------------------------------------------------
@@ -856,10 +891,16 @@ class Args:
     compile: bool = False
     """torch.compile of the segmentation network."""
     init: Path | None = None
-    """Start from the network of this checkpoint instead of training one on the source."""
+    """A checkpoint: start from its network instead of training one on the source. Or the folder
+    set/ that datarater, metasim or diffusion_bridge wrote: train on it in the source's place."""
     resume: bool = True
     """Go on with the run folder where it was cut off; a finished run is not repeated. With
     --no-resume, or with other arguments, the old folder is moved aside to OUT.old."""
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """--init, where it is not a folder with a training set."""
+        return None if self.init is None or self.init.is_dir() else self.init
 
 
 def resolve(args: Any, method: str) -> Any:
@@ -889,6 +930,8 @@ def resolve(args: Any, method: str) -> Any:
     for flag, least in (("steps", 1), ("batch_size", 2), ("seed", 0)):
         if getattr(args, flag) < least:
             raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: at least {least}")
+    if args.init and args.init.is_dir():
+        load_set(args.init, benchmark.source, args.size)
     check_device(args.device)
     return args
 
@@ -921,6 +964,7 @@ class Result:
     device: str | None = None
     commit: str | None = None
     versions: dict[str, str] | None = None
+    beside: str = ""  # what the method spent besides the updates of the network
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -1047,8 +1091,8 @@ class Run:
     def network(self) -> Network:
         """A new segmentation network on the device, with the weights of --init where given."""
         net = Network(self.args.net, len(self.classes), self.args.pretrained)
-        if self.args.init:
-            load_weights(net, self.args.init)
+        if self.args.checkpoint:
+            load_weights(net, self.args.checkpoint)
         net.to(self.device, memory_format=torch.channels_last)
         if self.args.compile:
             net.compile()
@@ -1200,8 +1244,13 @@ class Run:
         self._write({**scores(confusion.sum(axis=0)), "step": self._before + step})
         return confusion
 
-    def finish(self, net: Network, target_labels: int, steps: int | None = None) -> Result:
-        """Evaluates the final weights and writes everything. `steps`: updates, if not --steps."""
+    def finish(
+        self, net: Network, target_labels: int, steps: int | None = None, beside: str = ""
+    ) -> Result:
+        """Evaluates the final weights and writes everything.
+
+        steps: updates of `net`, if not --steps; beside: what else was spent ("800 U-Net updates").
+        """
         confusion = self.evaluate(net, 0)  # [N,C,C]
         self._write_checkpoint(self._stages, net)
         with replacing(self.out / "confusion.npy") as temporary, temporary.open("wb") as file:
@@ -1218,6 +1267,7 @@ class Run:
             },
             target_labels=target_labels,
             steps=self.args.steps if steps is None else steps,
+            beside=beside,
             seconds=self.seconds(),
             peak_memory_mb=peak_memory_mb(self.device),
             device=torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
@@ -1247,7 +1297,8 @@ def configuration(args: Any, method: str) -> dict[str, Any]:
     config = {"method": method, **asdict(args), "files": digests[:2], "test_files": digests[2]}
     config["device"] = torch.device(args.device).type  # any card of a kind will do
     if args.init and args.init.exists():
-        config["init"] = hashlib.sha256(args.init.read_bytes()).hexdigest()[:16]
+        content = args.init / "set.json" if args.init.is_dir() else args.init
+        config["init"] = hashlib.sha256(content.read_bytes()).hexdigest()[:16]
     del config["out"], config["resume"]
     return json.loads(json.dumps(config, default=str))
 

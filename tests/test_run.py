@@ -47,7 +47,7 @@ def test_a_run_writes_what_the_contract_says(args: common.Args):
     row = json.loads(Path("run/result.json").read_text())
     assert list(row) == [
         "benchmark", "method", "seed", "status", "error", "miou", "iou", "target_labels", "steps",
-        "seconds", "peak_memory_mb", "device", "commit", "versions",
+        "seconds", "peak_memory_mb", "device", "commit", "versions", "beside",
     ]  # fmt: skip
     assert (row["method"], row["target_labels"], row["steps"]) == ("few_label", 2, 25)
     assert row["miou"] == result.miou and row["peak_memory_mb"] > 0
@@ -350,3 +350,31 @@ def test_ctrl_c_twice_does_not_wait_for_the_step(mini: Path):
     os.kill(cut.pid, signal.SIGINT)
     _, error = cut.communicate()
     assert cut.returncode == 130 and time.monotonic() - began < 15 and "Traceback" not in error
+
+
+def test_a_set_made_by_one_method_is_the_source_of_another(args, tmp_path):
+    given = common.load(args, "source")
+    images, labels = given.images[::2], given.labels[::2]
+    folder = tmp_path / "set"
+    common.save_set(folder, given.dataset, 255 - images, labels, given.names[::2])
+    other = replace(args, init=folder)
+    assert other.checkpoint is None
+    part = common.load(other, "source")
+    assert (part.images == 255 - images).all() and (part.labels == labels).all()
+    assert part.names == given.names[::2]
+    photos = common.load(other, "target_unlabelled")
+    assert (photos.images == common.load(args, "target_unlabelled").images).all()
+    one = common.configuration(other, "x")
+    common.save_set(folder, given.dataset, images, labels, given.names[::2])
+    assert common.configuration(other, "x") != one  # what was in it decides
+
+
+def test_init_of_a_folder_that_holds_no_set_or_another(args, tmp_path):
+    for make in (lambda: None, lambda: (tmp_path / "set.json").write_text("{")):
+        make()
+        with pytest.raises(UserError, match="not a training set"):
+            common.resolve(replace(args, init=tmp_path), "x")
+    part = common.load(args, "source")
+    common.save_set(tmp_path, "gta5", part.images[:2], part.labels[:2], part.names[:2])
+    with pytest.raises(UserError, match="holds gta5 at"):
+        common.resolve(replace(args, init=tmp_path, benchmark="vkitti2kitti"), "x")
