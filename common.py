@@ -1274,7 +1274,7 @@ class Run:
             commit=self._commit,
             versions={m.__name__: m.__version__ for m in (torch, np)},
         )
-        write_csvs(self.out)
+        write_csvs(self.out, read_scalars(self.out))
         draw_curves(self.out)
         draw_predictions(self.out / "figures/predictions.png", self.test, {"prediction": net})
         write_json(self.out / "result.json", asdict(self.result))  # from here on it is finished
@@ -1331,9 +1331,8 @@ def read_scalars(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line]
 
 
-def write_csvs(folder: Path) -> None:
-    """scalars.json as loss.csv (training lines) and metrics.csv (evaluation lines)."""
-    lines = read_scalars(folder)
+def write_csvs(folder: Path, lines: list[dict[str, Any]]) -> None:
+    """Lines of scalars.json as loss.csv (training lines) and metrics.csv (evaluation lines)."""
     for name, rows in (
         ("loss.csv", [line for line in lines if "mIoU" not in line]),
         ("metrics.csv", [line for line in lines if "mIoU" in line]),

@@ -4,14 +4,17 @@ import ast
 import contextlib
 import dataclasses
 import fcntl
+import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import ROOT, environment
 
@@ -30,7 +33,7 @@ def table(mini: Path, *flags: str) -> subprocess.CompletedProcess:
 # ---- Running ------------------------------------------------------------------------------------
 def test_the_table_end_to_end(mini: Path):
     """Both benchmarks, then two seeds of one row, of which one has been run, then by force."""
-    ended = table(mini, "--methods", "source_only", "few_label")
+    ended = table(mini, "--methods", "source_only", "few_label", "--jobs", "2")
     assert ended.returncode == 0, ended.stderr
     lines = ended.stdout.splitlines()
     assert max(map(len, lines)) <= 80 and "…" not in ended.stdout
@@ -43,15 +46,18 @@ def test_the_table_end_to_end(mini: Path):
     assert all(0 < r["peak_memory_mb"] < 2000 for r in rows)
     assert [r["target_labels"] for r in rows] == [0, 1] * 2
     assert "| few_label | 1 |" in Path("runs/results.md").read_text()
-    assert {p.name for p in Path("runs/figures").iterdir()} == {
-        f"{b}.png" for b in common.BENCHMARKS
-    }
+    pictures = {"miou.png", "cost.png", *(f"{b}.png" for b in common.BENCHMARKS)}
+    assert {p.name for p in Path("runs/figures").iterdir()} == pictures
 
     flags = ("--methods", "source_only", "--benchmarks", "vkitti2kitti")
     seeds = table(mini, *flags, "--seeds", "0", "1")
     assert "1 of 2 rows are finished already" in seeds.stdout and "±" in seeds.stdout
     both = json.loads(Path("runs/results.json").read_text())
     assert both[0] == rows[0] and both[1]["seed"] == 1
+    gathered = table(mini, "--collect", "runs", "--out", "elsewhere")
+    assert gathered.returncode == 0, gathered.stderr
+    rows = json.loads(Path("elsewhere/results.json").read_text())
+    assert len(rows) == 5 and both[1] in rows and "few_label (1)" in gathered.stdout
     forced = table(mini, *flags, "--force")
     assert "finished already" not in forced.stdout and forced.returncode == 0
     redone = json.loads(Path("runs/results.json").read_text())
@@ -133,8 +139,141 @@ def test_a_class_that_no_test_photo_contains_is_named(mini: Path):
     iou = {name: None if name in ("pole", "truck") else 50.0 for name in classes}
     numbers = {"target_labels": 0, "steps": 5, "seconds": 1.0, "peak_memory_mb": 1.0}
     results = [Result("vkitti2kitti", "oracle", 0, miou=50.0, iou=iou, **numbers)]
-    assert any("no test photo contains pole, truck" in n for n in benchmark.notes(results, args))
-    assert ["pole", "-"] in benchmark.class_table(results, args, "vkitti2kitti")
+    rows = [benchmark.Row("oracle", common.Args(benchmark="vkitti2kitti"))]
+    scores = benchmark.Scores(rows, results)
+    assert any("no test photo contains pole, truck" in n for n in benchmark.notes(scores, args))
+    assert ["pole", "-"] in benchmark.class_table(scores, "vkitti2kitti")
+
+
+@pytest.mark.parametrize(("seeds", "of_seed"), [(1, 0.0), (3, 0.0), (3, 0.03), (5, 0.01)])
+def test_the_interval_covers_the_truth(seeds: int, of_seed: float):
+    """Simulated rows of two classes whose accuracies on an infinite test set are known: an image is
+    easy or hard for both rows or for one, a seed good or bad for a row."""
+    rng = np.random.default_rng(1)
+    pixels, images, covered = 50, 60, []
+
+    def confusion(accuracy: np.ndarray) -> np.ndarray:  # [S,N] -> [S,N,2,2]
+        right = rng.binomial(pixels, accuracy[..., None].repeat(2, -1))  # of each class
+        wrong = pixels - right
+        return np.stack([right[..., 0], wrong[..., 0], wrong[..., 1], right[..., 1]], -1).reshape(
+            *accuracy.shape, 2, 2
+        )
+
+    for _ in range(800):
+        hard = rng.uniform(-0.15, 0.15, images)
+        own, seed = rng.normal(0, 0.05, (2, 1, images)), rng.normal(0, of_seed, (2, seeds, 1))
+        parts = zip((0.7, 0.6), own, seed, strict=True)
+        rows = [confusion(np.clip(base + hard + o + s, 0, 1)) for base, o, s in parts]
+        _, low, high = benchmark.interval(*rows, draws=300)
+        # An accuracy a of both classes is an IoU of a / (2 - a).
+        truth = 100 * (0.7 / 1.3 - 0.6 / 1.4)
+        covered.append(low <= truth <= high)
+    assert 0.93 <= np.mean(covered) <= 0.97
+
+
+def test_the_interval_is_paired():
+    """Images that are hard for both rows cancel: the difference is known far better than either."""
+    rng = np.random.default_rng(0)
+    right = rng.integers(10, 90, (1, 80))
+    one = np.stack([right, 100 - right, 0 * right, 100 + 0 * right], -1).reshape(1, 80, 2, 2)
+    other = one + np.array([[2, -2], [0, 0]])
+    mean, low, high = benchmark.interval(other, one)
+    _, least, most = benchmark.interval(one)
+    assert mean == pytest.approx(benchmark.mious(other.sum(1))[0] - benchmark.mious(one.sum(1))[0])
+    assert high - low < 0.05 * (most - least) and low < mean < high
+    for confusion in one[0, :3]:
+        assert benchmark.mious(confusion) == pytest.approx(common.scores(confusion)["mIoU"])
+
+
+def test_a_combination_costs_what_its_parts_cost(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(benchmark, "METHODS", {"maker": "set", "trainer": "checkpoint"})
+    numbers = {"miou": 1.0, "steps": 10, "peak_memory_mb": 5.0, "seconds": 2.0}
+    before = Result("b", "x", 0, target_labels=3, beside="7 a", **numbers)
+    after = Result("b", "trainer", 0, target_labels=0, beside="8 b", **numbers)
+    for name, steps in (("maker+trainer", 10), ("trainer+trainer", 20)):
+        both = benchmark.joined(benchmark.Row(name, None), after, before)
+        assert (both.steps, both.target_labels, both.seconds) == (steps, 3, 4.0)
+        assert both.beside == "7 a, 8 b" and both.method == name
+    args = benchmark.Args(methods=("maker",), combine=("maker+trainer+few_label",))
+    names = ["maker", "maker+trainer", "maker+trainer+few_label"]
+    assert benchmark.names_of(args) == names
+    commands = benchmark.shell_commands(dataclasses.replace(args, benchmarks=("vkitti2kitti",)))
+    assert [c.split("--seeds")[0].split("--benchmarks")[0].split("--methods ")[-1] for c in commands
+            if c[0] != "#"] == [
+        "maker ", f"maker --combine {names[1]} ", f"maker --combine {names[2]} "
+    ]  # fmt: skip
+    assert sum(c.startswith("#") for c in commands) == 2
+
+
+SIXTH = """
+import dataclasses, os, time
+import numpy as np
+import common
+
+@dataclasses.dataclass(frozen=True)
+class Args(common.Args):
+    pass
+
+def run(args):
+    run = common.Run(args, "sixth")
+    if run.result:
+        return run.result
+    if args.seed == 1:
+        raise RuntimeError("boiled over")
+    while args.seed == 2:
+        time.sleep(1)
+    part = common.load(run.args, "source")
+    common.save_set(run.out / "set", part.dataset, part.images[:4], part.labels[:4], part.names[:4])
+    return run.finish(run.network(), target_labels=0, beside="3 looks")
+"""
+
+
+def test_a_sixth_method_is_one_file_and_one_line(mini: Path, tmp_path: Path):
+    """It works, crashes or hangs by its seed; a combination takes its training set."""
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, tmp_path)
+    (tmp_path / "sixth.py").write_text(SIXTH)
+    script = tmp_path / "benchmark.py"
+    line = 'METHODS: dict[str, Literal["set", "checkpoint"]] = {'
+    text = script.read_text()
+    assert line in text
+    script.write_text(text.replace(line, line + '"sixth": "set", '))
+    flags = ["--data", str(mini), *SHORT, "--benchmarks", "vkitti2kitti", "--jobs", "2"]
+    flags += ["--methods", "sixth", "--combine", "sixth+source_only", "--timeout", "15"]
+    command = [sys.executable, str(script), *flags, "--seeds", "0", "1", "2"]
+    ended = subprocess.run(command, env=environment(), capture_output=True, text=True)
+    assert ended.returncode == 1 and "Traceback" not in ended.stderr + ended.stdout
+    rows = json.loads(Path("runs/results.json").read_text())
+    assert [(r["method"], r["seed"], r["error"]) for r in rows] == [
+        ("sixth", 0, None), ("sixth+source_only", 0, None),
+        ("sixth", 1, "RuntimeError: boiled over"), ("sixth+source_only", 1, "sixth failed"),
+        ("sixth", 2, "given up after --timeout 15 s"), ("sixth+source_only", 2, "sixth failed"),
+    ]  # fmt: skip
+    assert rows[0]["beside"] == rows[1]["beside"] == "3 looks" and "3 looks" in ended.stdout
+    config = common.read_config(Path("runs/vkitti2kitti/sixth+source_only/seed0"))
+    assert config["init"] and "sixth: RuntimeError" not in ended.stdout
+
+
+def test_curves_of_our_runs_and_of_mmsegmentation(tmp_path: Path):
+    ours, theirs = tmp_path / "a/run/seed0", tmp_path / "work/2026/vis_data"
+    lines = [{"loss": 2.0 / s, "lr": 0.1, "iter": s, "step": s} for s in range(1, 6)]
+    scores = [{"aAcc": 50.0, "mIoU": 3.0 * s + 1, "mAcc": 20.0, "step": s} for s in (2, 4, 6)]
+    for folder, rows in ((ours, lines + scores), (theirs, [*lines, *scores[:1]])):
+        folder.mkdir(parents=True)
+        (folder / "scalars.json").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    out = io.StringIO()
+    args = benchmark.Args(curves=(ours, tmp_path / "work"), out=tmp_path / "out")
+    benchmark.draw_curves(args, benchmark.Console(file=out, width=80))
+    assert "+3000.00" in out.getvalue()  # the slope of the line, a thousand steps
+    written = sorted(p.relative_to(tmp_path / "out/curves") for p in tmp_path.glob("out/**/*.*"))
+    assert len(written) == 5 and (tmp_path / "out/curves/curves.png").exists()
+    metrics = next(tmp_path.glob("out/curves/*run-seed0/metrics.csv")).read_text().splitlines()
+    assert metrics[0].startswith("step") and len(metrics) == 4
+    assert sorted(p.name for p in theirs.iterdir()) == ["scalars.json"]  # inputs stay as they are
+    assert benchmark.smooth(np.array([1.0, 2, 6]), 3) == pytest.approx([1.5, 3, 4])
+    (theirs / "scalars.json").write_text("{broken")
+    with pytest.raises(common.UserError, match="line 1: not JSON"):
+        benchmark.read_curve(tmp_path / "work")
 
 
 # ---- The contract of every script ---------------------------------------------------------------
