@@ -11,6 +11,7 @@ Letters in shape comments: B batch, C classes, H x W height and width in pixels,
 Images are float RGB in [0, 1] (the networks normalise), labels are train ids 0..C-1 or 255.
 """
 
+import atexit
 import contextlib
 import csv
 import errno
@@ -26,6 +27,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import uuid
@@ -40,6 +42,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
@@ -754,6 +757,138 @@ class Network(nn.Module):
         return outputs if aux else outputs[0]
 
 
+# ---- Several processes (torchrun) ---------------------------------------------------------------
+# Every process runs the same program on the same global batches with the same random numbers. Only
+# a spread network shares the work: each process computes its part of the batch, the outputs are
+# gathered, and the gradients of the weights are summed. So a method's loop and losses are written
+# once, and what is not spread (a teacher, say) is merely computed everywhere.
+def world() -> tuple[int, int]:
+    """Rank of this process and how many there are: 0, 1 outside torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def join_world(device: str) -> str:
+    """Joins the other processes of torchrun, if any. -> this process's device."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        cuda = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+        atexit.register(dist.destroy_process_group)
+    if world()[1] > 1 and device in ("auto", "cuda") and torch.cuda.is_available():
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    return device
+
+
+@contextlib.contextmanager
+def first_rank_first() -> Iterator[None]:
+    """What rank 0 does inside is done before the others begin with it."""
+    rank, size = world()
+    if size > 1 and rank > 0:
+        dist.barrier()
+    yield
+    if size > 1 and rank == 0:
+        dist.barrier()
+
+
+def anywhere(flag: bool) -> bool:
+    """Whether it is so in any of the processes."""
+    if world()[1] == 1:
+        return flag
+    total = torch.tensor(float(flag))
+    dist.all_reduce(total)
+    return bool(total > 0)
+
+
+class Gathered(torch.autograd.Function):
+    """[b,...] of every process -> [B,...] in the order of the ranks. As every process goes on with
+    the same computation on the whole, its gradient here is the whole one: it keeps its part."""
+
+    @staticmethod
+    def forward(ctx: Any, part: Tensor) -> Tensor:
+        parts = [torch.empty_like(part) for _ in range(world()[1])]
+        dist.all_gather(parts, part.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        rank, size = world()
+        return gradient.chunk(size)[rank]
+
+
+class Summed(torch.autograd.Function):
+    """The sum over processes, and the sum of the gradients on the way back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return Summed.apply(gradient)
+
+
+class SyncedBatchNorm(nn.BatchNorm2d):
+    """Batch normalisation by the mean and variance of the whole batch, on CPUs too."""
+
+    sliced = False  # whether this forward pass sees a part of the batch alone
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (self.sliced and self.training):
+            return super().forward(x)
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        count = x.numel() / x.shape[1] * world()[1]
+        mean = Summed.apply(wide.sum(dim=(0, 2, 3))) / count  # [C]
+        centred = wide - mean[:, None, None]
+        variance = Summed.apply(centred.square().sum(dim=(0, 2, 3))) / count
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            rate = self.momentum if self.momentum is not None else 1 / self.num_batches_tracked
+            self.running_mean.lerp_(mean, rate)
+            self.running_var.lerp_(variance * count / max(1, count - 1), rate)
+        scale = (self.weight * (variance + self.eps).rsqrt())[:, None, None]
+        return (centred * scale + self.bias[:, None, None]).to(x.dtype)
+
+
+def take_part(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """Before a spread module's forward pass: its share of every tensor's first dimension."""
+    rank, size = world()
+    tensors = [a for a in args if isinstance(a, Tensor)]
+    module.sliced = module.training and torch.is_grad_enabled() and len(tensors[0]) % size == 0
+    for norm in module.modules():
+        if isinstance(norm, SyncedBatchNorm):
+            norm.sliced = module.sliced
+    if not module.sliced:
+        return None
+    for weight in module.parameters():
+        if weight.requires_grad and not getattr(weight, "is_summed", False):
+            weight.is_summed = True
+            weight.register_hook(lambda gradient: Summed.apply(gradient))
+    return tuple(a.chunk(size)[rank] if isinstance(a, Tensor) else a for a in args)
+
+
+def give_whole(module: nn.Module, args: tuple[Any, ...], outputs: Any) -> Any:
+    """After it: the outputs of all processes."""
+    if not module.sliced:
+        return None
+    if isinstance(outputs, Tensor):
+        return Gathered.apply(outputs)
+    return [Gathered.apply(output) for output in outputs]
+
+
+def spread(module: nn.Module) -> nn.Module:
+    """Shares `module`'s training between the processes of torchrun; alone it stays as it is. Its
+    inputs and outputs (one, or a list) are tensors whose first dimension is the batch's."""
+    if world()[1] > 1:
+        for norm in module.modules():
+            if type(norm) is nn.BatchNorm2d:
+                norm.__class__ = SyncedBatchNorm
+        module.register_forward_pre_hook(take_part)
+        module.register_forward_hook(give_whole)
+    return module
+
+
 # ---- Metrics ------------------------------------------------------------------------------------
 def confusion_matrices(prediction: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     """Rows truth, columns prediction, ignored pixels left out. [B,H,W] twice -> int64 [B,C,C]."""
@@ -816,6 +951,23 @@ def evaluate(
 
     This alone opens the labels of the test set. The network is left in the mode it came in.
     """
+    rank, size = world()
+    if size > 1:
+        classes = len(classes_of(part.dataset))
+        whole = torch.zeros(len(part), classes, classes, dtype=torch.int64, device=device)
+        files = part.test_files[rank::size]
+        mine = replace(part, images=part.images[rank::size], names=files, test_files=files)
+        if files:
+            whole[rank::size] = evaluate_part(net, mine, device, amp, batch_size)
+        dist.all_reduce(whole)
+        return whole.cpu().numpy()
+    return evaluate_part(net, part, device, amp, batch_size).cpu().numpy()
+
+
+def evaluate_part(
+    net: nn.Module, part: Part, device: torch.device, amp: bool, batch_size: int
+) -> Tensor:
+    """`evaluate` of what this process has. -> int64 [N,C,C] on the device."""
     classes, training, matrices = len(classes_of(part.dataset)), net.training, []
     labels = in_threads(lambda pair: read_label(pair[1], part.dataset, pair[0]), part.test_files)
     net.eval()
@@ -832,7 +984,7 @@ def evaluate(
             guess[i, :h, :w] = upsample(logits[i : i + 1], (h, w)).max(dim=1).indices[0]
         matrices.append(confusion_matrices(guess, truth.to(device), classes))
     net.train(training)
-    return torch.cat(matrices).cpu().numpy()
+    return torch.cat(matrices)
 
 
 # ---- The flags that every method shares ---------------------------------------------------------
@@ -1042,13 +1194,17 @@ class Run:
     """
 
     def __init__(self, args: Any, method: str) -> None:
-        self.args = args = resolve(args, method)
+        args = replace(args, device=join_world(args.device))
+        with first_rank_first():  # it writes the miniature
+            self.args = args = resolve(args, method)
         self.method, self.device, self.out = method, torch.device(args.device), args.out
         self.classes = BENCHMARKS[args.benchmark].classes
         self.result = finished(args, method)
         if self.result:
             return
-        self._prepare_folder()
+        with first_rank_first():
+            if world()[0] == 0:
+                self._prepare_folder()
         self._started, self._commit = time.perf_counter(), commit()
         self._stages: dict[str, dict[str, Any]] = {}  # of finished stages, to restore
         self.entered: list[str] = []  # names of the stages so far
@@ -1059,10 +1215,15 @@ class Run:
             self._found = read_checkpoint(path) if path.exists() else {}  # of an earlier process
         except UserError as error:
             raise UserError(f"{error}; delete {self.out} to start anew") from error
+        if world()[0] > 0:  # what this process writes is nobody's: rank 0 writes the same
+            self.out = Path(tempfile.mkdtemp(prefix="rank"))
+            atexit.register(shutil.rmtree, self.out, ignore_errors=True)
+            scalars, self._lock = self.out / "scalars.json", locked(self.out / ".lock")
         self._seconds_before = self._found.get("seconds", 0.0)
         self._pending: list[tuple[int, dict[str, Any]]] = self._found.get("pending", [])
         scalars.touch()  # what came after the checkpoint recurs
         os.truncate(scalars, min(scalars.stat().st_size, self._found.get("scalars_bytes", 0)))
+        anywhere(False)  # all have read what rank 0 is about to replace
         torch.manual_seed(args.seed)  # initial weights, dropout
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -1096,6 +1257,7 @@ class Run:
         net.to(self.device, memory_format=torch.channels_last)
         if self.args.compile:
             net.compile()
+        spread(net.body)
         return net
 
     def autocast(self) -> torch.autocast:
@@ -1128,10 +1290,11 @@ class Run:
                 if step == total:
                     self.flush()  # no line mixes two stages
                 due = step % max(1, total // 10) == 0 or time.monotonic() - saved > 120
-                if due or step == total or stop:
+                stopping = anywhere(bool(stop))
+                if due or step == total or stopping:
                     self._save(stage, step, total, state)
                     saved = time.monotonic()
-                if stop:
+                if stopping:
                     raise KeyboardInterrupt(f"stopped after step {step} of {total} of {stage}")
         finally:
             self._inside = False
@@ -1511,7 +1674,7 @@ def main(args_class: type, run: Callable[[Any], Any], doc: str | None) -> None:
         if error.errno not in OUTSIDE:
             raise
         sys.exit(f"error: {error.filename or 'output'}: {error.strerror}")
-    if isinstance(result, Result):
+    if isinstance(result, Result) and world()[0] == 0:
         print(f"{result.benchmark} {result.method} seed {result.seed}: mIoU {result.miou:.1f}")
 
 

@@ -378,3 +378,58 @@ def test_init_of_a_folder_that_holds_no_set_or_another(args, tmp_path):
     common.save_set(tmp_path, "gta5", part.images[:2], part.labels[:2], part.names[:2])
     with pytest.raises(UserError, match="holds gta5 at"):
         common.resolve(replace(args, init=tmp_path, benchmark="vkitti2kitti"), "x")
+
+
+# ---- Several processes --------------------------------------------------------------------------
+TWO = """
+import copy, sys
+from pathlib import Path
+import torch
+import benchmark, common
+
+torch.set_num_threads(1)
+args = benchmark.BaselineArgs(
+    data=sys.argv[1], steps=6, batch_size=4, size=(32, 64), labelled=2, lr=1e-3, device="cpu",
+    row="few_label", out=Path(sys.argv[2]),
+)
+if common.join_world("cpu") and common.world()[1] == 2:  # in float64, where rounding does not blur
+    torch.manual_seed(0)
+    alone = common.Network("bisenet", 5).body.double().train()
+    both = common.spread(copy.deepcopy(alone))
+    images = torch.rand(4, 3, 64, 64).double()
+    for net in (alone, both):
+        sum(output.sin().mean() for output in net(images, True)).backward()
+    for one, other in zip(alone.parameters(), both.parameters()):
+        assert torch.allclose(one.grad, other.grad, rtol=1e-8, atol=1e-10)
+    for one, other in zip(alone.buffers(), both.buffers()):
+        assert torch.allclose(one.double(), other.double(), rtol=1e-10)
+    assert torch.equal(copy.deepcopy(both).eval()(images, 0)[0], both.eval()(images, 0)[0])
+del sys.argv[1:]
+common.main(lambda: args, benchmark.run_baseline, "")
+"""
+
+
+def test_two_processes_end_like_one_at_the_same_global_batch(mini: Path):
+    """Weights, scores and files; the metric is summed over the processes."""
+    Path("two.py").write_text(TWO)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    for count, out in (("1", "alone"), ("2", "both")):
+        command = [*torchrun, count, "two.py", str(mini), out]
+        ended = subprocess.run(command, env=environment(), capture_output=True, text=True)
+        assert ended.returncode == 0, ended.stderr
+        assert ended.stdout.count("mIoU") == 1  # rank 0 alone speaks
+    # In float32 Adam turns the rounding of gradients that ought to be 0 into whole steps, also from
+    # one thread to two; what is learned is the same.
+    losses = [
+        [line["loss"] for line in common.read_scalars(Path(f)) if "loss" in line]
+        for f in ("alone", "both")
+    ]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+    one, two = weights(Path("alone")), weights(Path("both"))
+    distance = sum((one[k].double() - two[k].double()).square().sum() for k in one).sqrt()
+    assert distance < 1e-3 * sum(one[k].double().square().sum() for k in one).sqrt()
+    single, double = (json.loads(Path(f, "result.json").read_text()) for f in ("alone", "both"))
+    assert double["miou"] == pytest.approx(single["miou"], abs=0.1)
+    counts = [np.load(Path(f, "confusion.npy")).sum(axis=(1, 2)) for f in ("alone", "both")]
+    assert (counts[0] == counts[1]).all()
+    assert {p.name for p in Path("alone").iterdir()} == {p.name for p in Path("both").iterdir()}
