@@ -913,7 +913,7 @@ def study_networks(args: Args, console: Console) -> None:
     one image, images a second at the batch size."""
     records = []
     for benchmark in args.benchmarks:
-        table = [["network", "M par.", "GFLOPs", "ms", "p95", "images/s", "MB", "source", "oracle"]]
+        table = [["network", "M par.", "GFLOPs", "ms", "p95", "img/s", "MB", "source", "oracle"]]
         for name in common.NETWORKS:
             own = {"benchmark": benchmark, "data": args.data, "net": name, "amp": args.amp}
             own |= {"size": args.size, "batch_size": args.batch_size, "device": args.devices[0]}
@@ -942,14 +942,14 @@ def study_networks(args: Args, console: Console) -> None:
         h, w = records[-1]["size"]
         device = torch.device(one.device)
         where = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-        title = f"{benchmark}, {h}x{w}, one image (ms) and {one.batch_size} (images/s), {where}"
+        title = f"{benchmark}, {h}x{w}, one image (ms) and {one.batch_size} (img/s), {where}"
         show(table, title, console)
     common.write_json(args.out / "networks.json", records)
-    console.print(
-        "ms: median latency; p95: its 95th percentile. MB: peak memory, on a CPU of the whole\n"
-        f"process. source, oracle: mIoU of those rows below {args.out}, where they have been run.",
-        highlight=False,
+    said = (
+        "ms: median latency; p95: its 95th percentile. MB: peak memory, on a CPU of the whole "
+        f"process. source, oracle: mIoU of those rows below {args.out}, where they have been run."
     )
+    console.print(said, highlight=False)
 
 
 def found_mious(out: Path, benchmark: str, method: str, args: common.Args) -> list[float]:
