@@ -1650,6 +1650,16 @@ def train(
         )
 
 
+@torch.no_grad()
+def follow(teacher: nn.Module, student: nn.Module, decay: float) -> None:
+    """Teacher = decay * teacher + (1 - decay) * student (arXiv:1703.01780v6), in place, its
+    batch normalisation's statistics like its weights."""
+    old, new = teacher.state_dict().values(), student.state_dict().values()
+    for mine, other in zip(old, new, strict=True):
+        if mine.is_floating_point():
+            mine.lerp_(other, 1 - decay)
+
+
 # ---- Command line -------------------------------------------------------------------------------
 OUTSIDE = {  # what the file system may say, which is no fault of the code
     errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT, errno.EFBIG,
