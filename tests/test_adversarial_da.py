@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_run import same, scramble, weights
+from test_methods import scramble
+from test_run import same, weights
 
 import adversarial_da as da
 import common
@@ -32,7 +33,7 @@ def no_figures(monkeypatch: pytest.MonkeyPatch):
 
 # ---- Image translation --------------------------------------------------------------------------
 def exchanged(source: np.ndarray, target: np.ndarray, beta: float) -> np.ndarray:
-    """FDA's equation 3 with NumPy's full spectrum, one frequency at a time. [H,W] each."""
+    """FDA with NumPy's full spectrum, one frequency at a time. [H,W] each."""
     h, w = source.shape
     spectrum, style = np.fft.fft2(source), np.fft.fft2(target)
     for y, x in product(range(h), range(w)):
@@ -143,6 +144,20 @@ def test_both_levels_are_aligned_where_the_network_has_two(args: common.Args):
     assert len(scalars) == 4
 
 
+def test_statistics_of_two_domains():
+    """joint: as of one batch. Else each domain as if the other were not there."""
+    net = common.Network("tiny", 3)
+    x, y = torch.rand(2, 2, 3, 32, 32)
+    y = y / 4
+    with torch.no_grad():
+        both, one, other = net(torch.cat([x, y])), net(x), net(y)
+        for statistics in ("separate", "target"):
+            (on_x,), (on_y,) = da.two_domains(net, x, y, statistics)
+            assert torch.equal(on_x, one) and torch.equal(on_y, other)
+        (on_x,), (on_y,) = da.two_domains(net, x, y, "joint")
+    assert torch.equal(torch.cat([on_x, on_y]), both) and not torch.equal(on_x, one)
+
+
 # ---- Self-training ------------------------------------------------------------------------------
 def test_class_mask_pastes_whole_classes_and_half_of_them():
     rng = np.random.default_rng(0)
@@ -159,30 +174,15 @@ def test_class_mask_pastes_whole_classes_and_half_of_them():
     assert len(drawn) > 3  # another half for each image
 
 
-def test_pseudo_labels_are_of_the_mean_of_the_teachers(args: common.Args):
+def test_pseudo_labels_are_of_the_mean_of_the_teachers():
     def teacher(*p: float):
         return lambda images: torch.tensor(p).log().view(1, 2, 1, 1).expand(1, 2, 1, 1)
 
     x, one, other = torch.zeros(1, 3, 1, 1), teacher(0.9, 0.1), teacher(0.2, 0.8)
-    settings = made(args, "run", confidence=0.54, class_share=0.0)
-    assert da.pseudo_labels([one], x, settings).item() == 0
-    assert da.pseudo_labels([one, other], x, settings).item() == 0  # 0.55 against 0.45
-    assert da.pseudo_labels([one, other, other], x, settings).item() == 1  # 0.57
-    settings = made(args, "run", confidence=0.95)
-    assert da.pseudo_labels([one], x, settings).item() == IGNORE
-
-
-def test_pseudo_labels_are_the_sure_ones_and_a_share_of_each_class(args: common.Args):
-    """Class 0 sure everywhere, class 1 at 0.4 to 0.7: all of the one, two thirds of the other."""
-    p = torch.zeros(1, 3, 4, 480)
-    p[:, 0, :, :240], p[:, 1, :, 240:] = 0.95, torch.linspace(0.4, 0.7, 240)
-    p[:, 2] = 1 - p.sum(dim=1)
-    p[:, 2, :, 240:] /= 2  # below class 1; the softmax scales all alike
-    settings = made(args, "run", confidence=0.9, class_share=0.66)
-    labels = da.pseudo_labels([lambda images: p.log()], p, settings)[0]
-    assert (labels[:, :240] == 0).all()
-    kept = (labels[:, 240:] == 1).float().mean()
-    assert kept == pytest.approx(0.66, abs=0.03) and (labels[:, -100:] == 1).all()
+    assert da.pseudo_labels([one], x, 0.54).item() == 0
+    assert da.pseudo_labels([one, other], x, 0.54).item() == 0  # 0.55 against 0.45
+    assert da.pseudo_labels([one, other, other], x, 0.54).item() == 1  # 0.57
+    assert da.pseudo_labels([one], x, 0.95).item() == IGNORE
 
 
 def test_the_teacher_follows():
@@ -205,20 +205,26 @@ def test_statistics_are_those_of_the_photos(args: common.Args):
 
 
 # ---- Runs ---------------------------------------------------------------------------------------
+def test_figures_are_written(args: common.Args):
+    da.run(made(args, "run", align="output"))
+    for name in ("adaptation", "translation", "predictions", "curves"):
+        assert Path(f"run/figures/{name}.png").stat().st_size > 10_000
+
+
+@pytest.mark.usefixtures("no_figures")
 @pytest.mark.parametrize(
     "switches",
     [
-        {"align": "output", "translate": "none", "self_train": False},
-        {"align": "entropy", "translate": "color", "gan": "least_squares", "entropy_weight": 0.1},
+        {"align": "output", "translate": "none", "self_train": False, "entropy_weight": 0.1},
+        {"align": "entropy", "translate": "color", "gan": "least_squares", "statistics": "joint"},
         {"align": "none", **BANDS, "statistics": "target"},
     ],
 )
 def test_switches_alone_and_together(args: common.Args, switches: dict):
-    """Every combination trains as many updates as it was given, and writes what it promises."""
+    """As many updates as were given, and scalars that say how the discriminator does."""
     result = da.run(made(args, "run", steps=12, **switches))
     assert (result.steps, result.target_labels) == (12, 0)
-    for name in ("adaptation", "translation", "predictions", "curves"):
-        assert Path(f"run/figures/{name}.png").stat().st_size > 10_000
+    assert ("discriminator updates" in result.beside) == (switches["align"] != "none")
     lines = [line for line in common.read_scalars(Path("run")) if "mIoU" not in line]
     stages = common.read_scalars(Path("run"))[-1]["step"]
     assert stages == 12 and lines
@@ -231,7 +237,7 @@ def test_switches_alone_and_together(args: common.Args, switches: dict):
 def test_every_switch_off_is_the_source_only_baseline(args: common.Args):
     import benchmark
 
-    off = {"align": "none", "translate": "none", "self_train": False, "statistics": "source"}
+    off = {"align": "none", "translate": "none", "self_train": False}
     da.run(made(args, "one", **off))
     fields = {f: getattr(args, f) for f in args.__dataclass_fields__}
     benchmark.run_baseline(benchmark.BaselineArgs(**{**fields, "out": Path("two")}))
@@ -269,7 +275,7 @@ def test_no_label_of_a_photo_is_used(args: common.Args, mini: Path):
     import shutil
 
     shutil.copytree(mini, "data2")
-    scramble(Path("data2"), "kitti/training/semantic/*")
+    scramble(Path("data2"))
     da.run(made(args, "one", align="output"))
     da.run(made(args, "two", align="output", data="data2"))
     assert same(weights(Path("one")), weights(Path("two")))
@@ -285,3 +291,14 @@ def test_init_replaces_the_first_stage(args: common.Args):
         da.run(made(args, "three", init=init, **BANDS))
     with pytest.raises(UserError, match="--align-share: expected a share from 0 to 1"):
         da.run(made(args, "four", align="output", align_share=1.6))
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_init_with_a_training_set_is_trained_on(args: common.Args):
+    """All steps, and on a copy of the source to the same weights as on the source."""
+    args = common.resolve(made(args, "one"), "x")
+    source = common.load(args, "source")
+    da.run(made(args, "one"))
+    common.save_set(Path("set"), source.dataset, source.images, source.labels, source.names)
+    result = da.run(made(args, "two", init=Path("set")))
+    assert result.steps == 6 and same(weights(Path("one")), weights(Path("two")))

@@ -18,7 +18,12 @@ import benchmark
 import common
 
 # What makes a method's own stages as short as the two updates of its network.
-SHORT: dict[str, dict[str, Any]] = {"reward_opt": {"look_every": 2}}
+SHORT: dict[str, dict[str, Any]] = {
+    "datarater": {
+        "meta_steps": 2, "population": 1, "shrink": 1, "inner_batch": 1, "compare": False,
+    },
+    "reward_opt": {"look_every": 2},
+}  # fmt: skip
 ROWS = (*benchmark.BASELINES, *benchmark.METHODS)
 
 
