@@ -27,7 +27,7 @@ BANDS = {"translate": "fda", "bands": (0.01, 0.05)}
 @pytest.fixture
 def no_figures(monkeypatch: pytest.MonkeyPatch):
     """They take longer than so short a run."""
-    for module, name in ((da, "draw"), (common, "draw_curves"), (common, "draw_predictions")):
+    for module, name in ((da, "draw_adaptation"), (common, "draw_curves"), (common, "draw_predictions")):
         monkeypatch.setattr(module, name, lambda *_: None)
 
 
@@ -188,7 +188,7 @@ def test_pseudo_labels_are_of_the_mean_of_the_teachers():
 def test_the_teacher_follows():
     teacher, student = torch.nn.Linear(2, 1), torch.nn.Linear(2, 1)
     expected = 0.9 * teacher.weight + 0.1 * student.weight
-    da.follow(teacher, student, 0.9)
+    common.follow(teacher, student, 0.9)
     torch.testing.assert_close(teacher.weight, expected)
 
 
