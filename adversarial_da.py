@@ -88,47 +88,6 @@ class Args(common.Args):
 
 
 # ---- Image translation --------------------------------------------------------------------------
-def fourier_transfer(source: Tensor, target: Tensor, beta: float) -> Tensor:
-    """Source images with the target's amplitude at low frequencies (FDA).
-
-    source, target [B,3,H,W] -> [B,3,H,W], not clamped. beta: frequencies below it on both axes are
-    exchanged, in cycles/px; 0 for none, and above 1/2, the highest that there is, for all.
-    """
-    h, w = source.shape[2:]
-    spectrum, style = torch.fft.rfft2(source), torch.fft.rfft2(target)  # [B,3,H,W//2+1] complex
-    # Through |f| the band is symmetric about frequency 0 at even and odd sizes alike, so that the
-    # image stays real; a square cut from a shifted spectrum is off by one at even sizes.
-    rows = torch.fft.fftfreq(h, device=source.device).abs() < beta
-    columns = torch.fft.rfftfreq(w, device=source.device).abs() < beta
-    band = rows[:, None] & columns  # FDA's M_beta, [H,W//2+1]
-    amplitude = torch.where(band, style.abs(), spectrum.abs())
-    mixed = torch.polar(amplitude, spectrum.angle())
-    return torch.fft.irfft2(mixed, s=(h, w))
-
-
-def color_transfer(source: Tensor, target: Tensor) -> Tensor:
-    """Source images with the target's mean and covariance of RGB. [B,3,H,W] twice -> [B,3,H,W].
-
-    The linear map is the one that moves colours least (Monge-Kantorovich; Pitie and Kokaram, CVMP
-    2007): A = S^-1/2 (S^1/2 T S^1/2)^1/2 S^-1/2 for covariances S and T.
-    """
-
-    def moments(images: Tensor) -> tuple[Tensor, Tensor]:
-        flat = images.flatten(2)  # [B,3,HW]
-        mean = flat.mean(dim=2, keepdim=True)
-        covariance = (flat - mean) @ (flat - mean).mT / flat.shape[2]
-        return mean, covariance + 1e-5 * torch.eye(3, device=images.device)
-
-    def power(matrix: Tensor, exponent: float) -> Tensor:
-        values, vectors = torch.linalg.eigh(matrix)
-        return vectors * values.clamp(min=1e-8)[:, None] ** exponent @ vectors.mT
-
-    (mean, s), (new_mean, t) = moments(source), moments(target)
-    root, inverse = power(s, 0.5), power(s, -0.5)
-    matrix = inverse @ power(root @ t @ root, 0.5) @ inverse  # [B,3,3]
-    return (matrix @ (source.flatten(2) - mean) + new_mean).view_as(source)
-
-
 def translator(args: Args, part: Part, beta: float) -> Callable[[Tensor, torch.Generator], Tensor]:
     """An augmentation that gives each source image the look of a random photo of `part`."""
     if args.translate == "none":
@@ -139,8 +98,8 @@ def translator(args: Args, part: Part, beta: float) -> Callable[[Tensor, torch.G
         style = torch.from_numpy(part.images[index]).to(images.device).permute(0, 3, 1, 2) / 255
         with torch.autocast(images.device.type, enabled=False):  # bfloat16 has no eigenvectors
             if args.translate == "color":
-                return color_transfer(images, style).clamp(0, 1)
-            return fourier_transfer(images, style, beta).clamp(0, 1)
+                return common.color_transfer(images, style).clamp(0, 1)
+            return common.fourier_transfer(images, style, beta).clamp(0, 1)
 
     return translate
 
@@ -430,9 +389,9 @@ def draw_adaptation(run: Run, before: Network, after: Network, source: Part, pho
     pictures = source.images[places], photos.images[chosen]  # uint8 [4,H,W,3] each
     x, y = (torch.from_numpy(p).to(device).permute(0, 3, 1, 2) / 255 for p in pictures)
     columns = {"source": list(pictures[0]), "photo": list(pictures[1])}
-    translations = {"color": color_transfer(x, y)}
+    translations = {"color": common.color_transfer(x, y)}
     for beta in sorted({0.01, 0.05, 0.09, *run.args.bands}):
-        translations[f"fda {beta:g}"] = fourier_transfer(x, y, beta)
+        translations[f"fda {beta:g}"] = common.fourier_transfer(x, y, beta)
     for name, images in translations.items():
         columns[name] = list((255 * images.clamp(0, 1)).byte().permute(0, 2, 3, 1).cpu().numpy())
     common.draw_sheet(run.out / "figures/translation.png", columns, run.classes)

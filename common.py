@@ -589,6 +589,48 @@ def random_augmentation(images: Tensor, rng: torch.Generator) -> Tensor:
     return images
 
 
+# ---- Image translation ---------------------------------------------------------------------------
+def fourier_transfer(source: Tensor, target: Tensor, beta: float) -> Tensor:
+    """Source images with the target's amplitude at low frequencies (FDA).
+
+    source, target [B,3,H,W] -> [B,3,H,W], not clamped. beta: frequencies below it on both axes are
+    exchanged, in cycles/px; 0 for none, and above 1/2, the highest that there is, for all.
+    """
+    h, w = source.shape[2:]
+    spectrum, style = torch.fft.rfft2(source), torch.fft.rfft2(target)  # [B,3,H,W//2+1] complex
+    # Through |f| the band is symmetric about frequency 0 at even and odd sizes alike, so that the
+    # image stays real; a square cut from a shifted spectrum is off by one at even sizes.
+    rows = torch.fft.fftfreq(h, device=source.device).abs() < beta
+    columns = torch.fft.rfftfreq(w, device=source.device).abs() < beta
+    band = rows[:, None] & columns  # FDA's M_beta, [H,W//2+1]
+    amplitude = torch.where(band, style.abs(), spectrum.abs())
+    mixed = torch.polar(amplitude, spectrum.angle())
+    return torch.fft.irfft2(mixed, s=(h, w))
+
+
+def color_transfer(source: Tensor, target: Tensor) -> Tensor:
+    """Source images with the target's mean and covariance of RGB. [B,3,H,W] twice -> [B,3,H,W].
+
+    The linear map is the one that moves colours least (Monge-Kantorovich; Pitie and Kokaram, CVMP
+    2007): A = S^-1/2 (S^1/2 T S^1/2)^1/2 S^-1/2 for covariances S and T.
+    """
+
+    def moments(images: Tensor) -> tuple[Tensor, Tensor]:
+        flat = images.flatten(2)  # [B,3,HW]
+        mean = flat.mean(dim=2, keepdim=True)
+        covariance = (flat - mean) @ (flat - mean).mT / flat.shape[2]
+        return mean, covariance + 1e-5 * torch.eye(3, device=images.device)
+
+    def power(matrix: Tensor, exponent: float) -> Tensor:
+        values, vectors = torch.linalg.eigh(matrix)
+        return vectors * values.clamp(min=1e-8)[:, None] ** exponent @ vectors.mT
+
+    (mean, s), (new_mean, t) = moments(source), moments(target)
+    root, inverse = power(s, 0.5), power(s, -0.5)
+    matrix = inverse @ power(root @ t @ root, 0.5) @ inverse  # [B,3,3]
+    return (matrix @ (source.flatten(2) - mean) + new_mean).view_as(source)
+
+
 # ---- Networks -----------------------------------------------------------------------------------
 def conv(i: int, o: int, kernel: int = 3, stride: int = 1) -> nn.Sequential:
     """Convolution, batch normalisation, ReLU; 'same' padding."""

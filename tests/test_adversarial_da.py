@@ -27,7 +27,8 @@ BANDS = {"translate": "fda", "bands": (0.01, 0.05)}
 @pytest.fixture
 def no_figures(monkeypatch: pytest.MonkeyPatch):
     """They take longer than so short a run."""
-    for module, name in ((da, "draw_adaptation"), (common, "draw_curves"), (common, "draw_predictions")):
+    pairs = ((da, "draw_adaptation"), (common, "draw_curves"), (common, "draw_predictions"))
+    for module, name in pairs:
         monkeypatch.setattr(module, name, lambda *_: None)
 
 
@@ -48,7 +49,7 @@ def exchanged(source: np.ndarray, target: np.ndarray, beta: float) -> np.ndarray
 @pytest.mark.parametrize("beta", [0.0, 0.01, 0.13, 0.3, 0.5, 1.0])
 def test_fourier_transfer_equals_numpy(size: tuple[int, int], beta: float):
     source, target = torch.rand(2, 2, 3, *size, dtype=torch.float64)
-    result = da.fourier_transfer(source, target, beta)
+    result = common.fourier_transfer(source, target, beta)
     assert result.shape == source.shape
     for b, c in product(range(2), range(3)):
         expected = exchanged(source[b, c].numpy(), target[b, c].numpy(), beta)
@@ -58,12 +59,12 @@ def test_fourier_transfer_equals_numpy(size: tuple[int, int], beta: float):
 @pytest.mark.parametrize("size", [(32, 64), (31, 65)])
 def test_no_band_is_the_image_and_the_full_band_the_other_amplitude(size: tuple[int, int]):
     source, target = torch.rand(2, 2, 3, *size, dtype=torch.float64)
-    torch.testing.assert_close(da.fourier_transfer(source, target, 0.0), source)
-    spectrum = torch.fft.fft2(da.fourier_transfer(source, target, 1.0))
+    torch.testing.assert_close(common.fourier_transfer(source, target, 0.0), source)
+    spectrum = torch.fft.fft2(common.fourier_transfer(source, target, 1.0))
     torch.testing.assert_close(spectrum.abs(), torch.fft.fft2(target).abs())
     turned = spectrum * torch.fft.fft2(source).conj()  # of phase 0 where the phase is the source's
     torch.testing.assert_close(turned, turned.abs().to(turned.dtype))
-    mean = da.fourier_transfer(source, target, 1e-6).mean(dim=(2, 3))  # the band of frequency 0
+    mean = common.fourier_transfer(source, target, 1e-6).mean(dim=(2, 3))  # the band of frequency 0
     torch.testing.assert_close(mean, target.mean(dim=(2, 3)))
 
 
@@ -71,13 +72,13 @@ def test_color_transfer_gives_the_moments_of_the_target():
     mix = torch.tensor([[1.0, 0.5, 0.2], [0.0, 0.7, 0.3], [0.1, 0.0, 0.4]])
     source = torch.rand(2, 3, 9, 11)
     target = (mix @ torch.rand(2, 3, 9 * 11)).view(2, 3, 9, 11) * 0.3 + 0.1
-    result = da.color_transfer(source, target).flatten(2)
+    result = common.color_transfer(source, target).flatten(2)
     for one, other in zip(result, target.flatten(2), strict=True):
         torch.testing.assert_close(one.mean(dim=1), other.mean(dim=1), atol=1e-4, rtol=0)
         torch.testing.assert_close(one.cov(), other.cov(), atol=3e-4, rtol=0.01)
-    torch.testing.assert_close(da.color_transfer(source, source), source, atol=1e-4, rtol=0)
+    torch.testing.assert_close(common.color_transfer(source, source), source, atol=1e-4, rtol=0)
     flat = torch.full((1, 3, 4, 4), 0.5)
-    assert da.color_transfer(flat, flat).isfinite().all()
+    assert common.color_transfer(flat, flat).isfinite().all()
 
 
 # ---- Alignment ----------------------------------------------------------------------------------

@@ -22,7 +22,12 @@ SHORT: dict[str, dict[str, Any]] = {
     "datarater": {
         "meta_steps": 2, "population": 1, "shrink": 1, "inner_batch": 1, "compare": False,
     },
+    "metasim": {
+        "scenes": 12, "objects": 2, "assets": 40, "width": 16, "reconstruct_steps": 4,
+        "match_steps": 4, "match_batch": 4, "match_photos": 4, "feature_steps": 3,
+    },
     "reward_opt": {"look_every": 2},
+    "diffusion_bridge": {"unet_steps": 4, "reader_steps": 2, "sample_steps": 2, "width": 8},
 }  # fmt: skip
 ROWS = (*benchmark.BASELINES, *benchmark.METHODS)
 

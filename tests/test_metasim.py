@@ -1,0 +1,367 @@
+"""Scene grammar, renderer, MMD, REINFORCE: against finite differences, plain loops, exact cases."""
+
+import json
+import math
+from collections import deque
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_run import same, weights
+
+import common
+import metasim
+from common import IGNORE, Part
+
+CPU = torch.device("cpu")
+SMALL = {
+    "scenes": 12, "objects": 2, "assets": 40, "width": 16, "reconstruct_steps": 4,
+    "match_steps": 4, "match_batch": 4, "match_photos": 4, "feature_steps": 3, "reward_start": 2,
+    "reward_rounds": 3, "reward_samples": 2, "reward_steps": 2,
+}  # fmt: skip
+
+
+def made(args: common.Args, out: str, **changes) -> metasim.Args:
+    fields = {f: getattr(args, f) for f in args.__dataclass_fields__}
+    return metasim.Args(**{**fields, **SMALL, "out": Path(out), **changes})
+
+
+@pytest.fixture
+def no_figures(monkeypatch: pytest.MonkeyPatch):
+    """They take longer than so short a run."""
+    for module, name in (
+        (metasim, "draw_scenes"),
+        (common, "draw_curves"),
+        (common, "draw_predictions"),
+    ):
+        monkeypatch.setattr(module, name, lambda *_: None)
+
+
+@pytest.fixture
+def roads(args: common.Args) -> metasim.Roads:
+    args = common.resolve(made(args, "run"), "metasim")
+    return metasim.Roads(common.load(args, "source"), args, CPU)
+
+
+def plain(roads: metasim.Roads, graphs: metasim.Graphs) -> torch.Tensor:
+    """The attributes with which scene and camera leave an image as it is. -> [B,V,M]."""
+    neutral = {"noise": -60}
+    grammar, values = roads.grammar, graphs.values.clone()
+    for v, node in enumerate(grammar.nodes[:2]):
+        for m, name in enumerate(grammar.kinds[node].attributes):
+            values[:, v, m] = (neutral.get(name, 0) - grammar.mean[v, m]) / grammar.scale[v, m]
+    values[:, 0, : len(metasim.TONE)] = roads.tones[graphs.picture[:, 0]]
+    return values
+
+
+# ---- Material -----------------------------------------------------------------------------------
+def flood(labels: np.ndarray) -> np.ndarray:
+    """Connected regions, one pixel after the other, each numbered by its greatest place."""
+    h, w = labels.shape
+    ids = np.full((h, w), -1)
+    for start in range(h * w - 1, -1, -1):
+        if ids.flat[start] >= 0:
+            continue
+        ids.flat[start], queue = start, deque([divmod(start, w)])
+        while queue:
+            y, x = queue.popleft()
+            for a, b in ((y + 1, x), (y - 1, x), (y, x + 1), (y, x - 1)):
+                if 0 <= a < h and 0 <= b < w and ids[a, b] < 0 and labels[a, b] == labels[y, x]:
+                    ids[a, b] = start
+                    queue.append((a, b))
+    return ids
+
+
+@pytest.mark.parametrize("classes", [1, 2, 4])
+def test_components_equal_a_flood_fill(classes: int):
+    rng = np.random.default_rng(classes)
+    labels = rng.integers(classes, size=(17, 23))
+    np.testing.assert_array_equal(metasim.components(labels), flood(labels))
+    snake = np.zeros((15, 16), int)  # one path through the whole picture
+    snake[1::4, :-1] = snake[3::4, 1:] = 1
+    np.testing.assert_array_equal(metasim.components(snake), flood(snake))
+
+
+def test_cut_outs_are_whole_objects_of_the_source(roads: metasim.Roads):
+    """Each is found again, pixel by pixel, in some source image, with its class and its place."""
+    height, width = roads.size
+    names = common.classes_of("vkitti2")
+    for rgba, c, box in zip(*roads.cut_outs, strict=True):
+        assert names[c] in metasim.OBJECTS
+        mask = rgba[3].numpy() > 0
+        w, h = round(float(box[2] * width)), round(float(box[3] * height))
+        left = round(float((box[0] + 1) * width - w) / 2)
+        assert mask[:h, :w].any(axis=0).all() and mask[:h, :w].any(axis=1).all()
+        assert not mask[h:].any() and not mask[:, w:].any()
+        found = False
+        for n, horizon in enumerate(roads.horizon):
+            top = round(float((box[1] + horizon + 1) * height - h) / 2)
+            inside = np.s_[top : top + h, left : left + w]
+            if 0 <= top <= height - h:
+                images, masks = roads.part.images[n], roads.part.labels[n]
+                colours, labels = np.array(images[inside]), np.array(masks[inside])
+                same_colours = (colours == rgba[:3, :h, :w].permute(1, 2, 0).numpy()).all(axis=2)
+                found |= ((labels == int(c)) & same_colours)[mask[:h, :w]].all()
+        assert found
+
+
+# ---- Renderer -----------------------------------------------------------------------------------
+def test_a_neutral_scene_is_the_source_image(roads: metasim.Roads):
+    graphs = roads.sample(6, common.generator(0))
+    graphs.picture[:, 2:] = -1
+    images, labels = roads.render(graphs, plain(roads, graphs))
+    index = graphs.picture[:, 0].numpy()
+    np.testing.assert_allclose(metasim.to_bytes(images), roads.part.images[index], atol=0)
+    np.testing.assert_array_equal(labels, roads.part.labels[index])
+
+
+def test_gradients_equal_central_differences_for_every_attribute(roads: metasim.Roads):
+    graphs = roads.sample(2, common.generator(4))
+    graphs.picture[:, 2:] = torch.tensor([[0, 5], [9, 2]])
+    graphs.classes[:, 2:] = 3 + roads.cut_outs.classes[graphs.picture[:, 2:]]
+    weights = torch.randn(2, 3, *roads.size, generator=common.generator(1), dtype=torch.float64)
+    values = graphs.values.double().requires_grad_()
+
+    def total(values: torch.Tensor) -> torch.Tensor:
+        return (roads.render(graphs, values)[0] * weights).sum(dim=(1, 2, 3))  # [B]
+
+    (gradient,) = torch.autograd.grad(total(values).sum(), values)
+    assert (gradient[:, ~roads.grammar.mutable] == 0).all()
+    eps = 1e-7
+    for v, m in roads.grammar.mutable.nonzero():
+        step = torch.zeros_like(values)
+        step[:, v, m] = eps
+        with torch.no_grad():
+            difference = (total(values + step) - total(values - step)) / (2 * eps)
+        assert (gradient[:, v, m].abs() > 1e-6).all(), roads.grammar.nodes[v]
+        torch.testing.assert_close(gradient[:, v, m], difference, rtol=1e-4, atol=1e-5)
+
+
+def test_labels_are_exactly_where_an_object_shows(
+    roads: metasim.Roads, monkeypatch: pytest.MonkeyPatch
+):
+    """A red base, a green and a blue object: the label is that of the strongest channel."""
+    images = np.zeros_like(roads.part.images)
+    images[..., 0] = 255
+    labels = np.zeros_like(roads.part.labels)
+    roads.part = Part("vkitti2", roads.part.names, images, labels)
+    objects = roads.cut_outs.classes.unique()
+    graphs = roads.sample(40, common.generator(3))
+    values = plain(roads, graphs)
+    for v, node in enumerate(roads.grammar.nodes):
+        if node in ("camera", "object"):
+            values[:, v] = graphs.values[:, v]
+    values[:, 2:, 3] = 0  # brightness
+    one, two = ((roads.cut_outs.classes == c).nonzero()[:, 0] for c in objects[:2])
+    graphs.picture[:, 2] = one[torch.arange(40) % len(one)]
+    graphs.picture[:, 3] = two[torch.arange(40) % len(two)]
+    roads.cut_outs.rgba[:, :3] = 0
+    roads.cut_outs.rgba[one, 1] = roads.cut_outs.rgba[two, 2] = 255
+    monkeypatch.setattr(metasim, "photometry", lambda image, *_: image)
+    images, labels = roads.render(graphs, values)
+    torch.testing.assert_close(images.sum(dim=1), torch.ones_like(images[:, 0]))
+    shown = images.argmax(dim=1)
+    for channel, c in ((1, objects[0]), (2, objects[1])):
+        assert (shown == channel).sum() > 100
+        assert ((shown == channel) == (labels == c)).all()
+    assert set(labels.unique().tolist()) <= {0, *objects[:2].tolist(), IGNORE}
+    assert (labels == IGNORE).float().mean() < 0.1  # what the camera sees beyond the image's edge
+
+
+def test_blend_is_the_painters_algorithm():
+    layers, base = torch.rand(3, 2, 4, 5, 6), torch.rand(2, 3, 5, 6)
+    expected = base
+    for layer in reversed(layers):  # the farthest first
+        expected = layer[:, :3] + (1 - layer[:, 3:]) * expected
+    image, shares = metasim.blend(list(layers), base)
+    torch.testing.assert_close(image, expected)
+    torch.testing.assert_close(shares.sum(dim=1), torch.ones(2, 5, 6))
+
+
+def test_a_nearer_object_grows_about_the_vanishing_point(roads: metasim.Roads):
+    """One octave nearer: its box is twice as large, and twice as far below the horizon."""
+    car = common.classes_of("vkitti2").index("car")
+    cars = (roads.cut_outs.classes == car).nonzero()[:, 0]
+    box = roads.cut_outs.box[cars]
+    inside = (2 * (box[:, 1] + box[:, 3]) < 1) & (2 * (box[:, 0].abs() + box[:, 2]) < 1)
+    fitting = cars[inside][0]
+    graphs = roads.sample(2, common.generator(0))
+    graphs.picture[:, 2:] = torch.tensor([fitting, -1])
+    values = plain(roads, graphs)
+    values[:, 2] = 0
+    values[1, 2, 1] = -1 / roads.grammar.scale[2, 1]
+    v = roads.grammar.read(values)
+    grid = metasim.camera_grid(v, torch.Size([2, 3, 512, 512]))
+    layers, _ = roads.objects(graphs, v, torch.zeros(2, 1), grid)
+    near = sum(layer[:, 3] for layer in layers) > 0.5
+    assert near.flatten(1).any(dim=1).all(), (box[0], roads.cut_outs.box[fitting], near.sum((1, 2)))
+    rows = [(one.any(dim=1).nonzero().float() + 0.5) / 256 - 1 for one in near]
+    torch.testing.assert_close(2 * rows[0].max(), rows[1].max(), atol=0.02, rtol=0)
+    torch.testing.assert_close(2 * rows[0].min(), rows[1].min(), atol=0.02, rtol=0)
+
+
+def test_blur_keeps_the_mean_and_has_its_deviation():
+    image = torch.zeros(1, 1, 21, 21)
+    image[..., 10, 10] = 1
+    blurred = metasim.blurred(image, torch.ones(1, 1, 1, 1))[0, 0]
+    assert blurred.sum() == pytest.approx(1, abs=1e-5)
+    x = torch.arange(21.0) - 10
+    assert (blurred.sum(dim=0) * x**2).sum().sqrt() == pytest.approx(1, abs=0.02)
+
+
+def test_retone_gives_an_image_the_tone():
+    images, wanted = torch.rand(4, 3, 9, 11), torch.randn(4, 5) / 4 - 2
+    toned = metasim.retone(images, wanted)  # not clamped, so that means may be small
+    torch.testing.assert_close(metasim.tone(toned), wanted, atol=1e-4, rtol=1e-4)
+
+
+# ---- Distribution transformer -------------------------------------------------------------------
+def test_empty_slots_send_nothing_and_edges_carry_both_ways(roads: metasim.Roads, args):
+    torch.manual_seed(0)
+    net = metasim.Transformer(roads.grammar, roads.classes, roads.fixed, made(args, "run"))
+    graphs = roads.sample(1, common.generator(0))
+    graphs.classes[:] = torch.tensor([[1, 2, 3, 0]])
+    values = graphs.values.clone().requires_grad_()
+    out, _ = net(graphs._replace(values=values))
+    reach = torch.stack(
+        [
+            torch.autograd.grad(out[:, v].sum(), values, retain_graph=True)[0][0].abs().sum(dim=1)
+            > 0
+            for v in range(4)
+        ]
+    )  # [to, from]
+    assert reach[:3, :3].all()  # scene, camera and object hear of each other, through the scene
+    assert not reach[:3, 3].any() and reach[3, :3].all()
+    assert (out[:, ~roads.grammar.mutable] == 0).all()
+
+
+def test_stage_1_reconstructs_the_prior(roads: metasim.Roads, args: common.Args):
+    longer = {"reconstruct_steps": 300, "reconstruct_lr": 1e-2, "match_batch": 16, "width": 64}
+    settings = made(args, "run", **longer)
+    torch.manual_seed(0)
+    net = metasim.Transformer(roads.grammar, roads.classes, roads.fixed, settings)
+    optimizer, errors = torch.optim.Adam(net.parameters()), []
+
+    def log(step: int, squared_error: torch.Tensor, **_) -> None:
+        errors.append(squared_error.item())
+
+    metasim.reconstruct(iter(range(1, 301)), roads, net, optimizer, settings, log)
+    assert np.mean(errors[-10:]) < 0.3 * errors[0], errors[::10]
+    graphs = roads.sample(64, common.generator(1))
+    assert (net(graphs)[1].argmax(dim=2) == graphs.classes).float().mean() > 0.9
+
+
+# ---- Maximum mean discrepancy -------------------------------------------------------------------
+def test_mmd_equals_a_double_loop():
+    x, y = torch.randn(5, 3, dtype=torch.float64), torch.randn(7, 3, dtype=torch.float64) + 0.5
+    bandwidths = (0.5, 2.0)
+
+    def kernel(a: torch.Tensor, b: torch.Tensor) -> float:
+        d2 = sum((float(p) - float(q)) ** 2 for p, q in zip(a, b, strict=True))
+        return sum(math.exp(-d2 / (2 * s * s)) for s in bandwidths) / 2
+
+    within = sum(kernel(x[i], x[j]) for i in range(5) for j in range(5) if i != j) / 20
+    within += sum(kernel(y[i], y[j]) for i in range(7) for j in range(7) if i != j) / 42
+    between = sum(kernel(a, b) for a in x for b in y) / 35
+    assert metasim.mmd2(x, y, bandwidths).item() == pytest.approx(within - 2 * between, abs=1e-12)
+
+
+def test_mmd_is_zero_in_the_mean_for_one_distribution():
+    rng = common.generator(0)
+    draws = torch.stack([
+        metasim.mmd2(torch.randn(6, 2, generator=rng), torch.randn(9, 2, generator=rng), (1.0,))
+        for _ in range(2000)
+    ])  # fmt: skip
+    error = draws.std() / 2000**0.5
+    assert draws.mean().abs() < 4 * error
+    assert error < 0.005 < 0.05 < (2 / 3) / 6  # the diagonal alone would add more than that
+
+
+# ---- REINFORCE ----------------------------------------------------------------------------------
+def test_reinforce_is_unbiased_where_the_answer_is_known():
+    """Reward -|a - 3|^2 of a ~ N(m, s^2 I): the gradient of its mean is -2 (m - 3)."""
+    mean = torch.tensor([1.0, 4.0, 3.0], dtype=torch.float64, requires_grad=True)
+    rng, sigma, gradients = common.generator(0), 0.3, []
+    for _ in range(4000):
+        samples = mean + sigma * torch.randn(4, 3, generator=rng, dtype=torch.float64)
+        rewards = -(samples.detach() - 3).square().sum(dim=1) + 100  # far from zero
+        loss = metasim.reinforce_loss(samples, mean, sigma, rewards)
+        gradients.append(torch.autograd.grad(-loss, mean)[0])
+    gradients = torch.stack(gradients)
+    error = gradients.std(dim=0) / len(gradients) ** 0.5
+    exact = -2 * (mean.detach() - 3)
+    assert ((gradients.mean(dim=0) - exact).abs() < 4 * error).all()
+    assert (error < 0.15).all()  # a baseline of 0 would leave it at 100 / sigma / 126
+
+
+# ---- Digits -------------------------------------------------------------------------------------
+def test_digits_turn_counter_clockwise_and_go_where_they_are_told():
+    pictures, digits = metasim.typeset_digits(20, seed=0)
+    assert pictures.shape == (20, 1, 28, 28) and set(digits.tolist()) <= set(range(10))
+    world = metasim.Digits("bigmnist", pictures, digits, CPU)
+    upright, truth = metasim.at_target(world, {"yaw": 0, "x": 32, "y": 32}, 20, 0)
+    turned, _ = metasim.at_target(world, {"yaw": 90, "x": 16, "y": 48}, 20, 0)
+    expected = upright[:, :, 18:46, 18:46].rot90(1, dims=(2, 3))
+    torch.testing.assert_close(turned[:, :, 34:62, 2:30], expected, atol=1e-4, rtol=0)
+    graphs = world.sample(20, common.generator(0, 6))
+    assert (digits[graphs.picture[:, 1]] == truth).all()
+
+
+def test_mmd_turns_the_digits_to_the_target(args: common.Args, monkeypatch: pytest.MonkeyPatch):
+    """A short run of the paper's experiment, at a target of 40 degrees."""
+    monkeypatch.setitem(metasim.TARGETS, "mnist_rotation", {"yaw": 40.0})
+    args = made(args, "digits", experiment="mnist_rotation", digits=600, match_steps=80,
+                match_batch=32, match_photos=64, digit_lr=3e-3, digit_steps=5)  # fmt: skip
+    metasim.run(args)
+    result = json.loads(Path("digits/result.json").read_text())
+    assert result["learned_mean"]["yaw"] == pytest.approx(40, abs=10)
+    with Image.open("digits/datagen/training.gif") as animation:
+        assert animation.n_frames == 9
+
+
+# ---- Runs ---------------------------------------------------------------------------------------
+def test_a_run_writes_its_scenes_and_pictures(args: common.Args):
+    result = metasim.run(made(args, "run", task_reward=True))
+    assert (result.steps, result.target_labels) == (6, 2)
+    for name in ("attributes", "measured", "scenes"):
+        assert Path(f"run/figures/{name}.png").stat().st_size > 10_000
+    assert Path("run/datagen/training.gif").exists()
+    scenes = common.load_set(Path("run/set"), "vkitti2", (32, 64))
+    assert len(scenes) == 12 and set(np.unique(scenes.labels)) <= {*range(10), IGNORE}
+    lines = common.read_scalars(Path("run"))
+    assert {"mmd_loss", "reconstruction_loss", "reward"} <= {key for line in lines for key in line}
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_the_source_as_it_is_is_the_source_only_baseline(args: common.Args):
+    import benchmark
+
+    metasim.run(made(args, "one", attributes="source"))
+    fields = {f: getattr(args, f) for f in args.__dataclass_fields__}
+    benchmark.run_baseline(benchmark.BaselineArgs(**{**fields, "out": Path("two")}))
+    assert same(weights(Path("one")), weights(Path("two")))
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_a_run_that_is_cut_off_in_every_stage_ends_with_the_same_weights(
+    args: common.Args, monkeypatch: pytest.MonkeyPatch
+):
+    metasim.run(made(args, "whole", task_reward=True))
+    steps = common.Run.steps
+
+    def cut(stage: str, self: common.Run, name: str, total: int, **state):
+        for step in steps(self, name, total, **state):
+            yield step
+            if name == stage and step == 2:
+                raise KeyboardInterrupt
+
+    for stage in ("features", "reconstruct", "match", "reward_start", "reward", "train"):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(
+                common.Run, "steps", lambda *a, stage=stage, **state: cut(stage, *a, **state)
+            )
+            metasim.run(made(args, "cut", task_reward=True))
+    metasim.run(made(args, "cut", task_reward=True))
+    assert same(weights(Path("whole")), weights(Path("cut")))
