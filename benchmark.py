@@ -82,7 +82,13 @@ def run_baseline(args: BaselineArgs) -> Result:
 BASELINES = ("source_only", "random_aug", "few_label", "oracle")
 # Modules with Args and run, and what each hands to the next method of a combination: the training
 # set that it has made, or the checkpoint of its network. A new method is one more line.
-METHODS: dict[str, Literal["set", "checkpoint"]] = {"reward_opt": "checkpoint"}
+METHODS: dict[str, Literal["set", "checkpoint"]] = {
+    "datarater": "set",
+    "metasim": "set",
+    "reward_opt": "checkpoint",
+    "adversarial_da": "checkpoint",
+    "diffusion_bridge": "set",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
