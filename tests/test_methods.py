@@ -56,6 +56,16 @@ def scramble(folder: Path, keep: int = 0) -> None:
         Image.fromarray(rng.choice(np.array([7, 11, 23], np.uint8), shape)).save(path)
 
 
+@pytest.fixture
+def no_figures(monkeypatch: pytest.MonkeyPatch):
+    """They take longer than so short a run."""
+    for module in (common, *map(importlib.import_module, benchmark.METHODS)):
+        for name in vars(module):
+            if name.startswith("draw_"):
+                monkeypatch.setattr(module, name, lambda *_, **__: None)
+
+
+@pytest.mark.usefixtures("no_figures")
 @pytest.mark.parametrize("row", ROWS)
 def test_labels_that_a_row_may_not_use_change_no_weight(args: common.Args, mini: Path, row: str):
     """Bit for bit: the test photos' in any row; all of the target's in one that says it uses none,
