@@ -420,7 +420,9 @@ def live_table(rows: list[Row], results: dict[int, Result], jobs: dict[int, Job]
             ]
             done = [results[i] for i in mine if i in results]
             running = [f"[yellow]{jobs[i].progress()}[/yellow]" for i in mine if i in jobs]
-            cells.append(" ".join(([cell(done)] if done else []) + running) or "[dim]waits[/dim]")
+            cells.append(
+                " ".join(([escape(cell(done))] if done else []) + running) or "[dim]waits[/dim]"
+            )
         view.add_row(folded(name), *cells)
     return view
 
@@ -428,7 +430,7 @@ def live_table(rows: list[Row], results: dict[int, Result], jobs: dict[int, Job]
 def shell_commands(args: Args) -> list[str]:
     """A command for every row that runs it alone. A comment stands before the rows that start from
     those above it: jobs between two comments may run side by side."""
-    keep = ["out", *SHARED, "devices", "timeout"]
+    keep = ["out", *SHARED, "timeout"]
     flags: list[str] = []
     for name in dict.fromkeys(keep):
         value = getattr(args, name)
@@ -447,6 +449,8 @@ def shell_commands(args: Args) -> list[str]:
                 for name in (n for n in names if n.count("+") == depth):
                     row = ["--methods", name.split("+")[0]]
                     row += ["--combine", name] if depth else []
+                    device = args.devices[len(lines) % len(args.devices)]
+                    row += ["--devices", device] if device != "auto" else []
                     row += ["--benchmarks", benchmark, "--seeds", str(seed), *flags]
                     lines.append(shlex.join(["python", "benchmark.py", "--rows-only", *row]))
     return lines
@@ -459,14 +463,19 @@ def collected(args: Args) -> tuple[list[Row], list[Result]]:
     """
     found: dict[tuple[str, int, str], tuple[Row, Result, dict[str, Any]]] = {}
     for folder in args.collect:
-        for path in sorted(folder.glob("**/seed*/result.json")):
+        for path in sorted(folder.resolve().glob("**/seed*/result.json")):
             if path.parent.name.endswith(".old"):
                 continue
-            result, config = Result(**json.loads(path.read_text())), common.read_config(path.parent)
+            try:
+                result = Result(**json.loads(path.read_text()))
+            except (ValueError, TypeError) as error:
+                raise UserError(f"{path}: damaged, or of another version ({error})") from error
+            config = common.read_config(path.parent)
             if config is None or path.parts[-4] != result.benchmark:
                 raise UserError(f"{path.parent}: not a run folder of {result.benchmark}/METHOD/")
             own = {k: config[k] for k in ("benchmark", "seed", "net", "steps")}
-            one = common.Args(**own, data=args.data, size=tuple(config["size"]), out=path.parent)
+            own["data"] = config["data"] if args.data == "mini" else args.data
+            one = common.Args(**own, size=tuple(config["size"]), out=path.parent)
             row = Row(path.parts[-3], one)
             if row.key in found:
                 raise UserError(f"{path.parent}: the same row as {found[row.key][0].args.out}")
@@ -475,8 +484,8 @@ def collected(args: Args) -> tuple[list[Row], list[Result]]:
     for row, _, config in found.values():
         first, _, wanted = next(f for f in found.values() if f[0].key[0] == row.key[0])
         for name in same:
-            if config[name] != wanted[name]:
-                what = f"{name} {config[name]}, and {first.args.out} {wanted[name]}"
+            if config.get(name) != wanted.get(name):
+                what = f"{name} {config.get(name)}, and {first.args.out} {wanted.get(name)}"
                 raise UserError(f"{row.args.out}: has {what}; these do not compare")
     if not found:
         raise UserError(f"--collect {' '.join(map(str, args.collect))}: no finished run folder")
@@ -485,15 +494,18 @@ def collected(args: Args) -> tuple[list[Row], list[Result]]:
         {key[2] for key in found},
         key=lambda n: (n.count("+"), known.index(n) if n in known else 99, n),
     )
-    rows, results = [], []
+    rows, results, done = [], [], {}
     for benchmark in BENCHMARKS:
         for seed in sorted({key[1] for key in found}):
             for name in order:
                 if (key := (benchmark, seed, name)) in found:
                     row, result, _ = found[key]
-                    before = found.get((benchmark, seed, row.before))
+                    before = benchmark, seed, row.before
+                    if row.before and before not in found:
+                        raise UserError(f"{row.args.out}: {row.before} is not below --collect")
+                    done[key] = joined(row, result, done.get(before))  # parents are sorted first
                     rows.append(row)
-                    results.append(joined(row, result, before[1] if before else None))
+                    results.append(done[key])
     return rows, results
 
 
@@ -686,7 +698,8 @@ def notes(scores: Scores, args: Args) -> list[str]:
             named = ", ".join(absent)
             lines.append(f"{benchmark}: no test photo contains {named}; left out of the mean.")
         sides = BENCHMARKS[benchmark][:2]
-        if small := [side for side in sides if common.is_miniature(args.data, side)]:
+        data = next(row.args.data for row in scores.rows if row.args.benchmark == benchmark)
+        if small := [side for side in sides if common.is_miniature(data, side)]:
             named = " and ".join(small)
             lines.append(f"{named}: the miniature; not to be read beside published numbers.")
     over = "test images and seeds" if len({r.seed for r in scores.results}) > 1 else "test images"
@@ -832,7 +845,7 @@ def read_curve(path: Path) -> list[dict[str, Any]]:
 
 def smooth(values: np.ndarray, window: int) -> np.ndarray:
     """Mean over a centred window, cut at the ends. [N] -> [N]."""
-    kernel = np.ones(min(window, len(values)) // 2 * 2 + 1)
+    kernel = np.ones((min(window, len(values)) - 1) // 2 * 2 + 1)
     return np.convolve(values, kernel, "same") / np.convolve(np.ones(len(values)), kernel, "same")
 
 
@@ -843,10 +856,14 @@ def draw_curves(args: Args, console: Console) -> None:
 
     figure = Figure(figsize=(10, 4), layout="constrained")
     loss_axis, miou_axis = figure.subplots(1, 2)
+    seen: set[str] = set()
     table = [["run", "points", "last mIoU", "best", "per 1,000 steps"]]
     for k, path in enumerate(args.curves):
         lines = read_curve(path)
-        name = "/".join(path.resolve().with_suffix("").parts[-3:])
+        whole = path.resolve().with_suffix("") if path.is_file() else path.resolve()
+        name = "/".join(whole.parts[-3:])
+        name = name if name not in seen else "/".join(whole.parts[1:])
+        seen.add(name)
         common.write_csvs(args.out / "curves" / name.replace("/", "-"), lines)
         for axis, key in ((loss_axis, "loss"), (miou_axis, "mIoU")):
             points = np.array([[line["step"], line[key]] for line in lines if key in line])
@@ -978,6 +995,8 @@ def main(args: Args) -> None:
         return study_networks(args, console)
     if args.print_jobs:
         check(args)
+        if args.force:
+            raise UserError("--print-jobs: a printed job never repeats a finished row; no --force")
         return print("\n".join(shell_commands(args)))
     if args.collect:
         rows, results = collected(args)

@@ -422,6 +422,7 @@ def save_set(
     if not len(images) == len(labels) == len(names):
         raise ValueError(f"{len(images)} images, {len(labels)} labels, {len(names)} names")
     digests = {}
+    (folder / "set.json").unlink(missing_ok=True)  # until the new one is whole
     for name, array in (("images", images), ("labels", labels)):
         array = np.ascontiguousarray(array, np.uint8)
         digests[name] = hashlib.sha256(array.data).hexdigest()
@@ -436,7 +437,7 @@ def load_set(folder: Path, dataset: str, size: Sequence[int]) -> Part:
         record = json.loads((folder / "set.json").read_text())
         images, labels = (np.load(folder / f"{n}.npy", mmap_mode="r") for n in ("images", "labels"))
         found = record["dataset"], images.shape, labels.shape, len(record["names"])
-    except (OSError, ValueError, KeyError, EOFError) as error:
+    except (OSError, ValueError, KeyError, EOFError, TypeError) as error:
         raise UserError(f"{folder}: not a training set that a method wrote ({error})") from error
     shape = (len(images), *size)
     if found != (dataset, (*shape, 3), shape, len(images)):
@@ -811,8 +812,12 @@ def world() -> tuple[int, int]:
 
 def join_world(device: str) -> str:
     """Joins the other processes of torchrun, if any. -> this process's device."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+    many = int(os.environ.get("WORLD_SIZE", "1")) > 1 and "LOCAL_RANK" in os.environ
+    if many and not dist.is_initialized():
         cuda = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
+        if cuda and (":" in device or int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count()):
+            cards = f"{torch.cuda.device_count()} cards here"
+            raise UserError(f"--device {device}: under torchrun, a card for each process; {cards}")
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
         atexit.register(dist.destroy_process_group)
     if world()[1] > 1 and device in ("auto", "cuda") and torch.cuda.is_available():
@@ -1126,6 +1131,8 @@ def resolve(args: Any, method: str) -> Any:
             raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: at least {least}")
     if args.init and args.init.is_dir():
         load_set(args.init, benchmark.source, args.size)
+    if args.batch_size % world()[1]:
+        raise UserError(f"--batch-size {args.batch_size}: not a multiple of {world()[1]} processes")
     check_device(args.device)
     return args
 

@@ -245,7 +245,10 @@ def look(
     logits: Tensor, start: Tensor, truth: Tensor, weights: Tensor, args: Args, rng: torch.Generator
 ) -> dict[str, Tensor]:
     """The costly scalars: [B,C,H,W] of the network and of the one it started from, [B,H,W]."""
-    reward = REWARDS[args.reward](logits.argmax(dim=1), truth, weights).mean()
+    likeliest, whole = logits.argmax(dim=1), truth
+    if args.over == "batch":
+        likeliest, whole = likeliest.flatten(0, 1)[None], truth.flatten(0, 1)[None]
+    reward = REWARDS[args.reward](likeliest, whole, weights).mean()
     entropy, kl = divergence(logits, start)
     scalars = {"argmax_reward": reward, "entropy": entropy, "kl": kl}
     if args.estimator != "reweighted_ce":
@@ -299,9 +302,10 @@ def tune(run: Run, net: Network, part: Part, photos: Part | None, steps: int) ->
             common.follow(teacher, net, args.ema)
         scalars = {"ce_loss": ce, "reward": reward}
         if (step - 1) % args.look_every == 0:
-            rng = common.generator(args.seed, step, nth, 1)  # so that looking changes nothing
-            with torch.no_grad(), run.autocast():
-                before = start(x)
+            rng = common.generator(args.seed, step, nth, 1)  # so that looking changes nothing,
+            cards = [device] if device.type == "cuda" else []  # nor does dropout
+            with torch.no_grad(), run.autocast(), torch.random.fork_rng(cards):
+                before = start(seen)[-len(x) :]
             scalars |= look(logits.detach(), before, truth, weights, args, rng)
         run.log(step, loss=loss, lr=lr, **scalars)
         if step % max(1, steps // 4) == 0 and step < steps:
@@ -319,6 +323,14 @@ def check_rewards(args: Args) -> None:
     """UserError for what the flags of this method cannot mean."""
     if not 0 < args.reward_share <= 1:
         raise UserError("--reward-share: expected a share above 0, to 1")
+    if not args.reward_lr > 0:
+        raise UserError("--reward-lr: expected a number above 0")
+    if min(args.weight, args.anchor, args.smooth) < 0:
+        raise UserError("--weight, --anchor, --smooth: expected at least 0")
+    if not (0 <= args.confidence <= 1 and 0 <= args.ema <= 1):
+        raise UserError("--confidence, --ema: expected 0 to 1")
+    if args.estimator == "reweighted_ce" and (args.samples or args.over == "batch"):
+        raise UserError("--samples, --over: reweighted_ce draws nothing and takes single images")
     for flag in ("samples", "look_every"):
         if getattr(args, flag) is not None and getattr(args, flag) < 1:
             raise UserError(f"--{flag.replace('_', '-')}: expected at least 1")
@@ -375,9 +387,10 @@ def draw_rewards(run: Run, start: Network, part: Part) -> None:
     classes.set(ylabel="IoU (%)", title="test photos")
     classes.legend(fontsize=8)
     common.save_figure(figure, run.out / "figures/reward.png")
-    first, *_, last = [100 * line["argmax_reward"] for line in lines if "argmax_reward" in line] * 2
+    rewards = [100 * line["argmax_reward"] for line in lines if "argmax_reward" in line]
     was = common.scores(confusion)["mIoU"]
-    print(f"reward of the likeliest maps on its own data: {first:.1f} to {last:.1f} %")
+    if rewards:
+        print(f"reward of likeliest maps, on its own data: {rewards[0]:.1f} to {rewards[-1]:.1f} %")
     print(f"mIoU on the test photos: {was:.1f} to {run.result.miou:.1f} %", flush=True)
     draw_gradients(run, start.eval(), part)
 
