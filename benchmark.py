@@ -1,6 +1,6 @@
 """Runs every method on the same splits of VKITTI to KITTI and GTA5 to Cityscapes; prints the table.
 
-    python benchmark.py                                  (about 5 minutes on two CPU cores)
+    python benchmark.py                                  (half an hour or so on two CPU cores)
 
     python benchmark.py --seeds 0 1 2                    (mean and standard deviation over seeds)
 
@@ -452,7 +452,7 @@ def shell_commands(args: Args) -> list[str]:
                     device = args.devices[len(lines) % len(args.devices)]
                     row += ["--devices", device] if device != "auto" else []
                     row += ["--benchmarks", benchmark, "--seeds", str(seed), *flags]
-                    lines.append(shlex.join(["python", "benchmark.py", "--rows-only", *row]))
+                    lines.append(shlex.join([sys.executable, __file__, "--rows-only", *row]))
     return lines
 
 
@@ -829,9 +829,12 @@ def draw_sheets(scores: Scores, args: Args, console: Console) -> None:
 # ---- Curves of any run --------------------------------------------------------------------------
 def read_curve(path: Path) -> list[dict[str, Any]]:
     """The lines of a run folder's scalars.json, or of MMSegmentation's (work_dir/TIME/vis_data)."""
-    found = [path] if path.is_file() else sorted(path.glob("**/scalars.json"))
-    if not found:
-        raise UserError(f"{path}: no scalars.json in it")
+    own = path / "scalars.json"
+    found = (
+        [path] if path.is_file() else [own] if own.exists() else list(path.glob("**/scalars.json"))
+    )
+    if len(found) != 1:
+        raise UserError(f"{path}: {len(found)} files scalars.json in it, expected one")
     lines = []
     for number, line in enumerate(found[-1].read_text().splitlines(), start=1):
         try:

@@ -1251,6 +1251,8 @@ class Run:
         self.result = finished(args, method)
         if self.result:
             return
+        if args.checkpoint:  # one that will not do must cost no old run its folder
+            load_weights(Network(args.net, len(self.classes)), args.checkpoint)
         with first_rank_first():
             if world()[0] == 0:
                 self._prepare_folder()

@@ -301,7 +301,7 @@ def tune(run: Run, net: Network, part: Part, photos: Part | None, steps: int) ->
         if photos:
             common.follow(teacher, net, args.ema)
         scalars = {"ce_loss": ce, "reward": reward}
-        if (step - 1) % args.look_every == 0:
+        if (step - 1) % args.look_every == 0 or step == steps:
             rng = common.generator(args.seed, step, nth, 1)  # so that looking changes nothing,
             cards = [device] if device.type == "cuda" else []  # nor does dropout
             with torch.no_grad(), run.autocast(), torch.random.fork_rng(cards):
@@ -381,10 +381,11 @@ def draw_rewards(run: Run, start: Network, part: Part) -> None:
     confusion = common.evaluate(start, run.test, run.device, run.args.amp).sum(axis=0)
     after = np.array([run.result.iou[name] for name in run.classes], float)  # None is NaN
     places = np.arange(len(run.classes))
-    for shift, iou, name in ((-0.2, common.iou(confusion), "before"), (0.2, after, "after")):
+    pairs = ((-0.2, common.iou(confusion), "at its start"), (0.2, after, "at the end"))
+    for shift, iou, name in pairs:
         classes.bar(places + shift, iou, 0.4, label=f"{name}, mean {np.nanmean(iou):.1f}")
     classes.set_xticks(places, run.classes, rotation=90)
-    classes.set(ylabel="IoU (%)", title="test photos")
+    classes.set(ylabel="IoU (%)", title="test photos, stage with the reward")
     classes.legend(fontsize=8)
     common.save_figure(figure, run.out / "figures/reward.png")
     rewards = [100 * line["argmax_reward"] for line in lines if "argmax_reward" in line]
