@@ -95,7 +95,7 @@ def translator(args: Args, part: Part, beta: float) -> Callable[[Tensor, torch.G
 
     def translate(images: Tensor, rng: torch.Generator) -> Tensor:
         index = torch.randint(len(part), (len(images),), generator=rng).numpy()
-        style = torch.from_numpy(part.images[index]).to(images.device).permute(0, 3, 1, 2) / 255
+        style = common.to_tensor(part.images[index], images.device)
         with torch.autocast(images.device.type, enabled=False):  # bfloat16 has no eigenvectors
             if args.translate == "color":
                 return common.color_transfer(images, style).clamp(0, 1)
@@ -327,7 +327,7 @@ def adapt_statistics(net: Network, photos: Part, device: torch.device, batch_siz
     training = net.training
     net.train()
     for index in np.array_split(np.arange(len(photos)), max(1, len(photos) // batch_size)):
-        net(torch.from_numpy(photos.images[index]).to(device).permute(0, 3, 1, 2) / 255)
+        net(common.to_tensor(photos.images[index], device))
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
     net.train(training)
@@ -387,7 +387,7 @@ def draw_adaptation(run: Run, before: Network, after: Network, source: Part, pho
 
     places = np.linspace(0, len(source) - 1, len(chosen)).round().astype(int)
     pictures = source.images[places], photos.images[chosen]  # uint8 [4,H,W,3] each
-    x, y = (torch.from_numpy(p).to(device).permute(0, 3, 1, 2) / 255 for p in pictures)
+    x, y = (common.to_tensor(p, device) for p in pictures)
     columns = {"source": list(pictures[0]), "photo": list(pictures[1])}
     translations = {"color": common.color_transfer(x, y)}
     for beta in sorted({0.01, 0.05, 0.09, *run.args.bands}):

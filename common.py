@@ -982,10 +982,16 @@ def class_weights(counts: np.ndarray, smooth: float, classes: Sequence[str]) -> 
     return len(counts) / smoothed / (1 / smoothed).sum()
 
 
+def to_tensor(images: np.ndarray, device: torch.device) -> Tensor:
+    """Cached images, uint8 [B,H,W,3] -> float [B,3,H,W] in [0,1], channels last in memory."""
+    images = images if images.flags.writeable else images.copy()  # torch shares no read-only memory
+    return torch.from_numpy(images).to(device).permute(0, 3, 1, 2) / 255
+
+
 @torch.inference_mode()
 def predict(net: nn.Module, images: np.ndarray, device: torch.device, amp: bool = False) -> Tensor:
     """Logits of cached images, uint8 [B,H,W,3] -> float [B,C,H,W] on the device."""
-    x = torch.from_numpy(np.array(images)).to(device).permute(0, 3, 1, 2) / 255  # channels last
+    x = to_tensor(images, device)
     with torch.autocast(device.type, torch.bfloat16, enabled=amp and device.type == "cuda"):
         return net(x)
 

@@ -388,7 +388,7 @@ def meta_train(run: Run, rater: Rater, source: Part, few: Part) -> None:
 def probe_of(source: Part, args: Args, device: torch.device) -> Tensor:
     """Some images with each augmentation, to follow their scores. -> [A*n,3,h,w]."""
     places = np.linspace(0, len(source) - 1, min(64, len(source))).round().astype(int)
-    images = torch.from_numpy(source.images[places]).to(device).permute(0, 3, 1, 2) / 255
+    images = common.to_tensor(source.images[places], device)
     return F.avg_pool2d(
         with_all(args.augmentations, images, common.generator(args.seed, 8)), args.shrink
     )
@@ -408,7 +408,7 @@ def analyze_with_individual_augmentations(
 
     scores = []
     for images in common.in_threads(made, range(len(part))):
-        x = torch.from_numpy(images).to(device).permute(0, 3, 1, 2) / 255  # [V,3,H,W]
+        x = common.to_tensor(images, device)  # [V,3,H,W]
         scores.append(rater(F.avg_pool2d(x, args.shrink)).cpu().numpy())
     return np.stack(scores)
 

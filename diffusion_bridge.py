@@ -482,7 +482,7 @@ class Bridge(nn.Module):
         if args.reference is None:
             return self.looks[index]
         photo = common.read_image(args.reference, tuple(self.config["size"]))
-        return looks(tensor(photo[None], self.looks.device)).expand(len(rngs), -1)
+        return looks(common.to_tensor(photo[None], self.looks.device)).expand(len(rngs), -1)
 
     def keeping(self, source: Tensor, labels: Tensor, args: Sampling) -> Callable[[Tensor], Tensor]:
         """The correction of `flow` that keeps the source's luminance, at low frequencies anywhere
@@ -510,11 +510,6 @@ class Bridge(nn.Module):
 
 
 # ---- Training -----------------------------------------------------------------------------------
-def tensor(images: np.ndarray, device: torch.device) -> Tensor:
-    """uint8 [N,H,W,3] -> float [N,3,H,W] in [0,1], channels last."""
-    return torch.from_numpy(np.array(images)).to(device).permute(0, 3, 1, 2) / 255
-
-
 def fit(run: Run, source: Part, photos: Part) -> Bridge:
     """The bridge, trained: first the reader, then the space, then the U-Net."""
     args, device = run.args, run.device
@@ -530,7 +525,9 @@ def fit(run: Run, source: Part, photos: Part) -> Bridge:
         index = torch.randint(len(photos), (len(images),), generator=rng).numpy()
         half = (torch.rand(len(images), 1, 1, 1, generator=rng) < args.reader_color).to(device)
         with torch.autocast(device.type, enabled=False):  # bfloat16 has no eigenvectors
-            moved = common.color_transfer(images, tensor(photos.images[index], device)).clamp(0, 1)
+            moved = common.color_transfer(
+                images, common.to_tensor(photos.images[index], device)
+            ).clamp(0, 1)
         return common.random_augmentation(torch.where(half, moved, images), rng)
 
     common.train(run, bridge.reader, source, steps, "reader", colours, more=True)
@@ -538,9 +535,9 @@ def fit(run: Run, source: Part, photos: Part) -> Bridge:
     reading = read(bridge.reader, photos.images, device, args.label_confidence)
     photos = replace(photos, labels=reading.classes)
     bridge.features.copy_(torch.from_numpy(reading.features))
-    bridge.looks.copy_(torch.cat([looks(tensor(i[None], device)) for i in photos.images]))
+    bridge.looks.copy_(torch.cat([looks(common.to_tensor(i[None], device)) for i in photos.images]))
     some = [part.images[:: max(1, len(part) // 100)] for part in (source, photos)]
-    some = tensor(np.concatenate(some), device)
+    some = common.to_tensor(np.concatenate(some), device)
     raw = looks(some)
     bridge.look_moments.copy_(torch.stack([raw.mean(dim=0), raw.std(dim=0)]))
     if args.latent:
@@ -687,7 +684,7 @@ def edge_agreement(images: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """
     result = []
     for image, label in zip(images, labels, strict=True):
-        luma = luminance(tensor(image[None], torch.device("cpu")))[0, 0]
+        luma = luminance(common.to_tensor(image[None], torch.device("cpu")))[0, 0]
         right, down = torch.zeros_like(luma), torch.zeros_like(luma)
         right[:, :-1], down[:-1] = luma.diff(dim=1), luma.diff(dim=0)
         edge = borders(torch.from_numpy(label.astype(np.int64))[None]).flatten()
@@ -763,7 +760,7 @@ def translate_part(run: Run, bridge: Bridge, source: Part, photos: Part) -> np.n
         for start in range(0, len(source), args.batch_size):
             path, index = folder / f"{start:06d}.npy", slice(start, start + args.batch_size)
             if not path.exists():
-                x, names = tensor(source.images[index], device), source.names[index]
+                x, names = common.to_tensor(source.images[index], device), source.names[index]
                 if args.control == "none":
                     labels = torch.from_numpy(np.array(source.labels[index])).to(device).long()
                     with run.autocast():
@@ -782,7 +779,7 @@ def controlled(args: Args, images: Tensor, names: Sequence[str], photos: Part) -
     """The control of these images, each with a random photo. [B,3,H,W] -> [B,3,H,W]."""
     rngs = [common.generator(args.seed, zlib.crc32(name.encode())) for name in names]
     chosen = [int(torch.randint(len(photos), (), generator=rng)) for rng in rngs]
-    style = tensor(photos.images[chosen], images.device)
+    style = common.to_tensor(photos.images[chosen], images.device)
     if args.control == "color":
         return common.color_transfer(images, style).clamp(0, 1)
     if args.control == "fourier":
@@ -1009,7 +1006,7 @@ def read_rgb(path: Path) -> np.ndarray:
 def translate_group(bridge: Bridge, group: Sequence[Pair], args: TranslateArgs) -> Iterator[tuple]:
     """Images of one size, translated together -> of each: uint8 [H,W,3] and its agreement."""
     device = bridge.looks.device
-    full = tensor(np.stack([read_rgb(pair.image) for pair in group]), device)
+    full = common.to_tensor(np.stack([read_rgb(pair.image) for pair in group]), device)
     size = [max(1, round(side * args.scale)) for side in full.shape[2:]]
     resize = partial(F.interpolate, mode="bilinear", align_corners=False)
     images = full if args.scale == 1 else resize(full, size=size, antialias=True)

@@ -780,7 +780,7 @@ def learn(run: Run, roads: Roads, photos: Part) -> Transformer:
 
     def real() -> Iterator[Tensor]:
         for some in np.array_split(np.array(photos.images), math.ceil(len(photos) / 64)):
-            yield torch.from_numpy(some).to(device).permute(0, 3, 1, 2) / 255
+            yield common.to_tensor(some, device)
 
     prior = (images for images, *_ in rendered(roads, None, 256, args.seed))
     features = Features(groups, prior, real())

@@ -1,8 +1,13 @@
 """Fixtures: a small miniature, real data where it lies beside the project, short runs."""
 
+import contextlib
+import dataclasses
+import importlib
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,6 +16,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
+import benchmark  # noqa: E402
 import common  # noqa: E402
 import miniature  # noqa: E402
 
@@ -53,3 +59,34 @@ def args(mini: Path) -> common.Args:
 def environment() -> dict[str, str]:
     """Of a script in a process of its own: it finds the project from any folder."""
     return {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "80", "OMP_NUM_THREADS": "1"}
+
+
+def like(args: common.Args, kind: type, **changes: Any) -> Any:
+    """A method's Args with the shared fields of `args`."""
+    shared = {f.name: getattr(args, f.name) for f in dataclasses.fields(common.Args)}
+    return kind(**{**shared, **changes})
+
+
+@pytest.fixture
+def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take longer than so short a run."""
+    for module in (common, *map(importlib.import_module, benchmark.METHODS)):
+        for name in vars(module):
+            if name.startswith("draw_"):
+                monkeypatch.setattr(module, name, lambda *_, **__: None)
+
+
+@contextlib.contextmanager
+def interrupted(monkeypatch: pytest.MonkeyPatch, stage: str, at: int) -> Iterator[None]:
+    """What runs inside is interrupted in step `at` of a stage, before that is saved."""
+    steps = common.Run.steps
+
+    def cut(self: common.Run, name: str, total: int, **state: Any) -> Iterator[int]:
+        for step in steps(self, name, total, **state):
+            yield step
+            if name == stage and step == at:
+                raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(common.Run, "steps", cut)
+        yield

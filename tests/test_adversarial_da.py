@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import interrupted, like
 from test_methods import scramble
 from test_run import same, weights
 
@@ -17,19 +18,10 @@ from common import IGNORE, UserError
 
 
 def made(args: common.Args, out: str, **changes) -> da.Args:
-    fields = {f: getattr(args, f) for f in args.__dataclass_fields__}
-    return da.Args(**{**fields, "out": Path(out), **changes})
+    return like(args, da.Args, **{"out": Path(out), **changes})
 
 
 BANDS = {"translate": "fda", "bands": (0.01, 0.05)}
-
-
-@pytest.fixture
-def no_figures(monkeypatch: pytest.MonkeyPatch):
-    """They take longer than so short a run."""
-    pairs = ((da, "draw_adaptation"), (common, "draw_curves"), (common, "draw_predictions"))
-    for module, name in pairs:
-        monkeypatch.setattr(module, name, lambda *_: None)
 
 
 # ---- Image translation --------------------------------------------------------------------------
@@ -240,8 +232,7 @@ def test_every_switch_off_is_the_source_only_baseline(args: common.Args):
 
     off = {"align": "none", "translate": "none", "self_train": False}
     da.run(made(args, "one", **off))
-    fields = {f: getattr(args, f) for f in args.__dataclass_fields__}
-    benchmark.run_baseline(benchmark.BaselineArgs(**{**fields, "out": Path("two")}))
+    benchmark.run_baseline(like(args, benchmark.BaselineArgs, out=Path("two")))
     assert same(weights(Path("one")), weights(Path("two")))
 
 
@@ -253,19 +244,8 @@ def test_a_run_that_is_cut_off_in_every_stage_ends_with_the_same_weights(
     shares = {"align_share": 0.33, "self_train_share": 0.25}  # 4 of 16, 4 of 12, two times 4
     settings = {"steps": 16, "align": "entropy", **shares, **BANDS}
     da.run(made(args, "whole", **settings))
-    steps = common.Run.steps
-
-    def cut(stage: str, self: common.Run, name: str, total: int, **state):
-        for step in steps(self, name, total, **state):
-            yield step
-            if name == stage and step == 3:
-                raise KeyboardInterrupt
-
     for stage in ("source", "source1", "align", "self_train"):
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(
-                common.Run, "steps", lambda *a, stage=stage, **state: cut(stage, *a, **state)
-            )
+        with interrupted(monkeypatch, stage, at=3):
             da.run(made(args, "cut", **settings))
     da.run(made(args, "cut", **settings))
     assert same(weights(Path("whole")), weights(Path("cut")))

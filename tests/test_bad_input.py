@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, environment
+from conftest import ROOT, environment, like
 from PIL import Image
 
 import benchmark
@@ -26,8 +26,7 @@ def data(mini: Path) -> Path:
 
 
 def run(args: common.Args, row: str = "source_only") -> None:
-    fields = {f: getattr(args, f) for f in args.__dataclass_fields__}
-    benchmark.run_baseline(benchmark.BaselineArgs(**{**fields, "out": Path("run")}, row=row))
+    benchmark.run_baseline(like(args, benchmark.BaselineArgs, out=Path("run"), row=row))
 
 
 def expect(args: common.Args, message: str, row: str = "source_only") -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import interrupted, like
 from PIL import Image
 from test_run import same, weights
 from torch import Tensor, nn
@@ -20,15 +21,7 @@ SMALL = {"meta_steps": 4, "population": 1, "shrink": 1, "inner_batch": 1, "k": 2
 
 
 def made(args: common.Args, out: str, **changes) -> dr.Args:
-    fields = {f: getattr(args, f) for f in args.__dataclass_fields__}
-    return dr.Args(**{**fields, **SMALL, "out": Path(out), **changes})
-
-
-@pytest.fixture
-def no_figures(monkeypatch: pytest.MonkeyPatch):
-    """They take longer than so short a run."""
-    for module, name in ((dr, "draw_rater"), (common, "draw_curves"), (common, "draw_predictions")):
-        monkeypatch.setattr(module, name, lambda *_: None)
+    return like(args, dr.Args, **{**SMALL, "out": Path(out), **changes})
 
 
 # ---- Meta-gradients -----------------------------------------------------------------------------
@@ -246,16 +239,14 @@ def test_a_run_writes_its_figures_and_a_training_set(
     assert len(common.load_set(Path("run/set"), "vkitti2", (32, 64))) == 2 * len(table)
 
 
-@pytest.mark.usefixtures("no_figures")
 def test_two_of_the_controls_are_the_baselines(args: common.Args):
     import benchmark
 
     args = replace(args, steps=2)
     dr.run(made(args, "run", meta_steps=1, compare=True))
     assert Path("run/figures/mean_iou.png").stat().st_size > 5000
-    fields = {f: getattr(args, f) for f in args.__dataclass_fields__}
     for row, control in (("source_only", "original"), ("random_aug", "equal")):
-        benchmark.run_baseline(benchmark.BaselineArgs(**{**fields, "out": Path(row)}, row=row))
+        benchmark.run_baseline(like(args, benchmark.BaselineArgs, out=Path(row), row=row))
         assert same(weights(Path(row)), weights(Path("run/controls") / control))
 
 
@@ -266,17 +257,8 @@ def test_a_run_that_is_cut_off_ends_with_the_same_weights(
     """In meta-training, after one member has started anew, and in the last stage."""
     settings = {"lifetime": 2, "population": 2, "inner_optimizer": "sgd"}
     dr.run(made(args, "whole", **settings))
-    steps = common.Run.steps
-
-    def cut(stage: str, self: common.Run, name: str, total: int, **state):
-        for step in steps(self, name, total, **state):
-            yield step
-            if name == stage and step == 3:
-                raise KeyboardInterrupt
-
     for stage in ("meta", "k_top"):
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(common.Run, "steps", lambda *a, stage=stage, **s: cut(stage, *a, **s))
+        with interrupted(monkeypatch, stage, at=3):
             dr.run(made(args, "cut", **settings))
     dr.run(made(args, "cut", **settings))
     assert same(weights(Path("whole")), weights(Path("cut")))

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import like
 from PIL import Image
 from torch import Tensor
 
@@ -121,9 +122,9 @@ def test_keep_replaces_the_foreseen_image():
 
 def test_encode_and_decode_in_one_domain_return_the_image(trained: tuple):
     bridge, source = trained
-    x = bridge.space.encode(db.tensor(source.images[:6], CPU))
+    x = bridge.space.encode(common.to_tensor(source.images[:6], CPU))
     maps = bridge.maps(torch.from_numpy(np.array(source.labels[:6])).long())
-    raw = db.looks(db.tensor(source.images[:6], CPU))
+    raw = db.looks(common.to_tensor(source.images[:6], CPU))
     step = partial(
         bridge.velocity, domain=db.SOURCE, maps=maps, look=bridge.look(raw, torch.ones_like(raw)),
         guidance=1.0, tile=SIZE, overlap=0,
@@ -223,7 +224,7 @@ def test_guidance_extrapolates_from_no_domain(trained: tuple):
 # ---- Translation --------------------------------------------------------------------------------
 def batch(trained: tuple, count: int, size: tuple[int, int] = SIZE) -> tuple[Tensor, Tensor, list]:
     source = trained[1]
-    images = db.tensor(source.images[:count], CPU)
+    images = common.to_tensor(source.images[:count], CPU)
     repeat = [math.ceil(s / t) for s, t in zip(size, SIZE, strict=True)]
     images = torch.cat([torch.cat([images, images.flip(3)], dim=3)] * repeat[1], dim=3)
     labels = torch.from_numpy(np.array(source.labels[:count])).long()
@@ -351,17 +352,8 @@ def test_agreement_counts_valid_pixels():
 
 # ---- The row ------------------------------------------------------------------------------------
 def row(args: common.Args, out: str, **changes) -> db.Args:
-    fields = {f: getattr(args, f) for f in args.__dataclass_fields__}
     small = {"unet_steps": 4, "reader_steps": 4, "width": 8, "sample_steps": 2}
-    return db.Args(**{**fields, "out": Path(out), **small, **changes})
-
-
-@pytest.fixture
-def no_figures(monkeypatch: pytest.MonkeyPatch):
-    """They take longer than so short a run."""
-    pairs = ((db, "draw_translations"), (common, "draw_curves"), (common, "draw_predictions"))
-    for module, name in pairs:
-        monkeypatch.setattr(module, name, lambda *_: None)
+    return like(args, db.Args, **{"out": Path(out), **small, **changes})
 
 
 def test_row_goes_on_where_it_was_cut_off(args: common.Args, no_figures, monkeypatch):
@@ -395,7 +387,7 @@ def test_latent_space_returns_the_image(args: common.Args, no_figures, monkeypat
     run = common.Run(latent, "diffusion_bridge")
     source = common.load(run.args, "source")
     bridge = db.fit(run, source, common.load(run.args, "target_unlabelled"))
-    images = db.tensor(source.images[:8], CPU)
+    images = common.to_tensor(source.images[:8], CPU)
     x = bridge.space.encode(images)
     assert x.shape == (8, 6, 8, 16)
     assert 0.5 < x.std() < 1.5
@@ -572,7 +564,7 @@ def test_labels_of_the_masks_and_a_judge(checkpoint: Path, trained, tmp_path: Pa
     # The folder's result is the row's, but for the seed's names.
     names = [f"{k}.png" for k in range(3)]
     labels = torch.from_numpy(np.array(source.labels[:3])).long()
-    images = bridge.translate(db.tensor(source.images[:3], CPU), labels, names, args, 0)
+    images = bridge.translate(common.to_tensor(source.images[:3], CPU), labels, names, args, 0)
     found = np.stack([np.asarray(Image.open(tmp_path / "out" / n)) for n in names]).astype(int)
     assert abs(found - db.to_uint8(images)).max() <= 1
     least = made(tmp_path, checkpoint, min_agreement=1.0, output_dir=tmp_path / "none")

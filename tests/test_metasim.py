@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import interrupted, like
 from PIL import Image
 from test_run import same, weights
 
@@ -24,19 +25,7 @@ SMALL = {
 
 
 def made(args: common.Args, out: str, **changes) -> metasim.Args:
-    fields = {f: getattr(args, f) for f in args.__dataclass_fields__}
-    return metasim.Args(**{**fields, **SMALL, "out": Path(out), **changes})
-
-
-@pytest.fixture
-def no_figures(monkeypatch: pytest.MonkeyPatch):
-    """They take longer than so short a run."""
-    for module, name in (
-        (metasim, "draw_scenes"),
-        (common, "draw_curves"),
-        (common, "draw_predictions"),
-    ):
-        monkeypatch.setattr(module, name, lambda *_: None)
+    return like(args, metasim.Args, **{**SMALL, "out": Path(out), **changes})
 
 
 @pytest.fixture
@@ -339,8 +328,7 @@ def test_the_source_as_it_is_is_the_source_only_baseline(args: common.Args):
     import benchmark
 
     metasim.run(made(args, "one", attributes="source"))
-    fields = {f: getattr(args, f) for f in args.__dataclass_fields__}
-    benchmark.run_baseline(benchmark.BaselineArgs(**{**fields, "out": Path("two")}))
+    benchmark.run_baseline(like(args, benchmark.BaselineArgs, out=Path("two")))
     assert same(weights(Path("one")), weights(Path("two")))
 
 
@@ -349,19 +337,8 @@ def test_a_run_that_is_cut_off_in_every_stage_ends_with_the_same_weights(
     args: common.Args, monkeypatch: pytest.MonkeyPatch
 ):
     metasim.run(made(args, "whole", task_reward=True))
-    steps = common.Run.steps
-
-    def cut(stage: str, self: common.Run, name: str, total: int, **state):
-        for step in steps(self, name, total, **state):
-            yield step
-            if name == stage and step == 2:
-                raise KeyboardInterrupt
-
     for stage in ("features", "reconstruct", "match", "reward_start", "reward", "train"):
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(
-                common.Run, "steps", lambda *a, stage=stage, **state: cut(stage, *a, **state)
-            )
+        with interrupted(monkeypatch, stage, at=2):
             metasim.run(made(args, "cut", task_reward=True))
     metasim.run(made(args, "cut", task_reward=True))
     assert same(weights(Path("whole")), weights(Path("cut")))

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, like
 from PIL import Image
 
 import benchmark
@@ -42,8 +42,7 @@ def runner(row: str) -> tuple[Callable[[Any], common.Result], type, dict[str, An
 
 def weights_of(args: common.Args, row: str, data: Path, out: str) -> tuple[dict, common.Result]:
     run, kind, own = runner(row)
-    fields = {f.name: getattr(args, f.name) for f in dataclasses.fields(common.Args)}
-    one = kind(**{**fields, "steps": 4, "data": str(data), "out": Path(out), **own})
+    one = like(args, kind, steps=4, data=str(data), out=Path(out), **own)
     result = run(one)
     return common.read_checkpoint(Path(out) / "checkpoint.pt")["net"], result
 
@@ -54,15 +53,6 @@ def scramble(folder: Path, keep: int = 0) -> None:
     for path in sorted(folder.glob("kitti/training/semantic/*"))[keep:]:
         shape = np.asarray(Image.open(path)).shape
         Image.fromarray(rng.choice(np.array([7, 11, 23], np.uint8), shape)).save(path)
-
-
-@pytest.fixture
-def no_figures(monkeypatch: pytest.MonkeyPatch):
-    """They take longer than so short a run."""
-    for module in (common, *map(importlib.import_module, benchmark.METHODS)):
-        for name in vars(module):
-            if name.startswith("draw_"):
-                monkeypatch.setattr(module, name, lambda *_, **__: None)
 
 
 @pytest.mark.usefixtures("no_figures")

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import interrupted, like
 from test_methods import scramble
 from test_run import same, weights
 
@@ -25,19 +26,7 @@ ALL_MAPS = torch.tensor(list(itertools.product(range(3), repeat=6))).view(-1, 2,
 
 
 def made(args: common.Args, out: str, **changes) -> ro.Args:
-    fields = {f: getattr(args, f) for f in args.__dataclass_fields__}
-    return ro.Args(**{**fields, "out": Path(out), **changes})
-
-
-@pytest.fixture
-def no_figures(monkeypatch: pytest.MonkeyPatch):
-    """They take longer than so short a run."""
-    for module, name in (
-        (ro, "draw_rewards"),
-        (common, "draw_curves"),
-        (common, "draw_predictions"),
-    ):
-        monkeypatch.setattr(module, name, lambda *_: None)
+    return like(args, ro.Args, **{"out": Path(out), **changes})
 
 
 # ---- Rewards ------------------------------------------------------------------------------------
@@ -236,8 +225,7 @@ def test_divergence_by_hand():
 def test_without_the_reward_it_is_the_few_label_baseline(args: common.Args):
     """The same labels, updates, augmentation and schedule: the difference is the reward alone."""
     ro.run(made(args, "one", weight=0.0))
-    fields = {f: getattr(args, f) for f in args.__dataclass_fields__}
-    row = benchmark.BaselineArgs(**{**fields, "out": Path("two")}, row="few_label")
+    row = like(args, benchmark.BaselineArgs, out=Path("two"), row="few_label")
     benchmark.run_baseline(row)
     assert same(weights(Path("one")), weights(Path("two")))
     ro.run(made(args, "three", weight=1.0))
@@ -277,16 +265,7 @@ def test_a_run_that_is_cut_off_ends_with_the_same_weights(
 ):
     settings = {"reward_on": "teacher", "steps": 8}
     ro.run(made(args, "whole", **settings))
-    steps = common.Run.steps
-
-    def cut(self: common.Run, name: str, total: int, **state):
-        for step in steps(self, name, total, **state):
-            yield step
-            if name == stage and step == 3:
-                raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(common.Run, "steps", cut)
+    with interrupted(monkeypatch, stage, at=3):
         ro.run(made(args, "cut", **settings))
     ro.run(made(args, "cut", **settings))
     assert same(weights(Path("whole")), weights(Path("cut")))

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import environment
+from conftest import environment, like
 
 import benchmark
 import common
@@ -31,8 +31,7 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 
 
 def baseline(args: common.Args, row: str, out: str, **changes) -> benchmark.BaselineArgs:
-    fields = {f: getattr(args, f) for f in args.__dataclass_fields__}
-    return benchmark.BaselineArgs(**{**fields, "out": Path(out), **changes}, row=row)
+    return like(args, benchmark.BaselineArgs, **{"out": Path(out), **changes}, row=row)
 
 
 # ---- The folder ---------------------------------------------------------------------------------
