@@ -19,6 +19,7 @@ new camera, light and weather, and objects cut out of others.
 
 import copy
 import math
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -90,8 +91,13 @@ class Args(common.Args):
     """Learning rate of stage 3."""
     digits: int = 6000
     """Pictures of digits: a third each for the scenes, the target and the test."""
-    digit_lr: float = 4e-4
+    digit_match_steps: int = 1000
+    """--match-steps of the digits."""
+    digit_match_lr: float = 2e-4
     """--match-lr of the digits."""
+    digit_starts: int = 3
+    """Trainings of the digits' transformer from different weights; the one with the lowest MMD is
+    kept, since a digit that turns the wrong way round stops at a local minimum. The paper: 1."""
     digit_steps: int = 400
     """Updates of the digits' task network, of 16 scenes each. The paper's code: 2 epochs."""
 
@@ -931,23 +937,63 @@ def at_target(world: Digits, target: dict[str, float], count: int, seed: int) ->
         return world.render(graphs, graphs.values.to(world.device))
 
 
-def random_features(seed: int, device: torch.device) -> Callable[[Tensor], list[Tensor]]:
-    """A random convolutional network's activations, and coarse pixels."""
-    layers, rng = [], common.generator(seed, 8)
-    for i, o in ((1, 16), (16, 32), (32, 64)):
-        layer = nn.Conv2d(i, o, 3, stride=2, padding=1)
-        with torch.no_grad():
-            layer.weight.copy_(torch.randn(layer.weight.shape, generator=rng) / (3 * i**0.5))
-            layer.bias.zero_()
-        layers += [layer, nn.LeakyReLU(0.2)]
-    net = nn.Sequential(*layers).to(device).requires_grad_(False)
-    return lambda x: [net(x).flatten(1), *(F.avg_pool2d(x, k).flatten(1) for k in (4, 8, 16))]
+def blurred_pixels(images: Tensor) -> list[Tensor]:
+    """The picture under Gaussian blurs of 2, 4, 8 and 16 px, at as many pixels as each can hold.
+
+    [B,1,S,S] -> [B,(S/sigma)^2] of each sigma. Wide blurs tell a digit which way to go from afar,
+    narrow ones how to turn; with the features of a random convolutional network, that see no
+    further than their kernels, thin digits left the canvas.
+    """
+    size, groups = images.shape[3], []
+    for sigma in (2, 4, 8, 16):
+        centres = torch.arange(sigma / 2, size, sigma, device=images.device)
+        pixels = torch.arange(size, device=images.device) + 0.5
+        weights = (-((centres[:, None] - pixels) ** 2) / (2 * sigma**2)).softmax(dim=1)
+        groups.append((weights @ images[:, 0] @ weights.T).flatten(1))
+    return groups
+
+
+def learn_digits(world: Digits, features: Features, args: Args, folder: Path) -> Transformer:
+    """Stages 1 and 2 from `digit_starts` initial weights. -> the transformer of the lowest MMD."""
+    best: tuple[float, Transformer] | None = None
+    for start in range(args.digit_starts):
+        torch.manual_seed(args.seed + 1000 * start)
+        transformer = Transformer(world.grammar, world.classes, world.fixed, args).to(world.device)
+        optimizer = torch.optim.Adam(transformer.parameters(), weight_decay=1e-5)
+        steps = iter(range(1, args.reconstruct_steps + 1))
+        reconstruct(steps, world, transformer, optimizer, args, lambda *_, **__: None)
+        optimizer = torch.optim.Adam(transformer.parameters(), weight_decay=1e-5)
+        show = partial(sheet, folder / f"start{start}", world, transformer)
+        steps = iter(range(1, args.match_steps + 1))
+        match(steps, world, transformer, optimizer, features, args, lambda *_, **__: None, show)
+        scenes = torch.cat([x for x, *_ in rendered(world, transformer, 1000, args.seed)])
+        pairs = zip(features(scenes), features.photos, strict=True)
+        mmd = sum(mmd2(x, y, args.bandwidths).item() for x, y in pairs)
+        print(f"start {start}: MMD^2 {mmd:.5f}")
+        if best is None or mmd < best[0]:
+            best = mmd, transformer
+            shutil.copytree(folder / f"start{start}", folder, dirs_exist_ok=True)
+        shutil.rmtree(folder / f"start{start}")
+    animate(folder)
+    return best[1]
+
+
+def spread(values: Tensor, circular: bool) -> tuple[float, float]:
+    """Mean and standard deviation; of angles in degrees the circular ones, the mean in [0, 360)."""
+    if not circular:
+        return values.mean().item(), values.std().item()
+    resultant = torch.polar(torch.ones_like(values), torch.deg2rad(values)).mean()
+    mean, std = resultant.angle(), (-2 * resultant.abs().log()).sqrt()
+    return torch.rad2deg(mean).item() % 360, torch.rad2deg(std).item()
 
 
 def digits_experiment(args: Args) -> None:
     """`--experiment mnist_rotation` or `bigmnist`; writes result.json and datagen/."""
     started, target = time.perf_counter(), TARGETS[args.experiment]
-    args = replace(args, prior_weight=0.0, match_lr=args.digit_lr)
+    if args.digit_starts < 1:
+        raise UserError("--digit-starts: expected at least 1")
+    args = replace(args, prior_weight=0.0, match_lr=args.digit_match_lr,
+                   match_steps=args.digit_match_steps)  # fmt: skip
     out = args.out or Path("runs") / args.experiment / "metasim" / f"seed{args.seed}"
     common.check_device(args.device)
     cuda = args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available())
@@ -958,30 +1004,24 @@ def digits_experiment(args: Args) -> None:
     images, truth = at_target(test, target, 1000, args.seed)
     photos = at_target(other, target, 1000, args.seed)[0]
     prior = (images for images, *_ in rendered(world, None, 256, args.seed))
-    groups = random_features(args.seed, device)
-    features = Features(groups, prior, iter(photos.split(256)), least=1.0)
-    torch.manual_seed(args.seed)
-    transformer = Transformer(world.grammar, world.classes, world.fixed, args).to(device)
-    optimizer = torch.optim.Adam(transformer.parameters(), weight_decay=1e-5)
+    features = Features(blurred_pixels, prior, iter(photos.split(256)), least=1.0)
     before = digit_accuracy(world, None, images, truth, args)
-    steps, show = range(1, args.reconstruct_steps + 1), partial(sheet, out / "datagen", world)
-    reconstruct(iter(steps), world, transformer, optimizer, args, lambda *_, **__: None)
-    optimizer = torch.optim.Adam(transformer.parameters(), weight_decay=1e-5)
-    steps = range(1, args.match_steps + 1)
-    match(iter(steps), world, transformer, optimizer, features, args, lambda *_, **__: None,
-          partial(show, transformer))  # fmt: skip
+    transformer = learn_digits(world, features, args, out / "datagen")
     after = digit_accuracy(world, transformer, images, truth, args)
     with torch.no_grad():
         graphs = world.sample(1000, common.generator(args.seed, 9)).to(device)
         learned = world.grammar.read(transformer(graphs)[0])
+    learned = {k: spread(v, circular=k == "yaw") for k, v in learned.items()}
     result = {"experiment": args.experiment, "seed": args.seed, "accuracy_before": before,
               "accuracy_after": after, "target": target,
-              "learned_mean": {k: v.mean().item() for k, v in learned.items()},
-              "learned_std": {k: v.std().item() for k, v in learned.items()},
+              "learned_mean": {k: v[0] for k, v in learned.items()},
+              "learned_std": {k: v[1] for k, v in learned.items()},
               "seconds": time.perf_counter() - started}  # fmt: skip
     common.write_json(out / "result.json", result)
-    animate(out / "datagen")
-    print(result)
+    print(f"task accuracy {before:.1f}% before, {after:.1f}% after, in {result['seconds']:.0f} s")
+    for name, wanted in target.items():
+        mean, std = learned[name]
+        print(f"{name}: learned {mean:.1f} +- {std:.1f}, target {wanted:.1f}")
 
 
 # ---- Figures ------------------------------------------------------------------------------------

@@ -298,11 +298,20 @@ def test_digits_turn_counter_clockwise_and_go_where_they_are_told():
     assert (digits[graphs.picture[:, 1]] == truth).all()
 
 
+def test_angles_have_circular_means():
+    mean, std = metasim.spread(torch.tensor([350.0, 10.0, -370.0, 370.0]), circular=True)
+    assert mean % 360 == pytest.approx(0, abs=1e-3) or mean == pytest.approx(360, abs=1e-3)
+    assert std == pytest.approx(10, rel=0.01)
+    values = 268 + 5 * torch.randn(10_000, generator=common.generator(0))
+    assert metasim.spread(values - 720, circular=True) == pytest.approx((268, 5), rel=0.02)
+
+
 def test_mmd_turns_the_digits_to_the_target(args: common.Args, monkeypatch: pytest.MonkeyPatch):
     """A short run of the paper's experiment, at a target of 40 degrees."""
     monkeypatch.setitem(metasim.TARGETS, "mnist_rotation", {"yaw": 40.0})
-    args = made(args, "digits", experiment="mnist_rotation", digits=600, match_steps=80,
-                match_batch=32, match_photos=64, digit_lr=3e-3, digit_steps=5)  # fmt: skip
+    args = made(args, "digits", experiment="mnist_rotation", digits=600, match_batch=32,
+                match_photos=64, digit_match_steps=80, digit_match_lr=3e-3, digit_starts=2,
+                digit_steps=5)  # fmt: skip
     metasim.run(args)
     result = json.loads(Path("digits/result.json").read_text())
     assert result["learned_mean"]["yaw"] == pytest.approx(40, abs=10)
