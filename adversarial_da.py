@@ -3,17 +3,19 @@
 AdaptSegNet (arXiv:1802.10349v3), ADVENT (arXiv:1811.12833v2), FDA (arXiv:2004.05498v1), ClassMix
 (arXiv:2007.07936v2) and DACS (arXiv:2007.08702v2), each a switch, alone and together:
 
-    python adversarial_da.py                                    (colour transfer, self-training)
+    python adversarial_da.py                                                    (colour transfer)
 
-    python adversarial_da.py --align output --translate none --no-self-train --statistics target
+    python adversarial_da.py --self-train                      (colour transfer, then self-training)
 
-    python adversarial_da.py --align entropy --translate none --no-self-train --statistics target
+    python adversarial_da.py --align output --translate none --statistics target      (AdaptSegNet)
 
-    python adversarial_da.py --translate fda --no-self-train                     (FDA, one band)
+    python adversarial_da.py --align entropy --translate none --statistics target          (ADVENT)
 
-    python adversarial_da.py --translate fda --bands 0.01 0.05 0.09              (FDA, three bands)
+    python adversarial_da.py --translate fda                                        (FDA, one band)
 
-    python adversarial_da.py --translate none --no-self-train --statistics target          (AdaBN)
+    python adversarial_da.py --translate fda --bands 0.01 0.05 0.09 --self-train  (FDA, three bands)
+
+    python adversarial_da.py --translate none --statistics target                           (AdaBN)
 
 The first takes about a minute on one CPU core and ends at 64 mIoU on the miniature, source-only at
 44. The second is AdaptSegNet, the third ADVENT, both with batch statistics of its own for either
@@ -52,7 +54,7 @@ class Args(common.Args):
     translate: Literal["fda", "color", "none"] = "color"
     """How source images get the look of a random photo: mean and covariance of RGB (color), the
     amplitude of low frequencies (fda), not at all."""
-    self_train: bool = True
+    self_train: bool = False
     """A last stage on the confident labels that an averaged network gives the photos."""
     statistics: Literal["joint", "separate", "target"] = "separate"
     """Batch normalisation of the two domains: over the union of their batches (joint), of each by
@@ -347,7 +349,9 @@ def run(args: Args) -> Result:
     source, photos = common.load(args, "source"), common.load(args, "target_unlabelled")
     tuned = round(args.steps * args.self_train_share) if args.self_train else 0
     aligned = round((args.steps - tuned) * args.align_share) if args.align != "none" else 0
-    first = 0 if args.checkpoint else args.steps - tuned - aligned
+    first = args.steps - tuned - aligned
+    if args.checkpoint and aligned + tuned:
+        first = 0  # it has been trained
 
     net, *others = [run.network() for _ in bands]  # the first one is adapted, the others teach it
     for k, (one, beta) in enumerate(zip([net, *others], bands, strict=True)):

@@ -21,7 +21,7 @@ def made(args: common.Args, out: str, **changes) -> da.Args:
     return like(args, da.Args, **{"out": Path(out), **changes})
 
 
-BANDS = {"translate": "fda", "bands": (0.01, 0.05)}
+BANDS = {"translate": "fda", "bands": (0.01, 0.05), "self_train": True}
 
 
 # ---- Image translation --------------------------------------------------------------------------
@@ -208,8 +208,8 @@ def test_figures_are_written(args: common.Args):
 @pytest.mark.parametrize(
     "switches",
     [
-        {"align": "output", "translate": "none", "self_train": False, "entropy_weight": 0.1},
-        {"align": "entropy", "translate": "color", "gan": "least_squares", "statistics": "joint"},
+        {"align": "output", "translate": "none", "entropy_weight": 0.1},
+        {"align": "entropy", "gan": "least_squares", "statistics": "joint", "self_train": True},
         {"align": "none", **BANDS, "statistics": "target"},
     ],
 )
@@ -230,8 +230,7 @@ def test_switches_alone_and_together(args: common.Args, switches: dict):
 def test_every_switch_off_is_the_source_only_baseline(args: common.Args):
     import benchmark
 
-    off = {"align": "none", "translate": "none", "self_train": False}
-    da.run(made(args, "one", **off))
+    da.run(made(args, "one", translate="none"))
     benchmark.run_baseline(like(args, benchmark.BaselineArgs, out=Path("two")))
     assert same(weights(Path("one")), weights(Path("two")))
 
@@ -257,16 +256,17 @@ def test_no_label_of_a_photo_is_used(args: common.Args, mini: Path):
 
     shutil.copytree(mini, "data2")
     scramble(Path("data2"))
-    da.run(made(args, "one", align="output"))
-    da.run(made(args, "two", align="output", data="data2"))
+    da.run(made(args, "one", align="output", self_train=True))
+    da.run(made(args, "two", align="output", self_train=True, data="data2"))
     assert same(weights(Path("one")), weights(Path("two")))
 
 
 @pytest.mark.usefixtures("no_figures")
 def test_init_replaces_the_first_stage(args: common.Args):
-    da.run(made(args, "one", self_train=False))
+    da.run(made(args, "one"))
     init = Path("one/checkpoint.pt")
-    result = da.run(made(args, "two", init=init))
+    assert da.run(made(args, "on", init=init)).steps == 6  # nothing comes after: it trains on
+    result = da.run(made(args, "two", init=init, self_train=True))
     assert result.steps == json.loads(Path("two/result.json").read_text())["steps"] == 4
     with pytest.raises(UserError, match="--bands: several need"):
         da.run(made(args, "three", init=init, **BANDS))
