@@ -336,16 +336,16 @@ def adapt_statistics(net: Network, photos: Part, device: torch.device, batch_siz
 
 
 def run(args: Args) -> Result:
-    run = Run(args, "adversarial_da")
-    if run.result:
-        return run.result
-    args = run.args
     bands = args.bands if args.translate == "fda" else args.bands[:1]
     for flag in ("align_share", "self_train_share"):
         if not 0 <= getattr(args, flag) <= 1:
             raise UserError(f"--{flag.replace('_', '-')}: expected a share from 0 to 1")
     if len(bands) > 1 and (args.checkpoint or not args.self_train):
         raise UserError("--bands: several need --self-train and no checkpoint in --init")
+    run = Run(args, "adversarial_da")
+    if run.result:
+        return run.result
+    args = run.args
     source, photos = common.load(args, "source"), common.load(args, "target_unlabelled")
     tuned = round(args.steps * args.self_train_share) if args.self_train else 0
     aligned = round((args.steps - tuned) * args.align_share) if args.align != "none" else 0

@@ -19,7 +19,9 @@ Letters beside those of common.py: K channels and h x w cells of the space that 
 levels are angles a from 0, the image x, to pi/2, noise e: x_a = cos(a) x + sin(a) e.
 """
 
+import contextlib
 import copy
+import fcntl
 import hashlib
 import io
 import json
@@ -27,6 +29,7 @@ import math
 import os
 import shutil
 import sys
+import tempfile
 import time
 import tomllib
 import zlib
@@ -387,6 +390,11 @@ def tiled(
     return total / weights
 
 
+def number(name: str) -> int:
+    """Of an image's name, whatever its bytes: what is random about the image begins with it."""
+    return zlib.crc32(name.encode(errors="surrogateescape"))
+
+
 class Bridge(nn.Module):
     """All that a translation needs: U-Net, space, the reader, and the photos' statistics.
 
@@ -461,7 +469,7 @@ class Bridge(nn.Module):
         cell = 2**self.space.levels
         size = tuple(max(4, side // cell // 4 * 4) for side in tile or self.config["size"])
         step = partial(self.velocity, maps=maps, tile=size, overlap=overlap // cell // 4 * 4)
-        own, rngs = looks(images), [common.generator(seed, zlib.crc32(n.encode())) for n in names]
+        own, rngs = looks(images), [common.generator(seed, number(name)) for name in names]
         wanted = self.wanted(rngs, args).to(x)
         given = x.new_tensor([name in args.match for name in LOOKS]).expand(len(x), -1)
         angles = np.linspace(0, args.strength * math.pi / 2, args.sample_steps + 1).tolist()
@@ -474,6 +482,8 @@ class Bridge(nn.Module):
         step = partial(step, domain=TARGET, look=self.look(wanted, given), guidance=args.guidance)
         keep = self.keeping(padded, around, args) if args.keep_low or args.keep_edges else None
         x = flow(step, x, angles[::-1], keep)
+        if not x.isfinite().all():
+            raise UserError(f"{names[0]}: its translation is not finite; is --guidance too large?")
         return self.space.decode(x)[:, :, :h, :w].clamp(0, 1)
 
     def wanted(self, rngs: list[torch.Generator], args: Sampling) -> Tensor:
@@ -487,8 +497,6 @@ class Bridge(nn.Module):
     def keeping(self, source: Tensor, labels: Tensor, args: Sampling) -> Callable[[Tensor], Tensor]:
         """The correction of `flow` that keeps the source's luminance, at low frequencies anywhere
         and at high ones along borders of the labels. source [B,3,H,W], labels [B,H,W]."""
-        if self.space.latent:
-            raise UserError("--keep-low, --keep-edges: not in a latent space")
         side = max(3, source.shape[2] // 8 * 2 + 1)
 
         def low(luma: Tensor) -> Tensor:
@@ -621,9 +629,7 @@ def train_unet(run: Run, bridge: Bridge, source: Part, photos: Part) -> None:
         loss.backward()
         nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
         optimizer.step()
-        decay = min(args.ema, step / (step + 9))
-        for mine, other in zip(average.parameters(), unet.parameters(), strict=True):
-            mine.lerp_(other.detach(), 1 - decay)
+        common.follow(average, unet, min(args.ema, step / (step + 9)))
         run.log(step, unet_loss=loss, unet_lr=lr)
     unet.load_state_dict(average.state_dict())
 
@@ -664,6 +670,8 @@ def kernel_distance(x: np.ndarray, y: np.ndarray) -> float:
         return (a @ b.T / a.shape[1] + 1) ** 3
 
     xx, yy, n, m = kernel(x, x), kernel(y, y), len(x), len(y)
+    if min(n, m) < 2:
+        return math.nan
     within = (xx.sum() - xx.trace()) / (n * (n - 1)) + (yy.sum() - yy.trace()) / (m * (m - 1))
     return float(within - 2 * kernel(x, y).mean())
 
@@ -715,15 +723,18 @@ def checks(
     masks: np.ndarray,
     labels: np.ndarray | None,
     judge: Network | None,
-) -> dict[str, float]:
+) -> dict[str, float | None]:
     """The table of a translated set. before, after: uint8 [N,H,W,3]; masks [N,H,W], of any ids;
-    labels [N,H,W] train ids where they are known."""
+    labels [N,H,W] train ids where they are known. None: a kernel distance of less than two images,
+    edges where no mask has a border."""
     device, table, count = bridge.looks.device, {}, len(bridge.config["classes"])
     photos = bridge.features.cpu().numpy()
     for when, images in (("before", before), ("after", after)):
         reading = read(bridge.reader, images, device)
         table[f"kid_{when}"] = kernel_distance(reading.features, photos)
-        table[f"edges_{when}"] = float(np.nanmean(edge_agreement(images, masks)))
+        edges = edge_agreement(images, masks)
+        any_border = not np.isnan(edges).all()
+        table[f"edges_{when}"] = float(np.nanmean(edges)) if any_border else math.nan
         if labels is not None:
             table[f"reader_miou_{when}"] = reading_miou(reading.classes, labels, count)
             if judge is not None:
@@ -734,16 +745,16 @@ def checks(
                 table[f"judge_miou_{when}"] = reading_miou(theirs, labels, count)
     for key in [key.removesuffix("_before") for key in table if key.endswith("_before")]:
         print(f"{key}: {table[f'{key}_before']:.3f} -> {table[f'{key}_after']:.3f}", flush=True)
-    return table
+    return {key: None if math.isnan(value) else value for key, value in table.items()}
 
 
-def load_judge(path: Path | None, classes: int, device: torch.device) -> Network | None:
+def load_judge(path: Path | None, classes: int) -> Network | None:
     """The network of a checkpoint of any run, frozen."""
     if path is None:
         return None
     net = Network(common.read_checkpoint(path)["network"][0], classes)
     common.load_weights(net, path)
-    return net.to(device).eval().requires_grad_(False)
+    return net.eval().requires_grad_(False)
 
 
 # ---- The benchmark's row ------------------------------------------------------------------------
@@ -777,7 +788,7 @@ def translate_part(run: Run, bridge: Bridge, source: Part, photos: Part) -> np.n
 
 def controlled(args: Args, images: Tensor, names: Sequence[str], photos: Part) -> Tensor:
     """The control of these images, each with a random photo. [B,3,H,W] -> [B,3,H,W]."""
-    rngs = [common.generator(args.seed, zlib.crc32(name.encode())) for name in names]
+    rngs = [common.generator(args.seed, number(name)) for name in names]
     chosen = [int(torch.randint(len(photos), (), generator=rng)) for rng in rngs]
     style = common.to_tensor(photos.images[chosen], images.device)
     if args.control == "color":
@@ -793,13 +804,13 @@ def to_uint8(images: Tensor) -> np.ndarray:
 
 
 def run(args: Args) -> Result:
+    judge = check_training(args)
     run = Run(args, "diffusion_bridge")
     if run.result:
         return run.result
     args, net = run.args, run.network()
-    check_sampling(args)
     source, photos = common.load(args, "source"), common.load(args, "target_unlabelled")
-    judge = load_judge(args.judge, len(run.classes), run.device)
+    judge = judge and judge.to(run.device)
     bridge = fit(run, source, photos)
     save(bridge, run.out / "bridge.pt")
     images, labels = translate_part(run, bridge, source, photos), source.labels
@@ -836,21 +847,46 @@ def unet_steps(args: Args) -> int:
 
 def train(args: Args) -> None:
     """The command `train`: the reader and the bridge, into OUT/bridge.pt."""
+    if args.control != "none":
+        raise UserError(f"--control {args.control}: there is nothing to train")
+    check_training(args)
     run = Run(args, "diffusion_bridge_train")
-    check_sampling(run.args)
     source, photos = common.load(run.args, "source"), common.load(run.args, "target_unlabelled")
     save(fit(run, source, photos), run.out / "bridge.pt")
     print(f"written: {run.out / 'bridge.pt'}")
 
 
-def check_sampling(args: Sampling) -> None:
-    """UserError for options that cannot run."""
-    for flag, low, high in (("strength", 0.01, 1), ("min_agreement", 0, 1), ("keep_low", 0, 1)):
-        if not low <= getattr(args, flag) <= high:
-            name = flag.replace("_", "-")
-            raise UserError(f"--{name} {getattr(args, flag)}: expected {low} to {high}")
-    if args.sample_steps < 1:
-        raise UserError(f"--sample-steps {args.sample_steps}: at least 1")
+RANGES = {  # of options: least and most
+    "strength": (0.01, 1), "sample_steps": (1, math.inf), "guidance": (0, 100),
+    "keep_low": (0, 1), "keep_edges": (0, 1), "min_agreement": (0, 1),
+    "unet_steps": (0, math.inf), "reader_steps": (0, math.inf), "latent_steps": (0, math.inf),
+    "reader_color": (0, 1), "latent": (0, math.inf), "whiten": (0, 1), "unet_lr": (1e-9, 1),
+    "ema": (0, 1), "drop_domain": (0, 1), "drop_labels": (0, 1), "drop_looks": (0, 1),
+    "label_confidence": (0, 1), "control_band": (0, 1),
+    "overlap": (0, math.inf), "scale": (0.01, 100), "batch_size": (1, math.inf),
+    "seed": (0, math.inf),
+}  # fmt: skip
+
+
+def check_options(args: Sampling, latent: int) -> None:
+    """UserError for options that cannot run, with a bridge of so many latent channels."""
+    for name, (least, most) in RANGES.items():
+        value = getattr(args, name, None)
+        if value is not None and not least <= value <= most:
+            expected = f"at least {least}" if most == math.inf else f"{least} to {most}"
+            raise UserError(f"--{name.replace('_', '-')} {value}: expected {expected}")
+    if latent and (args.keep_low or args.keep_edges):
+        raise UserError("--keep-low, --keep-edges: not in a latent space")
+    if args.reference:
+        common.opened(args.reference).close()
+
+
+def check_training(args: Args) -> Network | None:
+    """UserError for what the flags of this method cannot mean. -> the judge, where there is one."""
+    check_options(args, args.latent)
+    if args.width < 8 or args.width % 8:
+        raise UserError(f"--width {args.width}: expected a multiple of 8")
+    return load_judge(args.judge, len(common.BENCHMARKS[args.benchmark].classes))
 
 
 # ---- Checkpoint ---------------------------------------------------------------------------------
@@ -904,38 +940,56 @@ class Pair(NamedTuple):
     hashes: tuple[str, str]  # SHA-256 of both files
 
 
+SUFFIXES = (
+    ".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".tga", ".gif",
+    ".jp2",
+)  # fmt: skip
+EXIF_TURN = 0x112  # the tag that says how a viewer turns the picture
+
+
 def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def is_image(path: Path, known: bool) -> bool:
-    """By its suffix; a file that only calls itself an image is still one if a mask is there."""
-    if path.suffix.lower() not in Image.registered_extensions():
-        return False
+def files_in(folder: Path, other: Path) -> tuple[dict[str, Path], list[Path]]:
+    """Files that should be images, by their path less the suffix, and all the rest. What is below
+    `other`, the masks' folder in that of the images say, is left out."""
+    found, rest = {}, []
+    for path in sorted(folder.rglob("*")):
+        if other.is_relative_to(folder) and path.is_relative_to(other):
+            continue
+        if path.is_dir():  # to which `rglob` follows no link
+            if path.is_symlink() and path.resolve() != other:
+                raise UserError(f"{path}: a link to a folder, expected the folder itself")
+            continue
+        stem = path.relative_to(folder).with_suffix("").as_posix()
+        if path.suffix.lower() not in SUFFIXES:
+            rest.append(path)
+        elif stem in found:
+            raise UserError(f"{path}: {found[stem].name} has the same stem")
+        else:
+            found[stem] = path
+    return found, rest
+
+
+def is_image(path: Path) -> bool:
     try:
         common.opened(path, decode=False).close()
     except UserError:
-        return known
+        return False
     return True
 
 
 def scan(args: TranslateArgs, mask_dir: Path) -> tuple[list[Pair], list[str]]:
     """All pairs, sorted by path, and files that are no image. Every image is decoded once, so that
     whatever is wrong with the input is said before anything is written."""
-    inputs, skipped = args.input_dir.resolve(), []
-    within = mask_dir.is_relative_to(inputs)
-    masks, images = {}, {}
-    for folder, found in ((mask_dir, masks), (inputs, images)):
-        for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-            if within and folder is inputs and path.is_relative_to(mask_dir):
-                continue
-            stem = path.relative_to(folder).with_suffix("").as_posix()
-            if not is_image(path, known=stem in masks):
-                skipped.append(path.as_posix())
-                continue
-            if stem in found:
-                raise UserError(f"{path}: {found[stem].name} has the same stem")
-            found[stem] = path
+    inputs = args.input_dir.resolve()
+    (images, others), (masks, rest) = files_in(inputs, mask_dir), files_in(mask_dir, inputs)
+    skipped = others + rest
+    for mine, theirs in ((images, masks), (masks, images)):
+        for stem in set(mine) - set(theirs):  # one with a partner is an image, if a damaged one
+            if not is_image(mine[stem]):
+                skipped.append(mine.pop(stem))
     if not images:
         raise UserError(f"{inputs}: no image in it")
     for stem, path in images.items():
@@ -944,17 +998,23 @@ def scan(args: TranslateArgs, mask_dir: Path) -> tuple[list[Pair], list[str]]:
     for stem, path in masks.items():
         if stem not in images:
             raise UserError(f"{path}: mask without an image, expected {inputs / stem}.*")
-    below = mask_dir.relative_to(inputs) if within else Path("masks")
+    below = mask_dir.relative_to(inputs) if mask_dir.is_relative_to(inputs) else Path("masks")
 
     def pair(stem: str) -> Pair | UserError:
         image, mask = images[stem], masks[stem]
         try:
             with common.opened(image) as picture, common.opened(mask) as other:
                 size, theirs = picture.size, other.size
+                kind = f"{picture.format} of mode {picture.mode}"
+                fits = picture.format in Image.SAVE and picture.mode != "F"
+            if size != theirs:
+                return UserError("{}: is {}x{}, its image {}x{}".format(mask, *theirs, *size))
+            if not fits:
+                return UserError(f"{image}: found {kind}, expected integers in a usual format")
+            if args.mask_labels != "none":
+                common.read_label(mask, args.mask_labels)
         except UserError as error:
             return error
-        if size != theirs:
-            return UserError("{}: is {}x{}, its image {}x{}".format(mask, *theirs, *size))
         to = image.relative_to(inputs).as_posix()
         mask_to = (below / mask.relative_to(mask_dir)).as_posix()
         return Pair(image, mask, to, mask_to, size, (sha256(image), sha256(mask)))
@@ -966,7 +1026,7 @@ def scan(args: TranslateArgs, mask_dir: Path) -> tuple[list[Pair], list[str]]:
     targets = [p.to for p in pairs] + [p.mask_to for p in pairs]
     if len(set(targets)) < len(targets):
         raise UserError(f"{mask_dir}: masks would overwrite images, since their paths are the same")
-    return pairs, skipped
+    return pairs, sorted(path.as_posix() for path in skipped)
 
 
 def read_mask(pair: Pair, labels: str) -> np.ndarray:
@@ -979,16 +1039,22 @@ def read_mask(pair: Pair, labels: str) -> np.ndarray:
 
 
 def write_image(image: np.ndarray, pair: Pair, path: Path) -> None:
-    """In the format of the original; grey stays grey, and transparency as it was. uint8 [H,W,3]."""
+    """In the format of the original; grey stays grey, 16 bits 16, and transparency and the turn
+    that a viewer gives it as they were. uint8 [H,W,3]."""
     with common.opened(pair.image) as original:
-        result, mode = Image.fromarray(image), original.mode
-        if "A" in original.getbands():
-            alpha = original.getchannel("A")
-            result = result.convert("L" if mode == "LA" else "RGB")
-            result.putalpha(alpha)
-        elif mode in ("1", "L", "F") or mode.startswith("I"):
+        result, mode, options = Image.fromarray(image), original.mode, {}
+        if mode in ("1", "L", "LA") or mode.startswith("I"):
             result = result.convert("L")
-        buffer, options = io.BytesIO(), {"quality": 95} if original.format == "JPEG" else {}
+        if mode.startswith("I"):
+            result = Image.fromarray(np.asarray(result).astype(np.uint16) * 257)
+        elif original.has_transparency_data:
+            result.putalpha(original.convert("RGBA").getchannel("A"))
+        if original.format == "JPEG":
+            options["quality"] = 95
+        if (turn := original.getexif().get(EXIF_TURN, 1)) != 1:
+            options["exif"] = Image.Exif()
+            options["exif"][EXIF_TURN] = turn
+        buffer = io.BytesIO()
         result.save(buffer, format=original.format, **options)
     with common.replacing(path) as temporary:
         temporary.write_bytes(buffer.getvalue())
@@ -1029,7 +1095,6 @@ def translate_group(bridge: Bridge, group: Sequence[Pair], args: TranslateArgs) 
 def translate_folder(args: TranslateArgs) -> None:
     """The command `translate`. Images of equal size are translated in groups that depend on the
     input alone: an interrupted run or one on several ranks gives the same bytes as any other."""
-    check_sampling(args)
     rank, world = (int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1)))
     mask_dir = (args.mask_dir or args.input_dir / "masks").resolve()
     out = args.output_dir.resolve()
@@ -1038,6 +1103,8 @@ def translate_folder(args: TranslateArgs) -> None:
             raise UserError(f"{folder}: no such folder")
         if out == folder or out.is_relative_to(folder) or folder.is_relative_to(out):
             raise UserError(f"--output-dir {out}: inside, around or equal to the input {folder}")
+    if mask_dir == args.input_dir.resolve():
+        raise UserError(f"--mask-dir {mask_dir}: the input itself, expected a folder of masks")
     device = args.device
     if device == "auto":
         cuda = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
@@ -1048,6 +1115,12 @@ def translate_folder(args: TranslateArgs) -> None:
         list(common.classes_of(args.mask_labels)) != bridge.config["classes"]
     ):
         raise UserError(f"--mask-labels {args.mask_labels}: the checkpoint has other classes")
+    check_options(args, bridge.config["latent"])
+    if args.tile and min(args.tile) < 1:
+        raise UserError("--tile {} {}: expected at least 1".format(*args.tile))
+    if args.judge and args.mask_labels == "none":
+        raise UserError("--judge: needs --mask-labels, the classes of the masks")
+    judge = load_judge(args.judge, len(bridge.config["classes"]))
     pairs, skipped = scan(args, mask_dir)
     settings = settings_of(args, bridge)
     prepare(out, settings)
@@ -1071,7 +1144,9 @@ def translate_folder(args: TranslateArgs) -> None:
             advance()
     records = read_log(log)
     if all(done(out, pair, records.get(pair.to)) for pair in pairs):
-        finish_folder(bridge, pairs, records, skipped, args, out, settings)
+        with log.open("rb") as last:
+            fcntl.flock(last, fcntl.LOCK_EX)  # ranks that are last together finish in turn
+            finish_folder(bridge, pairs, records, skipped, args, judge, out, settings)
     lock.close()
     (out / f".rank{rank}.lock").unlink(missing_ok=True)
 
@@ -1090,7 +1165,8 @@ def settings_of(args: TranslateArgs, bridge: Bridge) -> dict[str, Any]:
 def prepare(out: Path, settings: dict[str, Any]) -> None:
     """A new output folder, or one of the same settings; UserError for any other."""
     path = out / "metadata.json"
-    if path.exists():
+    full = out.exists() and any(not p.name.startswith(".") for p in out.iterdir())
+    if path.exists():  # maybe only since the line before, written by another rank
         try:
             old = json.loads(path.read_text())["settings"]
         except (ValueError, KeyError, TypeError):
@@ -1098,9 +1174,11 @@ def prepare(out: Path, settings: dict[str, Any]) -> None:
         for name in settings:
             if old.get(name) != settings[name]:
                 was = f"{old.get(name)!s:.60}, now {settings[name]!s:.60}"
-                raise UserError(f"{out}: was begun with another {name} ({was})")
+                raise UserError(
+                    f"{out}: was begun with another {name} ({was}); give another --output-dir"
+                )
         return
-    if out.exists() and any(not p.name.startswith(".") for p in out.iterdir()):
+    if full:
         raise UserError(f"{out}: not empty and not a translation; give another --output-dir")
     out.mkdir(parents=True, exist_ok=True)
     common.write_json(path, {"complete": False, "settings": settings})
@@ -1151,7 +1229,7 @@ def finish_group(
                 shutil.copyfile(pair.mask, temporary)
         write_line(log, {
             "image": pair.to, "mask": pair.mask_to, "size": pair.size,
-            "seed": [args.seed, zlib.crc32(pair.to.encode())], "agreement": round(agreed, 4),
+            "seed": [args.seed, number(pair.to)], "agreement": round(agreed, 4),
             "left_out": left_out, "source_sha256": pair.hashes[0],
             "mask_sha256": pair.hashes[1],
             "output_sha256": None if left_out else sha256(out / pair.to),
@@ -1161,15 +1239,15 @@ def finish_group(
 
 def finish_folder(
     bridge: Bridge, pairs: list[Pair], records: dict[str, Any], skipped: list[str],
-    args: TranslateArgs, out: Path, settings: dict[str, Any],
+    args: TranslateArgs, judge: Network | None, out: Path, settings: dict[str, Any],
 ) -> None:  # fmt: skip
     """Checks over up to 1000 images at the training size, metadata.json, and a figure."""
-    for left in out.rglob(".*.tmp"):  # of a process that was killed
+    for left in (*out.rglob(".*.????????.tmp"), *out.glob(".rank*.lock")):  # of one that was killed
         left.unlink(missing_ok=True)
     size, kept = bridge.config["size"], [p for p in pairs if not records[p.to]["left_out"]]
     table = {"left_out": len(pairs) - len(kept)}
     kept = kept[:: math.ceil(len(kept) / 1000)] if kept else kept
-    if len(kept) > 1:
+    if kept:
 
         def small(path: Path) -> np.ndarray:
             image = Image.fromarray(read_rgb(path))
@@ -1185,10 +1263,10 @@ def finish_folder(
             masks.append(mask[rows[:, None] * h // size[0], columns * w // size[1]])
         masks = np.stack(masks)
         labels = None if args.mask_labels == "none" else masks.astype(np.uint8)
-        judge = load_judge(args.judge, len(bridge.config["classes"]), bridge.looks.device)
+        judge = judge and judge.to(bridge.looks.device)
         table |= checks(bridge, before, after, masks, labels, judge)
         known = masks if labels is not None else masks + 256  # no train ids: outlines in yellow
-        draw_translations(out / "translation.png", bridge, before, after, known, None)
+        draw_document(out / "translation.pdf", bridge, before, after, known, None)
     common.write_json(out / "metadata.json", {
         "complete": True, "settings": settings, "checkpoint": str(args.checkpoint),
         "checks": table, "seconds": sum(r["seconds"] for r in records.values()),
@@ -1198,6 +1276,8 @@ def finish_folder(
     })  # fmt: skip
     count = len(pairs) - table["left_out"]
     print(f"{count} images in {out}, {table['left_out']} left out", flush=True)
+    if skipped:
+        print(f"{len(skipped)} files skipped as no images, the first {skipped[0]}", flush=True)
 
 
 def with_config(argv: list[str]) -> list[str]:
@@ -1207,25 +1287,47 @@ def with_config(argv: list[str]) -> list[str]:
     files += [word.split("=", 1)[1] for word in argv if word.startswith("--config=")]
     if not files:
         return argv
-    path, known = Path(files[-1]), {f.name for f in fields(TranslateArgs)} - {"config"}
+    path, known = Path(files[-1]), {f.name: f.type for f in fields(TranslateArgs)}
+    del known["config"]
     try:
         text = path.read_text()
-        entries = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+        entries = json.loads(text) if path.suffix.lower() == ".json" else tomllib.loads(text)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
     except ValueError as error:
         raise UserError(f"{path}: neither TOML nor JSON ({error})") from None
+    if not isinstance(entries, dict):
+        raise UserError(f"{path}: found a {type(entries).__name__}, expected a table of options")
     words = []
     for key, value in entries.items():
         name = key.replace("-", "_")
         if name not in known:
             raise UserError(f"{path}: unknown key {key!r}, expected one of {sorted(known)}")
-        flag = name.replace("_", "-")
-        if isinstance(value, bool):
+        kind, flag = known[name], name.replace("_", "-")
+        values = [str(v) for v in (value if isinstance(value, list) else [value])]
+        if isinstance(value, dict) or isinstance(value, bool) != (kind is bool) or (
+            not reads_as(kind, values)
+        ):
+            expected = kind.__name__ if isinstance(kind, type) else kind
+            raise UserError(f"{path}: {key} is {value!r}, expected {expected}")
+        if kind is bool:
             words.append(f"--{flag}" if value else f"--no-{flag}")
         else:
-            words += [f"--{flag}", *map(str, value if isinstance(value, list) else [value])]
+            words += [f"--{flag}", *values]
     return [*words, *argv]
+
+
+def reads_as(kind: Any, words: list[str]) -> bool:
+    """Whether the command line would take these words for an option of this type."""
+    import tyro
+
+    nowhere = io.StringIO()  # what tyro has to say names no file
+    try:
+        with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+            tyro.cli(kind, args=words)
+    except SystemExit:
+        return False
+    return True
 
 
 # ---- Figures ------------------------------------------------------------------------------------
@@ -1258,6 +1360,15 @@ def draw_translations(
     for name, images in (("mask on source", before), ("mask on translated", after)):
         columns[name] = [outlined(images[i], masks[i], classes) for i in some]
     common.draw_sheet(path, columns, classes)
+
+
+def draw_document(path: Path, *sheet: Any) -> None:
+    """The same as a PDF: among the images of a folder, no glob of a loader should find it."""
+    with tempfile.TemporaryDirectory() as folder:
+        draw_translations(Path(folder) / "sheet.png", *sheet)
+        with Image.open(Path(folder) / "sheet.png") as drawn, common.replacing(path) as temporary:
+            dates = dict.fromkeys(("creationDate", "modDate"), time.gmtime(0))  # the same bytes
+            drawn.convert("RGB").save(temporary, "PDF", resolution=150, title=path.stem, **dates)
 
 
 def main() -> None:

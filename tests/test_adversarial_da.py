@@ -272,6 +272,7 @@ def test_init_replaces_the_first_stage(args: common.Args):
         da.run(made(args, "three", init=init, **BANDS))
     with pytest.raises(UserError, match="--align-share: expected a share from 0 to 1"):
         da.run(made(args, "four", align="output", align_share=1.6))
+    assert not Path("three").exists() and not Path("four").exists()
 
 
 @pytest.mark.usefixtures("no_figures")

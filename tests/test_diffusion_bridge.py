@@ -396,9 +396,6 @@ def test_latent_space_returns_the_image(args: common.Args, no_figures, monkeypat
     labels = torch.from_numpy(np.array(source.labels[:8])).long()
     sampling = db.Sampling(sample_steps=2)
     assert bridge.translate(images, labels, source.names[:8], sampling, 0).shape == images.shape
-    with pytest.raises(UserError, match="not in a latent space"):
-        keep = db.Sampling(sample_steps=2, keep_low=1.0)
-        bridge.translate(images, labels, source.names[:8], keep, 0)
 
 
 def test_controls_and_filter(args: common.Args, no_figures):
@@ -418,11 +415,15 @@ def write(folder: Path) -> tuple[Path, Path]:
     rng = np.random.default_rng(0)
     kinds = {
         "a/rgb.png": "RGB", "a/again.png": "RGB", "b/grey.png": "L", "b/c/alpha.png": "RGBA",
-        "palette.png": "P", "photo.jpg": "RGB", "wide.png": "RGB",
+        "palette.png": "P", "photo.jpg": "RGB", "wide.png": "RGB", "deep.png": "I;16",
+        "d/clear.PNG": "P", "turned.jpg": "RGB",
     }  # fmt: skip
     for k, (name, mode) in enumerate(kinds.items()):
         h, w = (36, 100) if name == "wide.png" else SIZE
-        image = Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8)).convert(mode)
+        image = Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8))
+        if mode == "I;16":
+            image = Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 256)
+        image = image.convert(mode)
         if mode == "RGBA":
             image.putalpha(Image.fromarray(rng.integers(0, 256, (h, w), dtype=np.uint8)))
         ids = np.zeros((h, w), np.uint16 if k % 2 else np.uint8)
@@ -430,7 +431,11 @@ def write(folder: Path) -> tuple[Path, Path]:
         path, mask = folder / "in" / name, (folder / "masks" / name).with_suffix(".png")
         for p in (path, mask):
             p.parent.mkdir(parents=True, exist_ok=True)
-        image.save(path)
+        exif = Image.Exif()
+        exif[db.EXIF_TURN] = 6
+        clear = {"transparency": image.getpixel((0, 0))}
+        options = {"d/clear.PNG": clear, "turned.jpg": {"exif": exif}}
+        image.save(path, **options.get(name, {}))
         Image.fromarray(ids).save(mask)
     return folder / "in", folder / "masks"
 
@@ -465,20 +470,25 @@ def test_folder_contract(checkpoint: Path, tmp_path: Path, no_figures, monkeypat
     out = tmp_path / "out"
     for mask in masks.rglob("*.png"):
         assert (out / "masks" / mask.relative_to(masks)).read_bytes() == mask.read_bytes()
-    modes = {"b/grey.png": "L", "b/c/alpha.png": "RGBA", "palette.png": "RGB"}
+    modes = {
+        "b/grey.png": "L", "b/c/alpha.png": "RGBA", "d/clear.PNG": "RGBA", "deep.png": "I;16",
+    }  # fmt: skip
     metadata = json.loads((out / "metadata.json").read_text())
     assert metadata["complete"] and metadata["skipped"] == [str(images / "notes.txt")]
     assert "notes.txt" in (out / "log.jsonl").read_text()
-    assert len(metadata["images"]) == 7 and metadata["settings"]["checkpoint"]
+    assert len(metadata["images"]) == 10 and metadata["settings"]["checkpoint"]
     for record in metadata["images"]:
         with Image.open(images / record["image"]) as old, Image.open(out / record["image"]) as new:
             assert new.size == old.size and new.format == old.format
             assert new.mode == modes.get(record["image"], "RGB")
-            assert (
-                np.asarray(new.convert("RGB")).tolist() != np.asarray(old.convert("RGB")).tolist()
-            )
+            pixels = [np.asarray(i if "16" in i.mode else i.convert("RGB")) for i in (new, old)]
+            assert pixels[0].tolist() != pixels[1].tolist()
             if new.mode == "RGBA":
-                assert new.getchannel("A").tobytes() == old.getchannel("A").tobytes()
+                clear = [i.convert("RGBA").getchannel("A").tobytes() for i in (new, old)]
+                assert clear[0] == clear[1] and len(set(clear[0])) > 1
+            if new.mode == "I;16":
+                assert pixels[0].max() > 4 * 256  # its range, not that of 8 bits
+            assert new.getexif().get(db.EXIF_TURN) == old.getexif().get(db.EXIF_TURN)
         digest = hashlib.sha256((out / record["image"]).read_bytes()).hexdigest()
         assert record["output_sha256"] == digest
     whole = content(out)
@@ -497,6 +507,10 @@ def test_folder_contract(checkpoint: Path, tmp_path: Path, no_figures, monkeypat
     for rank in "10":
         monkeypatch.setenv("RANK", rank)
         db.translate_folder(made(tmp_path, checkpoint, output_dir=tmp_path / "ranks"))
+    assert content(tmp_path / "ranks") == whole
+    # What a rank that was killed has left is gone at the end, even where fewer go on.
+    (tmp_path / "ranks/.rank7.lock").touch()
+    db.translate_folder(made(tmp_path, checkpoint, output_dir=tmp_path / "ranks"))
     assert content(tmp_path / "ranks") == whole
 
 
@@ -573,6 +587,70 @@ def test_labels_of_the_masks_and_a_judge(checkpoint: Path, trained, tmp_path: Pa
     assert metadata["checks"]["left_out"] == 3 and not list((tmp_path / "none").rglob("*.png"))
 
 
+def test_what_was_translated_is_a_folder_of_pairs(checkpoint: Path, tmp_path: Path):
+    """The figure lies among the images, and no loader takes it for one: not even this one."""
+    images, masks = write(tmp_path)
+    db.translate_folder(made(tmp_path, checkpoint))
+    out = tmp_path / "out"
+    assert (out / "translation.pdf").read_bytes().startswith(b"%PDF")
+    first = (out / "translation.pdf").read_bytes()
+    db.translate_folder(made(tmp_path, checkpoint))
+    assert (out / "translation.pdf").read_bytes() == first
+    again = made(tmp_path, checkpoint, input_dir=out, mask_dir=None, output_dir=tmp_path / "again")
+    db.translate_folder(again)
+    found = {p.name for p in (tmp_path / "again").rglob("*") if p.suffix.lower() in db.SUFFIXES}
+    assert found == {p.name for f in (images, masks) for p in f.rglob("*") if p.is_file()}
+
+
+def test_two_ranks_begin_together(tmp_path: Path, monkeypatch):
+    """Another rank may write the metadata while this one looks whether the folder is new."""
+    out, settings = tmp_path / "out", {"seed": 0}
+    iterdir = Path.iterdir
+    out.mkdir()
+
+    def late(self: Path):
+        common.write_json(out / "metadata.json", {"complete": False, "settings": settings})
+        return iterdir(self)
+
+    monkeypatch.setattr(Path, "iterdir", late)
+    db.prepare(out, settings)
+
+
+def test_folders_without_much_to_check(checkpoint: Path, tmp_path: Path, no_figures):
+    """One image has no kernel distance, one label no borders: null in strict JSON, no warning."""
+    for folder in ("in", "masks"):
+        (tmp_path / folder).mkdir()
+        Image.new("L", SIZE[::-1], 3).save(tmp_path / folder / "only.png")
+    db.translate_folder(made(tmp_path, checkpoint))
+
+    def strict(constant: str) -> None:
+        raise AssertionError(constant)
+
+    text = (tmp_path / "out/metadata.json").read_text()
+    table = json.loads(text, parse_constant=strict)["checks"]
+    assert {k: table[k] for k in ("kid_after", "edges_after")} == {
+        "kid_after": None, "edges_after": None
+    }  # fmt: skip
+
+
+def test_names_of_any_bytes_and_files_that_only_look_like_partners(
+    checkpoint: Path, tmp_path: Path, no_figures
+):
+    images, masks = write(tmp_path)
+    odd = os.fsdecode(b"\xff\xfe.png")
+    for folder in (images, masks):
+        (folder / odd).write_bytes((folder / "wide.png").read_bytes())
+    (images / "wide.h5").write_bytes(b"\x89HDF\r\n\x1a\n")  # the depth, say
+    (images / "junk.png").write_bytes(b"junk")
+    os.rename(masks, tmp_path / "elsewhere")
+    (images / "masks").symlink_to(tmp_path / "elsewhere")  # a link to the masks is not an image's
+    db.translate_folder(made(tmp_path, checkpoint, mask_dir=None))
+    metadata = json.loads((tmp_path / "out/metadata.json").read_text())
+    assert metadata["skipped"] == [str(images / name) for name in ("junk.png", "wide.h5")]
+    assert odd in [record["image"] for record in metadata["images"]]
+    assert (tmp_path / "out/masks" / odd).exists()
+
+
 def test_scale_keeps_the_details_of_the_original(checkpoint: Path, tmp_path: Path, no_figures):
     write(tmp_path)
     db.translate_folder(made(tmp_path, checkpoint, scale=0.5))
@@ -610,6 +688,19 @@ def test_bad_folders(checkpoint: Path, tmp_path: Path):
         (images / "wide.png").write_bytes(damaged)
         fails("wide.png: cannot be read as an image", args)
     (images / "wide.png").write_bytes(whole)
+    mask.write_bytes(b"junk")
+    fails("masks/wide.png: cannot be read as an image", args)
+    mask.write_bytes(kept)
+    Image.new("F", (64, 32)).save(images / "float.tif")
+    Image.new("L", (64, 32)).save(masks / "float.png")
+    fails("float.tif: found TIFF of mode F", args)
+    (images / "float.tif").unlink()
+    (masks / "float.png").unlink()
+    (tmp_path / "more").mkdir()
+    (images / "link").symlink_to(tmp_path / "more")
+    fails("link: a link to a folder", args)
+    (images / "link").unlink()
+    fails("the input itself", made(tmp_path, checkpoint, mask_dir=images))
     fails("no such folder", made(tmp_path, checkpoint, input_dir=tmp_path / "nowhere"))
     (tmp_path / "empty").mkdir()
     fails("no image", made(tmp_path, checkpoint, mask_dir=images, input_dir=tmp_path / "empty"))
@@ -645,6 +736,65 @@ def test_bad_checkpoints(checkpoint: Path, tmp_path: Path):
     fails("other classes", made(tmp_path, checkpoint, mask_labels="gta5"))
 
 
+def test_bad_options_leave_no_folder(checkpoint: Path, tmp_path: Path, trained: tuple):
+    """Else the right ones would find it begun with the wrong ones."""
+    write(tmp_path)
+    (tmp_path / "junk.png").write_bytes(b"junk")
+    for match, changes in {
+        "--scale 0: expected 0.01 to 100": {"scale": 0},
+        "--batch-size 0: expected at least 1": {"batch_size": 0},
+        "--seed -1: expected at least 0": {"seed": -1},
+        "--overlap -5: expected at least 0": {"overlap": -5},
+        "--tile 0 0: expected at least 1": {"tile": (0, 0)},
+        "--guidance nan: expected 0 to 100": {"guidance": math.nan},
+        "--strength 2: expected 0.01 to 1": {"strength": 2},
+        "--keep-edges 7: expected 0 to 1": {"keep_edges": 7},
+        "junk.png: cannot be read as an image": {"reference": tmp_path / "junk.png"},
+        "--judge: needs --mask-labels": {"judge": checkpoint},
+        "bridge.pt: holds no segmentation network": {"judge": checkpoint, "mask_labels": "kitti"},
+        "masks/.*: found PNG of mode .*, expected": {"mask_labels": "vkitti2"},
+    }.items():
+        fails(match, made(tmp_path, checkpoint, **changes))
+    latent = db.Bridge({**trained[0].config, "latent": 4}, 2)
+    db.save(latent, tmp_path / "latent.pt")
+    fails("not in a latent space", made(tmp_path, tmp_path / "latent.pt", keep_low=1.0))
+    with torch.no_grad():
+        latent.unet.leave.bias.fill_(math.nan)
+    with pytest.raises(UserError, match="not finite"):
+        latent.translate(*batch((None, trained[1]), 2), db.Sampling(sample_steps=2), 0)
+
+
+def test_bad_flags_of_a_row_cost_no_folder(args: common.Args):
+    for match, changes in {
+        "--strength 2: expected": {"strength": 2},
+        "--ema 2: expected": {"ema": 2},
+        "--unet-steps -1: expected": {"unet_steps": -1},
+        "--width 20: expected a multiple of 8": {"width": 20},
+        "nowhere.pt: no such checkpoint": {"judge": Path("nowhere.pt")},
+        "nowhere.png: cannot be read": {"reference": Path("nowhere.png")},
+        "not in a latent space": {"latent": 4, "keep_low": 1.0},
+    }.items():
+        for use in (db.run, db.train):
+            with pytest.raises(UserError, match=match):
+                use(row(args, "new", **changes))
+    with pytest.raises(UserError, match="--control color: there is nothing to train"):
+        db.train(row(args, "new", control="color"))
+    assert not Path("new").exists()
+
+
+def test_a_judge_changes_nothing_but_the_report(args: common.Args, no_figures):
+    net = common.Network("tiny", 10)
+    torch.save(
+        {"format": "sim2real-1", "network": ["tiny", 10], "net": net.state_dict()}, "judge.pt"
+    )
+    db.run(row(args, "plain", steps=1))
+    db.run(row(args, "judged", steps=1, judge=Path("judge.pt")))
+    tables = [json.loads(Path(f"{out}/checks.json").read_text()) for out in ("plain", "judged")]
+    assert set(tables[1]) - set(tables[0]) == {"judge_miou_before", "judge_miou_after"}
+    bridges = [torch.load(f"{out}/bridge.pt", weights_only=True) for out in ("plain", "judged")]
+    assert bridges[0]["sha256"] == bridges[1]["sha256"]
+
+
 def test_config_and_flags(tmp_path: Path):
     import tyro
 
@@ -659,8 +809,14 @@ def test_config_and_flags(tmp_path: Path):
     argv = db.with_config([*line[:4], "--input-dir", "A", f"--config={config}"])
     args = tyro.cli(db.TranslateArgs, args=argv)
     assert (args.sample_steps, args.tile) == (7, (32, 64))
+    config = config.rename(tmp_path / "c.JSON")
     for text, match in (
         ('{"guidence": 2}', "unknown key 'guidence'"), ("{", "neither TOML nor JSON"),
+        ("[1]", "found a list, expected a table"), ('{"seed": "ten"}', "seed is 'ten', exp.* int"),
+        ('{"amp": 1}', "amp is 1, expected bool"), ('{"seed": true}', "seed is True, exp.* int"),
+        ('{"tile": [32]}', "tile is .32., expected tuple.int, int. | None"),
+        ('{"input_dir": {"a": 1}}', "input_dir is .'a': 1., expected Path"),
+        ('{"match": ["fog"]}', "match is .'fog'., expected .*haze"),
     ):  # fmt: skip
         config.write_text(text)
         with pytest.raises(UserError, match=match):
