@@ -890,10 +890,10 @@ def check_training(args: Args) -> Network | None:
 
 
 # ---- Checkpoint ---------------------------------------------------------------------------------
-def digest(bridge: Bridge) -> str:
+def digest(config: dict[str, Any], state: dict[str, Tensor]) -> str:
     """SHA-256 of configuration and weights."""
-    found = hashlib.sha256(json.dumps(bridge.config, sort_keys=True).encode())
-    for name, value in sorted(bridge.state_dict().items()):
+    found = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    for name, value in sorted(state.items()):
         found.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
     return found.hexdigest()
 
@@ -902,7 +902,8 @@ def save(bridge: Bridge, path: Path) -> None:
     buffer = io.BytesIO()
     checkpoint = {
         "format": "sim2real-1", "network": ["tiny", len(bridge.config["classes"])], "net": None,
-        "bridge": bridge.state_dict(), "config": bridge.config, "sha256": digest(bridge),
+        "bridge": bridge.state_dict(), "config": bridge.config,
+        "sha256": digest(bridge.config, bridge.state_dict()),
     }  # fmt: skip
     torch.save(checkpoint, buffer)
     with common.replacing(path) as temporary:
@@ -914,17 +915,18 @@ def load(path: Path, device: str | torch.device) -> Bridge:
     checkpoint = common.read_checkpoint(path)
     if "bridge" not in checkpoint:
         raise UserError(f"{path}: a checkpoint without a bridge, expected bridge.pt of a training")
+    changed = UserError(f"{path}: weights or configuration were changed after they were written")
     try:
-        bridge = Bridge(checkpoint["config"], len(checkpoint["bridge"]["looks"]))
-        bridge.load_state_dict(checkpoint["bridge"])
-        same = digest(bridge) == checkpoint["sha256"]
+        config, state = checkpoint["config"], checkpoint["bridge"]
+        if digest(config, state) != checkpoint["sha256"]:  # before anything of its size is built
+            raise changed
+        bridge = Bridge(config, len(state["looks"]))
+        bridge.load_state_dict(state)
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         first = (str(error).splitlines() or [""])[0][:80]
         raise UserError(
             f"{path}: the bridge is damaged ({type(error).__name__} {first})"
         ) from error
-    if not same:
-        raise UserError(f"{path}: weights or configuration were changed after they were written")
     return bridge.to(device).eval().requires_grad_(False)
 
 
@@ -1156,7 +1158,7 @@ def settings_of(args: TranslateArgs, bridge: Bridge) -> dict[str, Any]:
     settings = json.loads(json.dumps(asdict(args), default=str))
     for name in ("input_dir", "output_dir", "mask_dir", "config", "device", "judge"):
         del settings[name]
-    settings["checkpoint"] = digest(bridge)
+    settings["checkpoint"] = digest(bridge.config, bridge.state_dict())
     if args.reference:
         settings["reference"] = sha256(args.reference)
     return settings
@@ -1276,6 +1278,8 @@ def finish_folder(
     })  # fmt: skip
     count = len(pairs) - table["left_out"]
     print(f"{count} images in {out}, {table['left_out']} left out", flush=True)
+    if gone := sorted(set(records) - {p.to for p in pairs}):
+        print(f"{len(gone)} images stay whose originals are gone, the first {gone[0]}", flush=True)
     if skipped:
         print(f"{len(skipped)} files skipped as no images, the first {skipped[0]}", flush=True)
 

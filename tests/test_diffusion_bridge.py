@@ -460,7 +460,7 @@ def content(folder: Path) -> dict[str, str]:
     return found | {"metadata": json.dumps(metadata, sort_keys=True)}
 
 
-def test_folder_contract(checkpoint: Path, tmp_path: Path, no_figures, monkeypatch):
+def test_folder_contract(checkpoint: Path, tmp_path: Path, no_figures, monkeypatch, capsys):
     images, masks = write(tmp_path)
     (images / "notes.txt").write_text("no image")
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
@@ -502,6 +502,13 @@ def test_folder_contract(checkpoint: Path, tmp_path: Path, no_figures, monkeypat
     assert len(calls) == 1 and content(out) == whole
     with pytest.raises(UserError, match="another sample_steps"):
         db.translate_folder(made(tmp_path, checkpoint, sample_steps=3))
+    assert " stay whose" not in capsys.readouterr().out
+    (images / "turned.jpg").rename(tmp_path / "turned.jpg")
+    (masks / "turned.png").rename(tmp_path / "turned.png")
+    db.translate_folder(args)
+    assert "1 images stay whose originals are gone, the first turned.jpg" in capsys.readouterr().out
+    (tmp_path / "turned.jpg").rename(images / "turned.jpg")
+    (tmp_path / "turned.png").rename(masks / "turned.png")
     # Two ranks write what one does.
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank in "10":
@@ -722,7 +729,9 @@ def test_bad_checkpoints(checkpoint: Path, tmp_path: Path):
     for name, change in {
         "weights": lambda c: c["bridge"]["space.mean"].add_(1e-3),
         "configuration": lambda c: c["config"].update(size=[64, 64]),
-        "damaged": lambda c: c["bridge"].pop("looks"),
+        "were changed": lambda c: c["config"].update(width=10**7),  # which no memory could hold
+        "weights or": lambda c: c["bridge"].pop("looks"),
+        "damaged": lambda c: c.pop("config"),
         "without a bridge": lambda c: c.pop("bridge"),
         "not a checkpoint of this": lambda c: c.update(format="other"),
     }.items():
