@@ -38,7 +38,7 @@ from torch.autograd import forward_ad
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import common
-from common import AUGMENTATIONS, Batches, Network, Part, Result, Run, UserError
+from common import AUGMENTATIONS, Batch, Batches, Network, Part, Result, Run, UserError
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,10 @@ class Args(common.Args):
     """Inner networks. The paper: 8."""
     lifetime: int = 100
     """Meta-steps after which an inner network starts anew; those of a population take turns."""
+    warm_up: int = 300
+    """Updates of an inner network, on candidates of equal weights, before its first meta-step. At
+    random weights any image helps, so what it says there is not what helps a network that has
+    learnt something. The paper: 0."""
     inner_optimizer: Literal["sgd", "adam"] = "adam"
     """Optimizer of the inner networks: SGD with momentum 0.9, or Adam."""
     inner_lr: float = 2e-3
@@ -337,6 +341,39 @@ class Population:
         self.adams = [a.to(device) for a in state["adams"]]
 
 
+def candidates(batch: Batch, args: Args, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Every augmentation of every image of a batch, small. -> [A*B,3,h,w], [A*B,h,w]."""
+    x, y = common.crop_flip(batch.images, batch.labels, rng)
+    x = with_all(args.augmentations, x, rng)
+    return shrunk(x, y.repeat(len(args.augmentations), 1, 1), args.shrink)
+
+
+def warmed_up(
+    run: Run, f: Functional, inner: Inner, batches: Batches, photos: Batches, seed: tuple[int, int]
+) -> Inner:
+    """A new inner network after `warm_up` updates on candidates of equal weights."""
+    args, rng = run.args, common.generator(run.args.seed, *seed, 11)
+    update, _ = OPTIMIZERS[args.inner_optimizer]
+    theta, state, buffers, step = inner.theta, inner.state, copied(inner.buffers), inner.step
+    start = int(torch.randint(2**20, (), generator=rng))  # of its own batches
+    for n in range(args.warm_up):
+        theta = theta.requires_grad_()
+        losses = f.losses(theta, buffers, *candidates(batches(start + n), args, rng))
+        (gradient,) = torch.autograd.grad(losses.mean(), theta)
+        theta = theta.detach()
+        if n % 10 == 0:
+            batch = shrunk(*common.crop_flip(*photos(start + n)[:2], rng), args.shrink)
+            now = Inner(theta, state, buffers, step)
+            with torch.no_grad():
+                outer_loss = f.outer_loss(now, batch, args.outer_statistics)
+            run.flush()  # a line of its own, no mean with other ages
+            run.log(seed[0], age=step, inner_loss=losses.mean(), outer_loss=outer_loss)
+            run.flush()
+        step += 1
+        theta, state = update(theta, state, gradient, step, args.inner_lr, args.inner_decay)
+    return Inner(theta, state, buffers, step)
+
+
 def meta_train(run: Run, rater: Rater, source: Part, few: Part) -> None:
     """Trains the rater, in place."""
     args, device, updates = run.args, run.device, run.args.inner_updates
@@ -351,13 +388,12 @@ def meta_train(run: Run, rater: Rater, source: Part, few: Part) -> None:
         population.renew(step)
         phi, moved = parameters_to_vector(rater.parameters()).detach(), []
         for p, member in enumerate(population.members):
+            if member.step == 0:
+                member = warmed_up(run, f, member, batches, photos, (step, p))
             nth = step * population.size + p
             inner = []  # T batches of images [A*B,3,h,w], labels [A*B,h,w]
             for t in range(updates):
-                batch = batches(nth * updates + t)
-                x, y = common.crop_flip(batch.images, batch.labels, rng)
-                x = with_all(args.augmentations, x, rng)
-                inner.append(shrunk(x, y.repeat(len(args.augmentations), 1, 1), args.shrink))
+                inner.append(candidates(batches(nth * updates + t), args, rng))
             batch = photos(nth)
             outer = shrunk(*common.crop_flip(batch.images, batch.labels, rng), args.shrink)
             scores = rater(torch.cat([x for x, _ in inner])).view(updates, -1)
@@ -373,8 +409,8 @@ def meta_train(run: Run, rater: Rater, source: Part, few: Part) -> None:
             one, population.adams[p] = adam(phi, population.adams[p], gradient, step, args.meta_lr)
             moved.append(one)
             used = 1 / weights.detach().square().sum(dim=1).mean()
-            inner_loss = losses.mean()
-            run.log(step, outer_loss=outer_loss, inner_loss=inner_loss, norm=norm, images_used=used)
+            both = {"inner_loss": losses.mean(), "outer_loss": outer_loss}
+            run.log(step, age=member.step, **both, norm=norm, images_used=used)
         # The mean of the members' updates.
         vector_to_parameters(torch.stack(moved).mean(dim=0), rater.parameters())
         if step % max(1, args.meta_steps // 20) == 0:
@@ -472,11 +508,11 @@ def auroc(scores: np.ndarray, bad: np.ndarray) -> float:
 
 # ---- The method ---------------------------------------------------------------------------------
 def run(args: Args) -> Result:
+    check_flags(args := common.resolve(args, "datarater"))
     run = Run(args, "datarater")
     if run.result:
         return run.result
     args, net = run.args, run.network()
-    check_flags(args)
     source, few = common.load(args, "source"), common.load(args, "target_few")
     amount = np.zeros(len(source))
     if args.corrupt:
@@ -506,6 +542,8 @@ def check_flags(args: Args) -> None:
     for flag in ("meta_steps", "inner_updates", "population", "lifetime", "inner_batch", "shrink"):
         if getattr(args, flag) < 1:
             raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: at least 1")
+    if args.warm_up < 0:
+        raise UserError(f"--warm-up {args.warm_up}: expected at least 0")
     for flag in ("temperature", "clip", "inner_lr", "meta_lr"):
         if not getattr(args, flag) > 0:
             raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: expected above 0")
@@ -560,7 +598,7 @@ def draw_rater(run: Run, source: Part, scores: np.ndarray, amount: np.ndarray) -
         "mean score (less the mean of all)",
     )
     titles = {"outer_loss": "outer: labelled target photos", "inner_loss": "inner: source images"}
-    draw_lines(folder / "meta_losses.png", lines, titles, "cross-entropy (nats)")
+    draw_losses(folder / "meta_losses.png", lines, titles, run.args.warm_up)
     if run.args.corrupt:
         draw_corruption(folder / "corruption.png", scores.mean(axis=1), amount)
 
@@ -580,6 +618,24 @@ def draw_lines(path: Path, lines: list[dict], titles: dict[str, str], label: str
         for key, title in titles.items():
             axis.plot([line["step"] for line in lines], [line[key] for line in lines], label=title)
         axis.set(xlabel="meta-step", ylabel=label)
+        axis.grid(alpha=0.3)
+        axis.legend(frameon=False)
+
+
+def draw_losses(path: Path, lines: list[dict], titles: dict[str, str], warm_up: int) -> None:
+    """Losses of the inner networks by their age: a dot is a batch, the lines are means."""
+    ages = np.array([line["age"] for line in lines])
+    width = max(1, ages.max() // 40)
+    with plot(path) as axis:
+        for key, title in titles.items():
+            losses = np.array([line[key] for line in lines])
+            centres = np.unique(ages // width)
+            means = [losses[ages // width == c].mean() for c in centres]
+            (mean,) = axis.plot((centres + 0.5) * width, means, label=title)
+            axis.plot(ages, losses, ".", ms=2, alpha=0.3, color=mean.get_color())
+        if warm_up:
+            axis.axvline(warm_up, color="0.5", ls=":", label="end of the warm-up")
+        axis.set(xlabel="updates of the inner network", ylabel="cross-entropy (nats)")
         axis.grid(alpha=0.3)
         axis.legend(frameon=False)
 

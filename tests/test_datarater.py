@@ -17,7 +17,10 @@ import common
 import datarater as dr
 from common import IGNORE, UserError
 
-SMALL = {"meta_steps": 4, "population": 1, "shrink": 1, "inner_batch": 1, "k": 2, "compare": False}
+SMALL = {
+    "meta_steps": 4, "population": 1, "shrink": 1, "inner_batch": 1, "warm_up": 2, "k": 2,
+    "compare": False,
+}  # fmt: skip
 
 
 def made(args: common.Args, out: str, **changes) -> dr.Args:
@@ -158,7 +161,7 @@ def test_the_rater_learns_which_augmentation_harms(
 
     monkeypatch.setattr(dr, "AUGMENTATIONS", {"original": common.original, "noise": noise})
     args = made(args, "run", augmentations=("original", "noise"), inner_batch=2, meta_lr=3e-3)
-    args = replace(args, meta_steps=25)
+    args = replace(args, meta_steps=25, warm_up=0)
     run, rater = common.Run(args, "datarater"), dr.Rater()
     source, few = common.load(run.args, "source"), common.load(run.args, "target_few")
     dr.meta_train(run, rater, source, few)
@@ -166,6 +169,26 @@ def test_the_rater_learns_which_augmentation_harms(
     assert (scores[:, 0] > scores[:, 1]).mean() > 0.9
     lines = common.read_scalars(Path("run"))
     assert lines[-1]["inner_loss"] < 0.9 * lines[0]["inner_loss"]
+
+
+def test_inner_networks_are_trained_before_they_judge(args: common.Args):
+    """Each on batches of its own, and from the seed alone; losses are logged from age 0 on."""
+    run = common.Run(made(args, "run", warm_up=21), "datarater")
+    args, rater = run.args, dr.Rater()
+    dr.meta_train(run, rater, common.load(args, "source"), common.load(args, "target_few"))
+    lines = common.read_scalars(Path("run"))
+    assert [line["age"] for line in lines] == [0, 10, 20, (21 + 23 + 25 + 27) / 4]
+    assert lines[2]["inner_loss"] < lines[0]["inner_loss"]
+
+    f = dr.Functional(common.Network("tiny", len(run.classes)).train())
+    population = dr.Population(run, rater)
+    parts = [common.load(args, role) for role in ("source", "target_few")]
+    batches, photos = (dr.Batches(part, 1, 0, run.device) for part in parts)
+    seeds = ((1, 0), (1, 0), (1, 1))
+    one, again, other = (
+        dr.warmed_up(run, f, population.members[0], batches, photos, seed).theta for seed in seeds
+    )
+    assert torch.equal(one, again) and not torch.equal(one, other)
 
 
 # ---- Candidates and choice ----------------------------------------------------------------------

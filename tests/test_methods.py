@@ -20,7 +20,8 @@ import common
 # What makes a method's own stages as short as the two updates of its network.
 SHORT: dict[str, dict[str, Any]] = {
     "datarater": {
-        "meta_steps": 2, "population": 1, "shrink": 1, "inner_batch": 1, "compare": False,
+        "meta_steps": 2, "population": 1, "shrink": 1, "inner_batch": 1, "warm_up": 2,
+        "compare": False,
     },
     "metasim": {
         "scenes": 12, "objects": 2, "assets": 40, "width": 16, "reconstruct_steps": 4,
