@@ -333,6 +333,13 @@ def progress(label: str, total: int) -> Iterator[Callable[[], None]]:
 
 
 # ---- The four roles -----------------------------------------------------------------------------
+class Truth(NamedTuple):
+    """Label maps of the test photos at their own resolution."""
+
+    labels: np.ndarray  # uint8 [N,H,W] train ids, memory-mapped; IGNORE below and right of a map
+    shapes: list[tuple[int, int]]  # height and width of each
+
+
 Role = Literal["source", "target_unlabelled", "target_few", "target_test", "target_train"]
 
 
@@ -348,6 +355,20 @@ class Part:
 
     def __len__(self) -> int:
         return len(self.names)
+
+    @cached_property
+    def truth(self) -> Truth:
+        """Of `test_files`, for the evaluator alone. UserError for a label that cannot be read."""
+        shapes = [opened(label, decode=False).size[::-1] for _, label in self.test_files]
+        largest = tuple(map(max, zip(*shapes, strict=True)))  # the photos of KITTI differ in size
+
+        def read(pair: tuple[Path, Path]) -> np.ndarray:
+            ids = read_label(pair[1], self.dataset, image=pair[0])
+            beyond = [(0, most - side) for most, side in zip(largest, ids.shape, strict=True)]
+            return np.pad(ids, beyond, constant_values=IGNORE)
+
+        name = f"{self.dataset}-truth-{zlib.crc32(label_table(self.dataset)):08x}"
+        return Truth(cached(name, self.test_files, largest, read), shapes)
 
 
 def dataset_root(data: str | Path, dataset: str) -> Path:
@@ -487,9 +508,12 @@ class Batches:
 
     def __call__(self, step: int) -> Batch:
         start = time.perf_counter()
-        future = self._ahead.pop(step, None) or self._reader.submit(self._read, step)
-        self._ahead = {step + 1: self._reader.submit(self._read, step + 1)}
-        images, labels, index = future.result()
+        if self.device.type == "cpu":  # which has no time to spare for a thread: it reads at once
+            images, labels, index = self._read(step)
+        else:
+            future = self._ahead.pop(step, None) or self._reader.submit(self._read, step)
+            self._ahead = {step + 1: self._reader.submit(self._read, step + 1)}
+            images, labels, index = future.result()
         self.wait = time.perf_counter() - start
         images = images.to(self.device, non_blocking=True).permute(0, 3, 1, 2) / 255
         if labels is not None:
@@ -1004,40 +1028,22 @@ def evaluate(
 
     This alone opens the labels of the test set. The network is left in the mode it came in.
     """
-    rank, size = world()
-    if size > 1:
-        classes = len(classes_of(part.dataset))
-        whole = torch.zeros(len(part), classes, classes, dtype=torch.int64, device=device)
-        files = part.test_files[rank::size]
-        mine = replace(part, images=part.images[rank::size], names=files, test_files=files)
-        if files:
-            whole[rank::size] = evaluate_part(net, mine, device, amp, batch_size)
-        dist.all_reduce(whole)
-        return whole.cpu().numpy()
-    return evaluate_part(net, part, device, amp, batch_size).cpu().numpy()
-
-
-def evaluate_part(
-    net: nn.Module, part: Part, device: torch.device, amp: bool, batch_size: int
-) -> Tensor:
-    """`evaluate` of what this process has. -> int64 [N,C,C] on the device."""
-    classes, training, matrices = len(classes_of(part.dataset)), net.training, []
-    labels = in_threads(lambda pair: read_label(pair[1], part.dataset, pair[0]), part.test_files)
+    classes, training, (rank, size) = len(classes_of(part.dataset)), net.training, world()
+    matrices = torch.zeros(len(part), classes, classes, dtype=torch.int64, device=device)
     net.eval()
-    for start in range(0, len(part), batch_size):
-        logits = predict(net, part.images[start : start + batch_size], device, amp)
-        truths = [next(labels) for _ in logits]
-        # The photos of KITTI differ in size: what is missing to the largest is ignored.
-        largest = np.max([truth.shape for truth in truths], axis=0)
-        truth = torch.full((len(truths), *largest), IGNORE, dtype=torch.uint8)
+    for start in range(rank, len(part), size * batch_size):
+        places = slice(start, start + size * batch_size, size)
+        logits = predict(net, part.images[places], device, amp)
+        truth = torch.from_numpy(np.array(part.truth.labels[places]))
         guess = torch.zeros(truth.shape, dtype=torch.int16, device=device)
-        for i, (h, w) in enumerate(one.shape for one in truths):
-            truth[i, :h, :w] = torch.from_numpy(truths[i])
+        for i, (h, w) in enumerate(part.truth.shapes[places]):
             # One at a time: upsampled logits are large. max is far faster than argmax on the CPU.
             guess[i, :h, :w] = upsample(logits[i : i + 1], (h, w)).max(dim=1).indices[0]
-        matrices.append(confusion_matrices(guess, truth.to(device), classes))
+        matrices[places] = confusion_matrices(guess, truth.to(device), classes)
     net.train(training)
-    return torch.cat(matrices)
+    if size > 1:
+        dist.all_reduce(matrices)
+    return matrices.cpu().numpy()
 
 
 # ---- The flags that every method shares ---------------------------------------------------------

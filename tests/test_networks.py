@@ -130,6 +130,42 @@ def test_the_evaluator_scores_at_the_resolution_of_each_label(tmp_path: Path):
         assert matrix.sum() == (h - 1) * w and matrix[0, 0] + matrix[8, 8] >= (h - 1) * (w - 2)
 
 
+def test_the_evaluator_equals_the_plain_way_to_the_pixel(tmp_path: Path):
+    """One image at a time, its logits upsampled to the label and argmaxed, counted by numpy."""
+    rng, files = np.random.default_rng(0), []
+    ids, sizes = [7, 8, 21, 26, 4], [(33, 65), (20, 31), (64, 128), (16, 32), (50, 100)]
+    for i, size in enumerate(sizes):  # odd ones, smaller and larger than the network's
+        files.append((tmp_path / f"{i}.png", tmp_path / f"{i}_label.png"))
+        Image.fromarray(rng.choice(ids, size).astype(np.uint8)).save(files[-1][1])
+        Image.fromarray(np.zeros((*size, 3), np.uint8)).save(files[-1][0])
+    images = rng.integers(0, 256, (5, 32, 64, 3), np.uint8)
+    part = common.Part("cityscapes", tuple("abcde"), images, None, tuple(files))
+    net, cpu = common.Network("tiny", 19).eval(), torch.device("cpu")
+    for batch_size in (1, 3, 16):
+        found = common.evaluate(net, part, cpu, batch_size=batch_size)
+        for i, size in enumerate(sizes):
+            guess = common.upsample(common.predict(net, images[i : i + 1], cpu), size).argmax(dim=1)
+            truth = common.read_label(files[i][1], "cityscapes").astype(int)
+            expected = np.zeros((256, 19), int)
+            np.add.at(expected, (truth, guess[0].numpy()), 1)
+            np.testing.assert_array_equal(found[i], expected[:19])
+
+
+def test_a_label_of_the_test_set_is_decoded_once(
+    args: common.Args, monkeypatch: pytest.MonkeyPatch
+):
+    a, calls = common.resolve(args, "x"), []
+    read, net, cpu = common.read_label, common.Network("tiny", 10), torch.device("cpu")
+    monkeypatch.setattr(
+        common, "read_label", lambda *p, **image: calls.append(p) or read(*p, **image)
+    )
+    part = common.load(a, "target_test")
+    first = common.evaluate(net, part, cpu)
+    assert len(calls) == len(part)
+    again = common.evaluate(net, common.load(a, "target_test"), cpu)
+    assert len(calls) == len(part) and np.array_equal(first, again)
+
+
 def test_the_evaluator_agrees_with_the_official_script(
     real: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
