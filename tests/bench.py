@@ -74,7 +74,7 @@ class Args:
 
 # ---- Measuring ----------------------------------------------------------------------------------
 class Row(NamedTuple):
-    """A line of the table: `what` takes `ratio` times the cost or the rate of `against`."""
+    """A line of the table: `what` has `ratio` times the rate of `against`, or its cost."""
 
     what: str
     against: str
@@ -87,7 +87,7 @@ class Row(NamedTuple):
 def judged(what: str, against: str, ratio: float, *, least: float = 0, most: float = 0) -> Row:
     """A row that is held against a mark: at least this rate, or at most this cost."""
     met, asked = (ratio >= least, f">= {least:g}") if least else (ratio <= most, f"<= {most:g}")
-    return Row(what, against, ratio, asked, met)
+    return Row(what, against, float(ratio), asked, bool(met))
 
 
 def measure(bench: "Bench", *functions: Callable[[], Any]) -> np.ndarray:
@@ -520,100 +520,6 @@ LINES = (
 )  # fmt: skip
 
 
-# ---- How cost grows -----------------------------------------------------------------------------
-Curve = Iterator[tuple[int, Callable[[], Any]]]  # amounts of work, and functions that do it
-
-
-def grown(b: Bench, size: tuple[int, int], classes: int, batch: int, step: str) -> Callable:
-    """A training step on random images, by cross-entropy or by the counterfactual reward."""
-    rng, args = torch.Generator().manual_seed(0), b.of(reward_opt)
-    images = torch.rand(batch, 3, *size, generator=rng).to(b.device)
-    labels = torch.randint(classes, (batch, *size), generator=rng).to(b.device)
-    net = common.Network("tiny", classes).to(b.device, memory_format=torch.channels_last)
-    weights = torch.ones(classes, dtype=torch.float64, device=b.device)
-
-    def run() -> None:
-        logits = net(images)
-        if step == "cross-entropy step":
-            loss = common.segmentation_loss([logits], labels)
-        else:
-            loss = reward_opt.reward_loss(logits, labels, weights, args, rng)[0]
-        loss.backward()
-
-    return run
-
-
-def curves(b: Bench) -> dict[str, dict[str, Curve]]:
-    """By what grows and by what is done."""
-    steps, cpu = ("cross-entropy step", "reward step"), torch.device("cpu")
-    b.net.eval()
-
-    def part(n: int, source: bool) -> common.Part:
-        p = b.source if source else b.test
-        return replace(p, names=p.names[:n], images=p.images[:n], test_files=p.test_files[:n],
-                       labels=p.labels[:n] if source else None)  # fmt: skip
-
-    def epoch(n: int) -> Callable:
-        batches = common.Batches(part(n, True), 4, 0, cpu)
-        return lambda: [batches(step) for step in range(n // 4)]
-
-    def meta(kind: Callable, n: int, labelled: int = 16) -> Callable:
-        few = Bench(replace(b.args, labelled=labelled), 0)
-        return partial(kind, *meta_problem(few, n))
-
-    def evaluate(n: int) -> Callable:
-        return lambda: common.evaluate(b.net, part(n, False), b.device)
-
-    few = (2, 4, 8, 16, 32)
-    return {
-        "images": {
-            "an epoch of batches": ((n, epoch(n)) for n in (16, 32, 64, 128)),
-            "evaluation pass": ((n, evaluate(n)) for n in (12, 25, 50, 100)),
-        },
-        "pixels of an image": {
-            s: ((k * k * 2, grown(b, (k, 2 * k), b.classes, 4, s)) for k in (32, 64, 128, 256))
-            for s in steps
-        },
-        "classes": {
-            s: ((c, grown(b, (64, 128), c, 4, s)) for c in (5, 10, 20, 40, 80)) for s in steps
-        },
-        "T, inner updates": {
-            f.__name__: ((t, meta(f, t)) for t in (1, 2, 4, 8, 16))
-            for f in (datarater.mixed, datarater.unroll)
-        },
-        "labelled photos": {"DataRater meta-step": ((n, meta(datarater.mixed, 2, n)) for n in few)},
-    }
-
-
-def growth(b: Bench, path: Path) -> None:
-    """Time and memory against amounts of work, with the exponents between the last two amounts."""
-    from matplotlib.figure import Figure
-
-    found = curves(b)
-    figure = Figure(figsize=(3 * len(found), 6), layout="constrained")
-    axes = figure.subplots(2, len(found))
-    table = Table("what grows", "cost of", "seconds", "memory", box=box.SIMPLE_HEAD)
-    for column, (amount, lines) in enumerate(found.items()):
-        for name, curve in lines.items():
-            x, costs = [], []
-            for n, function in curve:
-                seconds = median(measure(b, function)[:, 0])
-                x.append(n)
-                costs.append((seconds, peak_memory(b, function) / 2**20))
-            exponents = []
-            for axis, y in zip(axes[:, column], zip(*costs, strict=True), strict=True):
-                exponents.append(np.log(y[-1] / y[-2]) / np.log(x[-1] / x[-2]))
-                line = axis.loglog(x, y, marker="o", label=f"{name}, $n^{{{exponents[-1]:.2f}}}$")
-                axis.loglog(x, y[-1] * np.divide(x, x[-1]), ":", color=line[0].get_color())
-            table.add_row(amount, name, *(f"n^{e:.2f}" for e in exponents))
-        for axis, label in zip(axes[:, column], ("seconds", "MB of tensors"), strict=True):
-            axis.set(xlabel=amount, ylabel=label if column == 0 else "")
-            axis.grid(alpha=0.3)
-            axis.legend(fontsize=7, frameon=False)
-    common.save_figure(figure, path)
-    Console().print(table)
-
-
 # ---- The table ----------------------------------------------------------------------------------
 def main(args: Args) -> None:
     unknown = set(args.only) - {line.__name__ for line in LINES}
@@ -625,8 +531,9 @@ def main(args: Args) -> None:
     own = common.resolve(own, "bench")
     b = Bench(own, args.repeat)
     if args.growth:
-        growth(b, ROOT / "docs/cost_growth.png")
-        return
+        import growth
+
+        return growth.draw(b, ROOT / "docs/cost_growth.png")
     rows, table = [], Table(box=box.SIMPLE_HEAD, width=80)
     for column, align in (("what", "left"), ("against", "left"), ("ratio", "right"),
                           ("asked", "right"), ("met", "left")):  # fmt: skip
