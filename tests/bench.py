@@ -1,6 +1,6 @@
 """Where the time goes: each figure beside its yardstick, timed side by side in one process.
 
-    python tests/bench.py                                    (a quarter of an hour on two CPU cores)
+    python tests/bench.py                                    (some ten minutes on one busy CPU core)
 
     python tests/bench.py --only training evaluation --out bench.json
 
@@ -90,16 +90,18 @@ def judged(what: str, against: str, ratio: float, *, least: float = 0, most: flo
     return Row(what, against, float(ratio), asked, bool(met))
 
 
-def measure(bench: "Bench", *functions: Callable[[], Any]) -> np.ndarray:
+def measure(
+    bench: "Bench", *functions: Callable[[], Any], clock: Callable[[], float] = time.perf_counter
+) -> np.ndarray:
     """Seconds of each function in each round; they take turns. -> [rounds, functions]."""
     times = np.zeros((bench.repeat + 1, len(functions)))
     for row in times:  # the first round warms up
         for k, function in enumerate(functions):
-            begin = time.perf_counter()
+            begin = clock()
             function()
             if bench.device.type == "cuda":
                 torch.cuda.synchronize(bench.device)
-            row[k] = time.perf_counter() - begin
+            row[k] = clock() - begin
     return times[1:]
 
 
@@ -380,7 +382,7 @@ def by_higher(problem: tuple) -> Callable[[], Tensor]:
 def datarater_meta_step(b: Bench) -> Iterator[Row]:
     memory = {}
     for updates in (2, 4, 8, 16):
-        problem, what = meta_problem(b, updates), f"DataRater meta-step, T = {updates}"
+        problem, what = meta_problem(b, updates), f"DataRater meta-step, T={updates}"
         mixed, unroll = (partial(f, *problem) for f in (datarater.mixed, datarater.unroll))
         yield judged(what, "unroll", cost(b, mixed, unroll), most=1.1)
         try:
@@ -390,10 +392,10 @@ def datarater_meta_step(b: Bench) -> Iterator[Row]:
         except ImportError:
             yield Row(what, "higher", None, "<= 1.1", remark="not installed")
         memory[updates] = [peak_memory(b, function) for function in (mixed, unroll)]
-        what, mb = f"its peak memory, T = {updates}", memory[updates][0] / 2**20
+        what, mb = f"its peak memory, T={updates}", memory[updates][0] / 2**20
         yield Row(f"{what}, {mb:.0f} MB", "unroll", memory[updates][0] / memory[updates][1])
     ratio = memory[16][0] / memory[2][0]
-    yield judged("its peak memory, T = 16", "T = 2", ratio, most=1.25)
+    yield judged("its peak memory, T=16", "T=2", ratio, most=1.25)
 
 
 def reward_gradient(b: Bench) -> Iterator[Row]:
