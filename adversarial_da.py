@@ -369,24 +369,25 @@ def run(args: Args) -> Result:
         self_train(run, net, others, source, photos, tuned)
     if args.statistics == "target":
         adapt_statistics(net, photos, run.device, args.batch_size)
-    draw_adaptation(run, before, net, source, photos)
+    stages = {"before": before, "after": net} if aligned + tuned else {"": net}
+    draw_adaptation(run, stages, source, photos)
     beside = f"{aligned} discriminator updates" if aligned else ""
     return run.finish(net, target_labels=0, steps=first + aligned + tuned, beside=beside)
 
 
 # ---- Figures ------------------------------------------------------------------------------------
-def draw_adaptation(run: Run, before: Network, after: Network, source: Part, photos: Part) -> None:
+def draw_adaptation(run: Run, stages: dict[str, Network], source: Part, photos: Part) -> None:
     """Two figures of unlabelled photos: figures/adaptation.png, with prediction and entropy (black
-    0, white log C) after the first stage and at the end; figures/translation.png, source images,
-    and their translations to the look of those photos."""
+    0, white log C) after the first stage and, if others follow, at the end;
+    figures/translation.png, source images, and their translations to the look of those photos."""
     device = run.device
     chosen = np.linspace(0, len(photos) - 1, min(4, len(photos))).round().astype(int)
     columns = {"photo": list(photos.images[chosen])}
-    for name, net in (("before", before), ("after", after)):
+    for name, net in stages.items():
         logits = common.predict(net.eval(), photos.images[chosen], device)
         entropy = (255 * self_information(logits).sum(dim=1)).byte().cpu().numpy()  # [B,H,W]
-        columns[name] = list(logits.argmax(dim=1).byte().cpu().numpy())
-        columns[f"entropy {name}"] = [np.repeat(e[..., None], 3, axis=2) for e in entropy]
+        columns[name or "prediction"] = list(logits.argmax(dim=1).byte().cpu().numpy())
+        columns[f"entropy {name}".strip()] = [np.repeat(e[..., None], 3, axis=2) for e in entropy]
     common.draw_sheet(run.out / "figures/adaptation.png", columns, run.classes)
 
     places = np.linspace(0, len(source) - 1, len(chosen)).round().astype(int)
