@@ -18,11 +18,12 @@ new camera, light and weather, and objects cut out of others.
 """
 
 import copy
+import json
 import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -102,13 +103,49 @@ class Args(common.Args):
     """Updates of the digits' task network, of 16 scenes each. The paper's code: 2 epochs."""
 
 
+LEAST = {  # of the flags that count something
+    "seed": 0, "scenes": 1, "objects": 0, "assets": 1, "width": 1, "layers": 1,
+    "reconstruct_steps": 0, "match_steps": 0, "match_batch": 2, "match_photos": 2,
+    "feature_steps": 0, "reward_rounds": 0, "reward_samples": 2, "reward_start": 0,
+    "reward_steps": 1, "digits": 30, "digit_match_steps": 0, "digit_starts": 1, "digit_steps": 1,
+}  # fmt: skip
+RATES = ("reconstruct_lr", "match_lr", "reward_lr", "reward_sigma", "digit_match_lr")
+# Of the flags, what the digits heed beside those that are named after them.
+DIGITS_HEED = (
+    "experiment", "data", "out", "seed", "device", "resume", "width", "layers",
+    "reconstruct_steps", "reconstruct_lr", "match_batch", "match_photos", "bandwidths",
+)  # fmt: skip
+
+
+def check_scenes(args: Args) -> None:
+    """UserError for what the flags of this method cannot mean."""
+    roads = args.experiment == "segmentation"
+    for field in fields(args):
+        name, value, flag = field.name, getattr(args, field.name), field.name.replace("_", "-")
+        of_digits = name.startswith("digit")
+        heeded = not of_digits if roads else of_digits or name in DIGITS_HEED
+        if not heeded and value != field.default:
+            raise UserError(f"--{flag}: means nothing to --experiment {args.experiment}")
+        if name in LEAST and value < LEAST[name]:
+            raise UserError(f"--{flag} {value}: expected at least {LEAST[name]}")
+        if name in RATES and not 0 < value < math.inf:
+            raise UserError(f"--{flag} {value}: expected a number above 0")
+    if not (args.bandwidths and all(0 < b < math.inf for b in args.bandwidths)):
+        raise UserError("--bandwidths: expected numbers above 0")
+    if not 0 <= args.prior_weight < math.inf:
+        raise UserError(f"--prior-weight {args.prior_weight}: expected at least 0")
+    if args.task_reward and args.attributes != "learned":
+        raise UserError(f"--task-reward: --attributes {args.attributes} learns nothing from it")
+
+
 # ---- Probabilistic scene grammar ----------------------------------------------------------------
 class Attribute(NamedTuple):
-    """A mutable attribute: its prior N(mean, std), and the unit that the transformer counts in."""
+    """A mutable attribute: its prior N(mean, std), the scale that the transformer counts in."""
 
     mean: float
     std: float
     scale: float
+    meaning: str  # with its unit
 
 
 class Kind(NamedTuple):
@@ -119,36 +156,34 @@ class Kind(NamedTuple):
     at_most: int = 1
 
 
-# Gains and sizes are powers of two, lengths half sides of the image. The first five attributes of
-# the scene are those of `tone`, which every source image has: the prior adds its noise to them.
+# The first five attributes of the scene are those of `tone`, which every source image has: the
+# prior adds its noise to them.
 ROADS = {
     "scene": Kind(None, {
-        "illumination": Attribute(-1.5, 0.2, 0.5),  # log2 of the mean luma
-        "temperature": Attribute(0, 0.1, 0.3),  # log2 of red / blue
-        "tint": Attribute(0, 0.1, 0.3),  # log2 of green / the mean of red and blue
-        "contrast": Attribute(-2.5, 0.2, 0.5),  # log2 of the standard deviation of luma
-        "saturation": Attribute(-4.5, 0.2, 0.5),  # log2 of the standard deviation of chroma
-        "haze": Attribute(0, 0.05, 0.5),  # optical depth at the horizon; below 0 it clears
-        "airlight": Attribute(-0.5, 0.2, 0.5),  # log2 of the haze's brightness
-        "blur": Attribute(0, 0.1, 0.5),  # share of a Gaussian blur of 1 px; below 0 it sharpens
-        "noise": Attribute(-7.5, 0.5, 1),  # log2 of the standard deviation
-        "grain": Attribute(0, 0.1, 0.5),  # share of such a blur in the noise itself
+        "illumination": Attribute(-1.5, 0.2, 0.5, "log2 of the mean luma"),
+        "temperature": Attribute(0, 0.1, 0.3, "log2 of red / blue"),
+        "tint": Attribute(0, 0.1, 0.3, "log2 of green / sqrt(red blue)"),
+        "contrast": Attribute(-2.5, 0.2, 0.5, "log2 of luma's standard deviation"),
+        "saturation": Attribute(-4.5, 0.2, 0.5, "log2 of chroma's standard deviation"),
+        "haze": Attribute(0, 0.05, 0.5, "optical depth at the horizon"),  # below 0 it clears
+        "airlight": Attribute(-0.5, 0.2, 0.5, "log2 of the haze's brightness"),
+        "blur": Attribute(0, 0.1, 0.5, "share of a blur of 1 px; below 0 sharper"),
+        "noise": Attribute(-7.5, 0.5, 1, "log2 of the standard deviation"),
+        "grain": Attribute(0, 0.1, 0.5, "share of such a blur in the noise"),
     }),
     "camera": Kind("scene", {
-        "shift_x": Attribute(0, 0.05, 0.1),
-        "shift_y": Attribute(0, 0.03, 0.1),
-        "zoom": Attribute(0.1, 0.05, 0.2),  # log2 of the magnification
-        "roll": Attribute(0, 1, 2),  # degrees
+        "shift_x": Attribute(0, 0.05, 0.1, "half widths"),
+        "shift_y": Attribute(0, 0.03, 0.1, "half heights"),
+        "zoom": Attribute(0.1, 0.05, 0.2, "log2 of the magnification"),
+        "roll": Attribute(0, 1, 2, "degrees"),
     }),
     "object": Kind("scene", {
-        "lateral": Attribute(0, 0.3, 0.3),  # to the right of where it was in its own image
-        "distance": Attribute(0, 0.4, 0.5),  # log2 of the distance, times that in its own image
-        "size": Attribute(0, 0.1, 0.2),  # log2
-        "brightness": Attribute(0, 0.2, 0.3),  # log2
-    }, at_most=4),
+        "lateral": Attribute(0, 0.3, 0.3, "half widths right of its own place"),
+        "distance": Attribute(0, 0.4, 0.5, "log2 of how much farther than there"),
+        "size": Attribute(0, 0.1, 0.2, "log2 of the gain"),
+        "brightness": Attribute(0, 0.2, 0.3, "log2 of the gain"),
+    }),  # as many as --objects
 }  # fmt: skip
-
-
 TONE = ("illumination", "temperature", "tint", "contrast", "saturation")
 
 
@@ -157,10 +192,10 @@ class Graphs(NamedTuple):
 
     values: Tensor  # [B,V,M] mutable attributes, (value - mean) / scale, 0 where a kind has fewer
     classes: Tensor  # [B,V] int64, the grammar's classes of nodes; 0 for an empty slot
-    fixed: Tensor  # [B,V,F] immutable attributes that the transformer sees, standardised
+    fixed: Tensor  # [B,V,F] immutable attributes that the transformer sees
     picture: Tensor  # [B,V] int64, which source image, cut-out or digit; -1 for none
-    flip: Tensor  # [B,V] 1 or -1
-    seed: Tensor  # [B] int64, of the sensor noise
+    flip: Tensor  # [B,V] 1 or -1, of objects
+    seed: Tensor  # [B] int64, of the sensor noise: a batch's is its first scene's
 
     def to(self, device: torch.device) -> "Graphs":
         return Graphs(*(tensor.to(device) for tensor in self))
@@ -176,8 +211,8 @@ class Grammar:
         parents = [kinds[name].parent for name in self.nodes]
         self.parents = torch.tensor([first[p] if p else -1 for p in parents], device=device)  # [V]
         most = max(len(kind.attributes) for kind in kinds.values())
-        rows = [list(kinds[name].attributes.values()) for name in self.nodes]
-        rows = [row + [Attribute(0, 0, 0)] * (most - len(row)) for row in rows]
+        rows = [[a[:3] for a in kinds[name].attributes.values()] for name in self.nodes]
+        rows = [row + [(0, 0, 0)] * (most - len(row)) for row in rows]
         # Each [V,M]: the prior's mean and standard deviation, and the scale, 0 where there is none.
         self.mean, self.std, self.scale = torch.tensor(rows, device=device).unbind(dim=2)
         self.mutable = self.scale > 0
@@ -208,22 +243,24 @@ GROUND = ("road", "sidewalk", "terrain")
 def components(labels: np.ndarray) -> np.ndarray:
     """Connected regions of equal labels, 4-neighbourhood. [H,W] -> int [H,W], one number a region.
 
-    Every pixel takes the greatest number around it, then that number's own number: about as many
-    rounds as the logarithm of the longest path.
+    Every run of equal labels in a row takes the greatest number above and below it, then that run's
+    own number: about as many rounds as the logarithm of the longest path. The number of a region is
+    its last place in the flat map.
     """
-    ids = np.arange(labels.size).reshape(labels.shape)
-    across, down = labels[:, 1:] == labels[:, :-1], labels[1:] == labels[:-1]
+    begins = np.ones(labels.shape, bool)
+    begins[:, 1:] = labels[:, 1:] != labels[:, :-1]
+    run = begins.ravel().cumsum().reshape(labels.shape) - 1  # [H,W], R runs
+    last = np.append(np.flatnonzero(begins)[1:], labels.size) - 1  # [R]
+    # Where two rows touch in equal labels; of two such columns side by side the first will do.
+    touch = (labels[1:] == labels[:-1]) & (begins[1:] | begins[:-1])
+    above, below, ids = run[:-1][touch], run[1:][touch], np.arange(len(last))
     while True:
         new = ids.copy()
-        for same, one, other in (
-            (across, np.s_[:, 1:], np.s_[:, :-1]),
-            (down, np.s_[1:], np.s_[:-1]),
-        ):
-            for a, b in ((one, other), (other, one)):
-                new[a] = np.maximum(new[a], np.where(same, new[b], 0))
-        new = new.ravel()[new]
+        np.maximum.at(new, above, ids[below])
+        np.maximum.at(new, below, ids[above])
+        new = new[new]
         if (new == ids).all():
-            return ids
+            return last[ids][run]
         ids = new
 
 
@@ -248,23 +285,29 @@ class CutOuts(NamedTuple):
 def cut_out(part: Part, horizon: np.ndarray, count: int, seed: int) -> CutOuts:
     """About `count` whole regions of the object classes, in equal parts of every class."""
     height, width = part.images.shape[1:3]
-    canvas = (height, width // 2)
+    canvas, least = (height, width // 2), 0.0015 * height * width
     names = common.classes_of(part.dataset)
     wanted = {c: math.ceil(count / len(OBJECTS)) for c, n in enumerate(names) if n in OBJECTS}
     found: list[tuple[np.ndarray, int, list[float]]] = []
     for n in np.random.default_rng(seed).permutation(len(part)):
-        label = np.array(part.labels[n])
         if not any(wanted.values()):
             break
+        label = np.array(part.labels[n])
+        pixels = np.bincount(label.ravel(), minlength=256)
+        candidates = [c for c, left in wanted.items() if left and pixels[c] >= least]
+        if not candidates:  # rare classes are looked for in every image
+            continue
         regions = components(label)
-        objects = np.isin(label, [c for c, left in wanted.items() if left])
-        for number, area in zip(*np.unique(regions[objects], return_counts=True), strict=True):
+        objects = regions[np.isin(label, candidates)]
+        for number, area in zip(*np.unique(objects, return_counts=True), strict=True):
+            if area < least:
+                continue
             c = int(label.flat[number])
             y, x = np.nonzero(regions == number)
             top, bottom, left, right = y.min(), y.max() + 1, x.min(), x.max() + 1
             whole = left > 0 and right < width and bottom < height  # of what the frame shows
             fits = bottom - top <= canvas[0] and right - left <= canvas[1]
-            if not (whole and fits and wanted[c] and area >= 0.0015 * label.size):
+            if not (whole and fits and wanted[c]):
                 continue
             wanted[c] -= 1
             rgba = np.zeros((*canvas, 4), np.uint8)
@@ -785,8 +828,8 @@ def learn(run: Run, roads: Roads, photos: Part) -> Transformer:
         return [seen, colour_statistics(images), network_statistics(net, images)]
 
     def real() -> Iterator[Tensor]:
-        for some in np.array_split(np.array(photos.images), math.ceil(len(photos) / 64)):
-            yield common.to_tensor(some, device)
+        for some in np.array_split(np.arange(len(photos)), math.ceil(len(photos) / 64)):
+            yield common.to_tensor(photos.images[some], device)
 
     prior = (images for images, *_ in rendered(roads, None, 256, args.seed))
     features = Features(groups, prior, real())
@@ -805,6 +848,7 @@ def learn(run: Run, roads: Roads, photos: Part) -> Transformer:
 
 
 def run(args: Args) -> Result | None:
+    check_scenes(args)
     if args.experiment != "segmentation":
         return digits_experiment(args)
     run = Run(args, "metasim")
@@ -820,15 +864,20 @@ def run(args: Args) -> Result | None:
             draw_scenes(run, roads, transformer, photos)
     common.train(run, net, part, args.steps)
     beside = f"{args.feature_steps} U-Net, {args.match_steps} MMD updates"
+    if args.task_reward:  # each reward is a training of the task network
+        rewards = args.reward_rounds * args.reward_samples * args.reward_steps
+        beside += f", {args.reward_start + rewards} of the task network"
     return run.finish(net, target_labels=args.labelled if args.task_reward else 0,
                       beside=beside if args.attributes == "learned" else "")  # fmt: skip
 
 
 # ---- The paper's experiments on digits ----------------------------------------------------------
-DIGITS = {  # yaw in degrees, counter-clockwise; the centre in px from the upper left corner
-    "mnist_rotation": {"yaw": Attribute(0, 10, 90)},
-    "bigmnist": {"yaw": Attribute(0, 10, 90), "x": Attribute(32, 1, 16), "y": Attribute(32, 1, 16)},
-}
+YAW = Attribute(0, 10, 90, "degrees, counter-clockwise")
+DIGITS = {
+    "mnist_rotation": {"yaw": YAW},
+    "bigmnist": {"yaw": YAW, "x": Attribute(32, 1, 16, "px from the left"),
+                 "y": Attribute(32, 1, 16, "px from the top")},
+}  # fmt: skip
 TARGETS = {"mnist_rotation": {"yaw": 90.0}, "bigmnist": {"yaw": 270.0, "x": 16.0, "y": 48.0}}
 FACES = ("DejaVuSans", "DejaVuSerif", "STIXGeneral", "cmr10", "cmb10", "cmss10", "cmtt10")
 
@@ -860,16 +909,24 @@ def typeset_digits(count: int, seed: int) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(pictures) / 255, torch.from_numpy(digits)
 
 
-def load_digits(data: str, count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """MNIST's training digits in a random order where its files are below `data`, else typeset."""
+def load_digits(data: str, count: int, seed: int) -> tuple[Tensor, Tensor, str]:
+    """MNIST's training digits in a random order where its files are below `data`, else typeset.
+
+    -> float [count,1,28,28] in [0,1], int64 [count], where they are from.
+    """
     from torchvision.datasets import MNIST
 
+    folder = Path(data) / "MNIST"
+    if data != "mini" and not Path(data).is_dir():
+        raise UserError(f"{data}: no such folder; --data may hold MNIST/raw/")
+    if not folder.is_dir():
+        return *typeset_digits(count, seed), "typeset"
     try:
         digits = MNIST(data, train=True)
-    except RuntimeError:
-        return typeset_digits(count, seed)
+    except (RuntimeError, ValueError, AssertionError, EOFError) as error:
+        raise UserError(f"{folder}: expected torchvision's four files in raw/ ({error})") from error
     order = torch.randperm(len(digits), generator=common.generator(seed))[:count]
-    return digits.data[order, None] / 255, digits.targets[order]
+    return digits.data[order, None] / 255, digits.targets[order], "MNIST"
 
 
 class Digits:
@@ -953,29 +1010,39 @@ def blurred_pixels(images: Tensor) -> list[Tensor]:
     return groups
 
 
-def learn_digits(world: Digits, features: Features, args: Args, folder: Path) -> Transformer:
-    """Stages 1 and 2 from `digit_starts` initial weights. -> the transformer of the lowest MMD."""
-    best: tuple[float, Transformer] | None = None
+def learn_digits(world: Digits, features: Features, args: Args, out: Path) -> Transformer:
+    """Stages 1 and 2 from `digit_starts` initial weights. -> the transformer of the lowest MMD.
+
+    Each start is kept in a folder below out/starts, so that an interrupted experiment goes on with
+    the next; sheets and weights of the best are copied to out/datagen.
+    """
+    found: list[tuple[float, Path, Transformer]] = []
     for start in range(args.digit_starts):
         torch.manual_seed(args.seed + 1000 * start)
         transformer = Transformer(world.grammar, world.classes, world.fixed, args).to(world.device)
-        optimizer = torch.optim.Adam(transformer.parameters(), weight_decay=1e-5)
-        steps = iter(range(1, args.reconstruct_steps + 1))
-        reconstruct(steps, world, transformer, optimizer, args, lambda *_, **__: None)
-        optimizer = torch.optim.Adam(transformer.parameters(), weight_decay=1e-5)
-        show = partial(sheet, folder / f"start{start}", world, transformer)
-        steps = iter(range(1, args.match_steps + 1))
-        match(steps, world, transformer, optimizer, features, args, lambda *_, **__: None, show)
+        folder = out / f"starts/{start}"
+        weights = folder / "transformer.pt"
+        if weights.exists():
+            transformer.load_state_dict(torch.load(weights, world.device, weights_only=True))
+        else:
+            optimizer = torch.optim.Adam(transformer.parameters(), weight_decay=1e-5)
+            steps = iter(range(1, args.reconstruct_steps + 1))
+            reconstruct(steps, world, transformer, optimizer, args, lambda *_, **__: None)
+            optimizer = torch.optim.Adam(transformer.parameters(), weight_decay=1e-5)
+            show = partial(sheet, folder, world, transformer)
+            steps = iter(range(1, args.match_steps + 1))
+            match(steps, world, transformer, optimizer, features, args, lambda *_, **__: None, show)
+            with common.replacing(weights) as temporary:
+                torch.save(transformer.state_dict(), temporary)
         scenes = torch.cat([x for x, *_ in rendered(world, transformer, 1000, args.seed)])
         pairs = zip(features(scenes), features.photos, strict=True)
         mmd = sum(mmd2(x, y, args.bandwidths).item() for x, y in pairs)
-        print(f"start {start}: MMD^2 {mmd:.5f}")
-        if best is None or mmd < best[0]:
-            best = mmd, transformer
-            shutil.copytree(folder / f"start{start}", folder, dirs_exist_ok=True)
-        shutil.rmtree(folder / f"start{start}")
-    animate(folder)
-    return best[1]
+        print(f"start {start}: MMD^2 {mmd:.5f}", flush=True)
+        found.append((mmd, folder, transformer))
+    _, folder, best = min(found, key=lambda one: one[0])
+    shutil.copytree(folder, out / "datagen", dirs_exist_ok=True)
+    animate(out / "datagen")
+    return best
 
 
 def spread(values: Tensor, circular: bool) -> tuple[float, float]:
@@ -983,44 +1050,73 @@ def spread(values: Tensor, circular: bool) -> tuple[float, float]:
     if not circular:
         return values.mean().item(), values.std().item()
     resultant = torch.polar(torch.ones_like(values), torch.deg2rad(values)).mean()
-    mean, std = resultant.angle(), (-2 * resultant.abs().log()).sqrt()
+    mean, std = resultant.angle(), (-2 * resultant.abs().clamp(max=1).log()).sqrt()
     return torch.rad2deg(mean).item() % 360, torch.rad2deg(std).item()
 
 
+def digits_folder(out: Path, config: dict[str, Any], resume: bool) -> dict[str, Any] | None:
+    """The result of a finished experiment with this configuration, else its folder is prepared: one
+    that was cut off is gone on with, one of other arguments is moved aside."""
+    old, result, aside = common.read_config(out), out / "result.json", Path(f"{out}.old")
+    if old is None and out.exists() and any(out.iterdir()):
+        raise UserError(f"{out}: not empty and not a run folder; give another --out")
+    if resume and old == config and result.exists():
+        return json.loads(result.read_text())
+    if old and (old != config or not resume):
+        if aside.exists() and common.read_config(aside) is None:
+            raise UserError(f"{aside}: in the way, and not a run folder; give another --out")
+        shutil.rmtree(aside, ignore_errors=True)
+        out.rename(aside)
+        print(f"{out}: moved to {aside}", flush=True)
+    common.write_json(out / "config.json", config)
+    return None
+
+
 def digits_experiment(args: Args) -> None:
-    """`--experiment mnist_rotation` or `bigmnist`; writes result.json and datagen/."""
+    """`--experiment mnist_rotation` or `bigmnist`; writes result.json, datagen/ and figures/."""
     started, target = time.perf_counter(), TARGETS[args.experiment]
-    if args.digit_starts < 1:
-        raise UserError("--digit-starts: expected at least 1")
-    args = replace(args, prior_weight=0.0, match_lr=args.digit_match_lr,
-                   match_steps=args.digit_match_steps)  # fmt: skip
-    out = args.out or Path("runs") / args.experiment / "metasim" / f"seed{args.seed}"
     common.check_device(args.device)
-    cuda = args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available())
-    device = torch.device("cuda" if cuda else "cpu")
-    # Three disjoint sets of pictures: the simulator's, the unlabelled target's, the test's.
-    parts = zip(*(x.chunk(3) for x in load_digits(args.data, args.digits, args.seed)), strict=True)
-    world, other, test = (Digits(args.experiment, *part, device) for part in parts)
-    images, truth = at_target(test, target, 1000, args.seed)
-    photos = at_target(other, target, 1000, args.seed)[0]
-    prior = (images for images, *_ in rendered(world, None, 256, args.seed))
-    features = Features(blurred_pixels, prior, iter(photos.split(256)), least=1.0)
-    before = digit_accuracy(world, None, images, truth, args)
-    transformer = learn_digits(world, features, args, out / "datagen")
-    after = digit_accuracy(world, transformer, images, truth, args)
-    with torch.no_grad():
-        graphs = world.sample(1000, common.generator(args.seed, 9)).to(device)
-        learned = world.grammar.read(transformer(graphs)[0])
-    learned = {k: spread(v, circular=k == "yaw") for k, v in learned.items()}
-    result = {"experiment": args.experiment, "seed": args.seed, "accuracy_before": before,
-              "accuracy_after": after, "target": target,
-              "learned_mean": {k: v[0] for k, v in learned.items()},
-              "learned_std": {k: v[1] for k, v in learned.items()},
-              "seconds": time.perf_counter() - started}  # fmt: skip
-    common.write_json(out / "result.json", result)
-    print(f"task accuracy {before:.1f}% before, {after:.1f}% after, in {result['seconds']:.0f} s")
+    auto = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(auto if args.device == "auto" else args.device)
+    # No folder that --collect would take for a row of the table.
+    out = args.out or Path("runs/digits") / f"{args.experiment}-seed{args.seed}"
+    pictures, digits, kind = load_digits(args.data, args.digits, args.seed)
+    config = asdict(replace(args, out=None, resume=True, device=device.type))
+    config = json.loads(json.dumps({"method": "metasim", "pictures": kind, **config}))
+    result = digits_folder(out, config, args.resume)
+    if result is None:
+        args = replace(args, prior_weight=0.0, match_lr=args.digit_match_lr,
+                       match_steps=args.digit_match_steps)  # fmt: skip
+        # Three disjoint sets of pictures: the simulator's, the unlabelled target's, the test's.
+        parts = zip(pictures.chunk(3), digits.chunk(3), strict=True)
+        world, other, test = (Digits(args.experiment, *part, device) for part in parts)
+        images, truth = at_target(test, target, 1000, args.seed)
+        photos = at_target(other, target, 1000, args.seed)[0]
+        prior = (images for images, *_ in rendered(world, None, 256, args.seed))
+        features = Features(blurred_pixels, prior, iter(photos.split(256)), least=1.0)
+        before = digit_accuracy(world, None, images, truth, args)
+        transformer = learn_digits(world, features, args, out)
+        after = digit_accuracy(world, transformer, images, truth, args)
+        with torch.no_grad():
+            graphs = world.sample(1000, common.generator(args.seed, 9)).to(device)
+            drawn, learned = map(world.grammar.read, (graphs.values, transformer(graphs)[0]))
+        turns = round((learned["yaw"].mean().item() - target["yaw"]) / 360)
+        histograms(out / "figures/attributes.png", {"prior": drawn, "learned": learned},
+                   {name: a.meaning for name, a in world.attributes.items()},
+                   {**target, "yaw": target["yaw"] + 360 * turns})  # fmt: skip
+        moments = {k: spread(v, circular=k == "yaw") for k, v in learned.items()}
+        result = {"experiment": args.experiment, "seed": args.seed, "pictures": kind,
+                  "accuracy_before": before, "accuracy_after": after, "target": target,
+                  "learned_mean": {k: v[0] for k, v in moments.items()},
+                  "learned_std": {k: v[1] for k, v in moments.items()},
+                  "seconds": time.perf_counter() - started, "device": device.type,
+                  "commit": common.commit()}  # fmt: skip
+        common.write_json(out / "result.json", result)
+        shutil.rmtree(out / "starts")
+    print("task accuracy {accuracy_before:.1f}% before, {accuracy_after:.1f}% after, in "
+          "{seconds:.0f} s, {pictures} digits".format(**result))  # fmt: skip
     for name, wanted in target.items():
-        mean, std = learned[name]
+        mean, std = result["learned_mean"][name], result["learned_std"][name]
         print(f"{name}: learned {mean:.1f} +- {std:.1f}, target {wanted:.1f}")
 
 
@@ -1032,63 +1128,88 @@ def to_bytes(images: Tensor) -> np.ndarray:
 
 @torch.no_grad()
 def sheet(folder: Path, world: Any, transformer: Transformer, step: int) -> None:
-    """Sixteen scenes of the same graphs, as datagen/scenes_STEP.png."""
+    """Sixteen scenes of the same graphs, as datagen/scenes_STEP.png, at least 512 px wide."""
     graphs = world.sample(16, common.generator(0, 5))
     images, _ = world.render(graphs, transformer(graphs.to(world.device))[0])
     picture = np.concatenate(np.split(np.concatenate(to_bytes(images), axis=1), 4, axis=1))
-    folder.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(picture.squeeze()).save(folder / f"scenes_{step:04d}.png")
+    times = max(1, 512 // picture.shape[1])
+    picture = picture.repeat(times, axis=0).repeat(times, axis=1)
+    with common.replacing(folder / f"scenes_{step:06d}.png") as temporary:
+        Image.fromarray(picture.squeeze()).save(temporary, format="png")
 
 
 def animate(folder: Path) -> None:
     """The sheets of a training as an animation, datagen/training.gif."""
     frames = [Image.open(path).convert("RGB") for path in sorted(folder.glob("scenes_*.png"))]
-    frames[0].save(folder / "training.gif", save_all=True, append_images=frames[1:],
-                   duration=[500] * (len(frames) - 1) + [2000], loop=0)  # fmt: skip
+    with common.replacing(folder / "training.gif") as temporary:
+        frames[0].save(temporary, format="gif", save_all=True, append_images=frames[1:],
+                       duration=[500] * (len(frames) - 1) + [2000], loop=0)  # fmt: skip
 
 
-def histograms(path: Path, sets: dict[str, dict[str, Tensor]]) -> None:
-    """One panel a quantity, one outline a set."""
+def histograms(
+    path: Path,
+    sets: dict[str, dict[str, Tensor]],
+    units: dict[str, str],
+    marks: dict[str, float] | None = None,
+) -> None:
+    """One panel a quantity, one outline a set; NaNs are left out. marks: the target's values."""
     from matplotlib.figure import Figure
 
-    names = list(next(iter(sets.values())))
-    rows = math.ceil(len(names) / 4)
-    figure = Figure(figsize=(12, 2 * rows + 0.4), layout="constrained")
-    axes = figure.subplots(rows, 4, squeeze=False).ravel()
+    first, marks = next(iter(sets.values())), marks or {}
+    names = [name for name, values in first.items() if values.isfinite().any()]
+    columns = min(4, len(names))
+    rows = math.ceil(len(names) / columns)
+    size = (3.2 * max(2, columns), 2.1 * rows + 0.4)
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for axis, name in zip(axes, names, strict=False):
-        values = {title: some[name].flatten().cpu().numpy() for title, some in sets.items()}
+        values = {title: some[name][some[name].isfinite()] for title, some in sets.items()}
+        values = {title: some.flatten().cpu().numpy() for title, some in values.items()}
         bins = np.linspace(*np.quantile(np.concatenate([*values.values()]), [0.003, 0.997]), 31)
         for (title, x), colour in zip(values.items(), ("C7", "C0", "C3"), strict=False):
             axis.hist(x, bins, density=True, histtype="step", color=colour, label=title, lw=1.5)
+        if name in marks:
+            axis.axvline(marks[name], color="C3", label="target")
         axis.set_title(name, fontsize=9)
+        axis.set_xlabel(units.get(name, ""), fontsize=7)
+        axis.tick_params(labelsize=7)
         axis.set_yticks([])
     for axis in axes[len(names) :]:
         axis.axis("off")
+    axes[0].set_ylabel("density", fontsize=7)
     handles = axes[0].get_legend_handles_labels()
     figure.legend(*handles, loc="outside lower center", ncols=3, frameon=False)
     common.save_figure(figure, path)
+
+
+def measured(batches: Iterator[Tensor]) -> dict[str, Tensor]:
+    """`measure` of batches of images, batch by batch, since photos may be large."""
+    rows = [measure(images) for images in batches]
+    return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
 
 
 @torch.no_grad()
 def draw_scenes(run: Run, roads: Roads, transformer: Transformer, photos: Part) -> None:
     """figures/attributes.png: every attribute of the graphs; figures/measured.png: what is measured
     in scenes and photos; figures/scenes.png: the same graphs before and after; the animation."""
-    attributes, images, labels = {}, {}, {}
-    for name, by in (("prior", None), ("learned", transformer)):
-        batches = list(rendered(roads, by, 512, run.args.seed))
-        images[name] = torch.cat([batch[0] for batch in batches])
-        labels[name] = list(batches[0][1][:6].byte().cpu().numpy())
+    attributes, seen, columns = {}, {}, {}
+    for title, by in (("prior", None), ("learned", transformer)):
         graphs = roads.sample(512, common.generator(run.args.seed, 10)).to(run.device)
-        attributes[name] = roads.grammar.read(by(graphs)[0] if by else graphs.values)
-    images["photos"] = torch.from_numpy(np.array(photos.images[:1000])).permute(0, 3, 1, 2) / 255
-    histograms(run.out / "figures/attributes.png", attributes)
-    histograms(run.out / "figures/measured.png", {n: measure(x) for n, x in images.items()})
-
+        values, there = by(graphs)[0] if by else graphs.values, (graphs.classes > 0)[..., None]
+        attributes[title] = roads.grammar.read(values.where(there, math.nan))
+        seen[title] = measured(x for x, *_ in rendered(roads, by, 512, run.args.seed))
+        images, labels, _ = next(rendered(roads, by, 512, run.args.seed))
+        columns[title] = list(to_bytes(images[:6]))
+    columns["label of the learned (black: ignored)"] = list(labels[:6].byte().cpu().numpy())
     places = np.linspace(0, len(photos) - 1, 6).round().astype(int)
-    columns = {"prior": list(to_bytes(images["prior"][:6])),
-               "learned attributes": list(to_bytes(images["learned"][:6])),
-               "label": labels["learned"], "photo": list(photos.images[places])}  # fmt: skip
+    columns["photo"] = list(photos.images[places])
     common.draw_sheet(run.out / "figures/scenes.png", columns, run.classes)
+
+    some = (photos.images[k : min(k + 64, 1000)] for k in range(0, min(1000, len(photos)), 64))
+    seen["photos"] = measured(common.to_tensor(images, run.device) for images in some)
+    units = {n: a.meaning for kind in ROADS.values() for n, a in kind.attributes.items()}
+    histograms(run.out / "figures/attributes.png", attributes, units)
+    histograms(run.out / "figures/measured.png", seen, units)
     animate(run.out / "datagen")
 
 

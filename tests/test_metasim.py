@@ -3,6 +3,7 @@
 import json
 import math
 from collections import deque
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from test_run import same, weights
 
 import common
 import metasim
-from common import IGNORE, Part
+from common import IGNORE, Part, UserError
 
 CPU = torch.device("cpu")
 SMALL = {
@@ -94,6 +95,22 @@ def test_cut_outs_are_whole_objects_of_the_source(roads: metasim.Roads):
                 same_colours = (colours == rgba[:3, :h, :w].permute(1, 2, 0).numpy()).all(axis=2)
                 found |= ((labels == int(c)) & same_colours)[mask[:h, :w]].all()
         assert found
+
+
+def test_images_without_enough_of_a_wanted_class_are_passed_over(
+    roads: metasim.Roads, monkeypatch: pytest.MonkeyPatch
+):
+    """Of classes that hardly occur every image is looked at: it must cost next to nothing."""
+    labels = np.array(roads.part.labels)
+    cars = common.classes_of("vkitti2").index("car")
+    labels[labels != cars] = IGNORE
+    labels[::2, 2:] = IGNORE  # leaves at most a few pixels
+    enough = (labels == cars).sum(axis=(1, 2)) >= 0.0015 * labels[0].size
+    looked, components = [], metasim.components
+    monkeypatch.setattr(metasim, "components", lambda m: looked.append(m) or components(m))
+    part = Part("vkitti2", roads.part.names, roads.part.images, labels)
+    metasim.cut_out(part, roads.horizon.numpy(), 10_000, seed=0)
+    assert 0 < len(looked) == enough.sum() < len(labels)
 
 
 # ---- Renderer -----------------------------------------------------------------------------------
@@ -189,6 +206,20 @@ def test_a_nearer_object_grows_about_the_vanishing_point(roads: metasim.Roads):
     rows = [(one.any(dim=1).nonzero().float() + 0.5) / 256 - 1 for one in near]
     torch.testing.assert_close(2 * rows[0].max(), rows[1].max(), atol=0.02, rtol=0)
     torch.testing.assert_close(2 * rows[0].min(), rows[1].min(), atol=0.02, rtol=0)
+
+
+def test_a_flip_mirrors_an_object_about_the_middle(roads: metasim.Roads):
+    graphs = roads.sample(2, common.generator(0))
+    graphs.picture[:, 2:] = torch.tensor([3, -1])
+    graphs.flip[:, 2] = torch.tensor([1.0, -1.0])
+    values = plain(roads, graphs)
+    values[:, 2] = 0
+    v = roads.grammar.read(values)
+    grid = metasim.camera_grid(v, torch.Size([2, 3, *roads.size]))
+    layers, _ = roads.objects(graphs, v, torch.zeros(2, 1), grid)
+    layer = sum(layers)
+    assert layer[:, 3].sum() > 5
+    torch.testing.assert_close(layer[1].flip(2), layer[0], atol=1e-4, rtol=0)
 
 
 def test_blur_keeps_the_mean_and_has_its_deviation():
@@ -304,25 +335,138 @@ def test_angles_have_circular_means():
     assert std == pytest.approx(10, rel=0.01)
     values = 268 + 5 * torch.randn(10_000, generator=common.generator(0))
     assert metasim.spread(values - 720, circular=True) == pytest.approx((268, 5), rel=0.02)
+    for angle in range(0, 360, 7):  # rounding must not make the deviation of equal angles NaN
+        _, std = metasim.spread(torch.full((1000,), float(angle)), circular=True)
+        assert std < 0.1
 
 
-def test_mmd_turns_the_digits_to_the_target(args: common.Args, monkeypatch: pytest.MonkeyPatch):
+def test_gradients_of_the_digits_equal_central_differences():
+    pictures, digits = metasim.typeset_digits(6, seed=1)
+    world = metasim.Digits("bigmnist", pictures.double(), digits, CPU)
+    graphs = world.sample(3, common.generator(2))
+    weights = torch.randn(3, 1, 64, 64, generator=common.generator(1), dtype=torch.float64)
+    values = graphs.values.double().requires_grad_()
+
+    def total(values: torch.Tensor) -> torch.Tensor:
+        return (world.render(graphs, values)[0] * weights).sum(dim=(1, 2, 3))  # [B]
+
+    (gradient,) = torch.autograd.grad(total(values).sum(), values)
+    for m in range(3):
+        step = torch.zeros_like(values)
+        step[:, 1, m] = 1e-7
+        difference = (total(values + step) - total(values - step)).detach() / 2e-7
+        assert (difference.abs() > 1e-3).all()
+        torch.testing.assert_close(gradient[:, 1, m], difference, rtol=1e-4, atol=1e-5)
+
+
+def write_mnist(folder: Path) -> None:
+    """Its four files, of 60 and 30 random pictures."""
+    rng = np.random.default_rng(0)
+    folder.mkdir(parents=True)
+    for part, count in (("train", 60), ("t10k", 30)):
+        header = np.array([0x803, count, 28, 28], ">i4").tobytes()
+        pictures = rng.integers(256, size=(count, 28, 28), dtype=np.uint8).tobytes()
+        (folder / f"{part}-images-idx3-ubyte").write_bytes(header + pictures)
+        header = np.array([0x801, count], ">i4").tobytes()
+        labels = bytes(n % 10 for n in range(count))
+        (folder / f"{part}-labels-idx1-ubyte").write_bytes(header + labels)
+
+
+def test_mnist_is_used_where_it_lies_under_data():
+    """Without repetition; a damaged copy is never quietly replaced by typeset digits."""
+    assert metasim.load_digits("mini", 40, 0)[2] == "typeset"
+    write_mnist(Path("data/MNIST/raw"))
+    pictures, digits, kind = metasim.load_digits("data", 40, 0)
+    assert (pictures.shape, kind) == ((40, 1, 28, 28), "MNIST")
+    assert 0 <= pictures.min() < 0.1 and 0.9 < pictures.max() <= 1
+    assert len(pictures.unique(dim=0)) == 40 == len(digits)
+    images = Path("data/MNIST/raw/train-images-idx3-ubyte")
+    images.write_bytes(images.read_bytes()[:-1])
+    for damaged in (True, False):
+        with pytest.raises(UserError, match=r"data/MNIST: expected"):
+            metasim.load_digits("data", 40, 0)
+        if damaged:
+            images.unlink()
+    with pytest.raises(UserError, match="nowhere"):
+        metasim.load_digits("nowhere", 40, 0)
+
+
+QUICK = metasim.Args(
+    experiment="mnist_rotation", out=Path("digits"), device="cpu", width=16, reconstruct_steps=4,
+    match_batch=32, match_photos=64, digits=600, digit_match_steps=80, digit_match_lr=3e-3,
+    digit_starts=2, digit_steps=5,
+)  # fmt: skip
+
+
+def test_mmd_turns_the_digits_to_the_target(monkeypatch: pytest.MonkeyPatch):
     """A short run of the paper's experiment, at a target of 40 degrees."""
     monkeypatch.setitem(metasim.TARGETS, "mnist_rotation", {"yaw": 40.0})
-    args = made(args, "digits", experiment="mnist_rotation", digits=600, match_batch=32,
-                match_photos=64, digit_match_steps=80, digit_match_lr=3e-3, digit_starts=2,
-                digit_steps=5)  # fmt: skip
-    metasim.run(args)
+    metasim.run(QUICK)
     result = json.loads(Path("digits/result.json").read_text())
     assert result["learned_mean"]["yaw"] == pytest.approx(40, abs=10)
+    assert result["pictures"] == "typeset" and not Path("digits/starts").exists()
     with Image.open("digits/datagen/training.gif") as animation:
-        assert animation.n_frames == 9
+        assert animation.n_frames == 9 and animation.width >= 500
+    assert Path("digits/figures/attributes.png").stat().st_size > 10_000
+
+
+def test_digits_keep_the_rules_of_run_folders(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    """What was cut off goes on to the same result; what is finished is not repeated; another's
+    folder is left alone; one of other arguments is moved aside."""
+    tiny = replace(QUICK, digit_match_steps=4, digit_starts=3, digits=60)
+    metasim.run(replace(tiny, out=Path("whole")))
+    match, calls = metasim.match, []
+
+    def cut(*args) -> None:
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        match(*args)
+
+    monkeypatch.setattr(metasim, "match", cut)
+    with pytest.raises(KeyboardInterrupt):
+        metasim.run(tiny)
+    metasim.run(tiny)
+    assert len(calls) == 4  # the first start was not repeated
+    one, other = (json.loads(Path(f"{n}/result.json").read_text()) for n in ("whole", "digits"))
+    assert {**one, "seconds": 0} == {**other, "seconds": 0}
+    files = [{p.relative_to(n): p.read_bytes() for p in Path(n).rglob("*.png")}
+             for n in ("whole", "digits")]  # fmt: skip
+    assert files[0] == files[1] and len(files[0]) == 6
+
+    capsys.readouterr()
+    metasim.run(tiny)
+    assert len(calls) == 4 and "task accuracy" in capsys.readouterr().out
+    metasim.run(replace(tiny, seed=1))
+    assert json.loads(Path("digits/result.json").read_text())["seed"] == 1
+    assert json.loads(Path("digits.old/result.json").read_text()) == other
+
+    Path("mine").mkdir()
+    Path("mine/result.json").write_text("precious")
+    with pytest.raises(UserError, match="mine: not empty"):
+        metasim.run(replace(tiny, out=Path("mine")))
+    assert [p.name for p in Path("mine").iterdir()] == ["result.json"]
+
+
+def test_digits_by_default_are_no_row_for_collect(monkeypatch: pytest.MonkeyPatch):
+    folders, devices = [], []
+    monkeypatch.setattr(metasim, "digits_folder", lambda out, *_: folders.append(out))
+    monkeypatch.setattr(common, "check_device", lambda device: None)
+    monkeypatch.setattr(metasim, "Digits", lambda *args: devices.append(args[-1]))
+    with pytest.raises(AttributeError):  # of what stands for the digits
+        metasim.run(replace(QUICK, out=None, device="cuda:1"))
+    assert not folders[0].name.startswith("seed")
+    assert devices[0] == torch.device("cuda:1")  # not the CPU
 
 
 # ---- Runs ---------------------------------------------------------------------------------------
 def test_a_run_writes_its_scenes_and_pictures(args: common.Args):
     result = metasim.run(made(args, "run", task_reward=True))
     assert (result.steps, result.target_labels) == (6, 2)
+    used = 2 + 3 * 2 * 2  # reward_start, and rounds, samples and steps of the rewards
+    assert result.beside.endswith(f", {used} of the task network")
     for name in ("attributes", "measured", "scenes"):
         assert Path(f"run/figures/{name}.png").stat().st_size > 10_000
     assert Path("run/datagen/training.gif").exists()
@@ -330,6 +474,61 @@ def test_a_run_writes_its_scenes_and_pictures(args: common.Args):
     assert len(scenes) == 12 and set(np.unique(scenes.labels)) <= {*range(10), IGNORE}
     lines = common.read_scalars(Path("run"))
     assert {"mmd_loss", "reconstruction_loss", "reward"} <= {key for line in lines for key in line}
+
+
+BAD = [
+    ("--scenes 0", {"scenes": 0}),
+    ("--objects -1", {"objects": -1}),
+    ("--assets 0", {"assets": 0}),
+    ("--layers 0", {"layers": 0}),
+    ("--match-batch 1", {"match_batch": 1}),
+    ("--match-photos 0", {"match_photos": 0}),
+    ("--match-steps -1", {"match_steps": -1}),
+    ("--match-lr nan", {"match_lr": math.nan}),
+    ("--reward-samples 1", {"reward_samples": 1}),
+    ("--reward-sigma 0", {"reward_sigma": 0.0}),
+    ("--bandwidths", {"bandwidths": ()}),
+    ("--bandwidths", {"bandwidths": (1.0, 0.0)}),
+    ("--prior-weight -1", {"prior_weight": -1.0}),
+    ("--task-reward", {"task_reward": True, "attributes": "prior"}),
+    ("--digit-steps", {"digit_steps": 9}),  # without --experiment
+    ("--digit-starts 0", {"experiment": "bigmnist", "digit_starts": 0}),
+    ("--digits 4", {"experiment": "bigmnist", "digits": 4}),
+    ("--seed -1", {"experiment": "bigmnist", "seed": -1}),
+    ("--size", {"experiment": "bigmnist", "size": (32, 64)}),
+    ("--steps", {"experiment": "mnist_rotation", "steps": 5}),
+    ("--task-reward", {"experiment": "mnist_rotation", "task_reward": True}),
+    ("--match-steps", {"experiment": "mnist_rotation", "match_steps": 5}),
+]
+
+
+@pytest.mark.parametrize(("flag", "changes"), BAD)
+def test_flags_that_mean_nothing_cost_one_line_and_no_folder(args, flag: str, changes: dict):
+    Path("run").mkdir()
+    Path("run/config.json").write_text('{"method": "metasim"}')  # of an older run
+    kept = {"data": args.data, "device": "cpu", "out": Path("run")}
+    with pytest.raises(UserError) as error:
+        metasim.run(metasim.Args(**{**kept, **changes}))
+    assert str(error.value).startswith(flag) and "\n" not in str(error.value)
+    assert [p.as_posix() for p in Path().rglob("*.*")] == ["run/config.json"]
+
+
+def test_empty_slots_and_no_objects_at_all_in_the_figures(
+    args: common.Args, monkeypatch: pytest.MonkeyPatch
+):
+    drawn, histograms = {}, metasim.histograms
+
+    def keep(path: Path, sets: dict, *rest) -> None:
+        drawn[path.stem] = sets
+        histograms(path, sets, *rest)
+
+    monkeypatch.setattr(metasim, "histograms", keep)
+    metasim.run(made(args, "one", objects=1))
+    values = drawn["attributes"]["learned"]["distance"]
+    assert 0.3 < values.isnan().float().mean() < 0.7  # of none or one object, at random
+    assert drawn["attributes"]["learned"]["haze"].isfinite().all()
+    metasim.run(made(args, "none", objects=0))
+    assert drawn["attributes"]["learned"]["distance"].numel() == 0
 
 
 @pytest.mark.usefixtures("no_figures")
@@ -351,3 +550,6 @@ def test_a_run_that_is_cut_off_in_every_stage_ends_with_the_same_weights(
             metasim.run(made(args, "cut", task_reward=True))
     metasim.run(made(args, "cut", task_reward=True))
     assert same(weights(Path("whole")), weights(Path("cut")))
+    names = ["set/set.json", *(f"datagen/scenes_{step:06d}.png" for step in range(5))]
+    for name in names:
+        assert Path("whole", name).read_bytes() == Path("cut", name).read_bytes()
