@@ -321,13 +321,14 @@ def in_threads(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator
 
 
 @contextlib.contextmanager
-def progress(label: str, total: int) -> Iterator[Callable[[], None]]:
+def progress(label: str, total: int) -> Iterator[Callable[..., None]]:
     """A progress bar on a terminal, nothing elsewhere. Yields the function that advances it."""
     from rich.console import Console
     from rich.progress import Progress
 
     console = Console(stderr=True)
-    with Progress(console=console, disable=not console.is_terminal, transient=True) as bar:
+    watched = console.is_terminal and world()[0] == 0
+    with Progress(console=console, disable=not watched, transient=True) as bar:
         task = bar.add_task(label, total=total)
         yield partial(bar.advance, task)
 
@@ -1348,17 +1349,20 @@ class Run:
         if threading.current_thread() is threading.main_thread():
             old = {s: signal.signal(s, on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
-            for step in range(done + 1, total + 1):
-                yield step
-                if step == total:
-                    self.flush()  # no line mixes two stages
-                due = step % max(1, total // 10) == 0 or time.monotonic() - saved > 120
-                stopping = anywhere(bool(stop))
-                if due or step == total or stopping:
-                    self._save(stage, step, total, state)
-                    saved = time.monotonic()
-                if stopping:
-                    raise KeyboardInterrupt(f"stopped after step {step} of {total} of {stage}")
+            with progress(stage, total) as advance:
+                advance(done)
+                for step in range(done + 1, total + 1):
+                    yield step
+                    advance()
+                    if step == total:
+                        self.flush()  # no line mixes two stages
+                    due = step % max(1, total // 10) == 0 or time.monotonic() - saved > 120
+                    stopping = anywhere(bool(stop))
+                    if due or step == total or stopping:
+                        self._save(stage, step, total, state)
+                        saved = time.monotonic()
+                    if stopping:
+                        raise KeyboardInterrupt(f"stopped after step {step} of {total} of {stage}")
         finally:
             self._inside = False
             for number, handler in old.items():
