@@ -217,8 +217,7 @@ def align(run: Run, net: Network, source: Part, photos: Part, steps: int) -> Non
         lr = common.set_rate(optimizer, args.lr, step, steps)
         common.set_rate(critic_optimizer, args.critic_lr, step, steps)
         batch = batches(step)
-        images, labels = common.crop_flip(batch.images, batch.labels, rng)
-        images = translate(images, rng)
+        images, labels = common.crop_flip(translate(batch.images, rng), batch.labels, rng)
         x, _ = common.crop_flip(targets(step).images, None, rng)  # [B,3,H,W]
         # The segmentation network.
         with run.autocast():
@@ -288,8 +287,7 @@ def self_train(
         rng = common.generator(args.seed, step, 2)
         lr = common.set_rate(optimizer, args.lr, step, steps)
         batch = batches(step)
-        images, labels = common.crop_flip(batch.images, batch.labels, rng)
-        images = translate(images, rng)
+        images, labels = common.crop_flip(translate(batch.images, rng), batch.labels, rng)
         x, _ = common.crop_flip(targets(step).images, None, rng)  # [B,3,H,W]
         with run.autocast():
             guess = pseudo_labels([teacher, *others], x, args.confidence)
@@ -357,7 +355,7 @@ def run(args: Args) -> Result:
         steps = first * (k + 1) // len(bands) - first * k // len(bands)
         if steps:
             stage, translate = f"source{k or ''}", translator(args, photos, beta)
-            common.train(run, one, source, steps, stage, translate)
+            common.train(run, one, source, steps, stage, translate=translate)
             if args.statistics == "target":
                 adapt_statistics(one, photos, run.device, args.batch_size)
         one.eval()

@@ -1675,12 +1675,14 @@ def train(
     augment: Callable[[Tensor, torch.Generator], Tensor] = original,
     lr: float | None = None,
     more: bool = False,
+    translate: Callable[[Tensor, torch.Generator], Tensor] = original,
 ) -> None:
     """The supervised training that all rows share: AdamW, warm-up and decay, zoom and flip.
 
-    `net` is trained in place for `steps` updates on `part`, with its images put through `augment`,
-    from the initial learning rate `lr` (--lr where None). `more`: another stage follows, so the
-    curve wants a point at the end of this one, which `Run.finish` adds otherwise.
+    `net` is trained in place for `steps` updates on `part`, with its images put through `translate`
+    before they are zoomed and flipped, when statistics of whole images mean something, and through
+    `augment` after it, from the initial learning rate `lr` (--lr where None). `more`: another stage
+    follows, so the curve wants a point at the end of this one, which `Run.finish` adds otherwise.
     """
     args, initial = run.args, lr or run.args.lr
     optimizer = torch.optim.AdamW(net.parameters(), lr=initial, weight_decay=0.01, fused=True)
@@ -1694,7 +1696,7 @@ def train(
         lr = set_rate(optimizer, initial, step, steps)
         rng = generator(args.seed, step, nth)
         batch = batches(step)
-        images, labels = crop_flip(batch.images, batch.labels, rng)
+        images, labels = crop_flip(translate(batch.images, rng), batch.labels, rng)
         images = augment(images, rng)
         with run.autocast():
             loss = segmentation_loss(net(images, aux=True), labels)
