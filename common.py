@@ -1263,6 +1263,8 @@ class Run:
         self.classes = BENCHMARKS[args.benchmark].classes
         self.result = finished(args, method)
         if self.result:
+            if world()[0] == 0:
+                print(f"{self.out}: finished earlier, with these arguments", flush=True)
             return
         if args.checkpoint:  # one that will not do must cost no old run its folder
             load_weights(Network(args.net, len(self.classes)), args.checkpoint)
@@ -1511,6 +1513,8 @@ class Run:
         self._write_checkpoint({}, net)  # nothing is left to resume
         (self.out / ".lock").unlink()
         self._lock.close()
+        if world()[0] == 0:
+            print(f"written: {self.out}", flush=True)
         return self.result
 
 
@@ -1591,7 +1595,7 @@ def draw_curves(folder: Path) -> None:
         axis.plot(
             [row["step"] for row in rows], [row[key] for row in rows], marker="." * (key != "loss")
         )
-        axis.set(xlabel="step", ylabel=f"{key} ({unit})", ylim=(0, None))
+        axis.set(xlabel="step, all stages together", ylabel=f"{key} ({unit})", ylim=(0, None))
         axis.grid(alpha=0.3)
     save_figure(figure, folder / "figures/curves.png")
 
@@ -1614,6 +1618,9 @@ def draw_sheet(path: Path, columns: dict[str, list[np.ndarray]], classes: Sequen
             axis.imshow(colours[picture] if picture.ndim == 2 else picture)
             axis.axis("off")
     handles = [Patch(color=np.array(PALETTE[name]) / 255, label=name) for name in classes]
+    maps = [p for pictures in columns.values() for p in pictures if p.ndim == 2]
+    if any((p == IGNORE).any() for p in maps):
+        handles.append(Patch(color="black", label="ignored"))
     figure.legend(handles=handles, loc="outside lower center", ncols=7, fontsize=7, frameon=False)
     save_figure(figure, path)
 
@@ -1675,6 +1682,7 @@ def train(
     augment: Callable[[Tensor, torch.Generator], Tensor] = original,
     lr: float | None = None,
     more: bool = False,
+    reported: bool = True,
     translate: Callable[[Tensor, torch.Generator], Tensor] = original,
 ) -> None:
     """The supervised training that all rows share: AdamW, warm-up and decay, zoom and flip.
@@ -1683,6 +1691,7 @@ def train(
     before they are zoomed and flipped, when statistics of whole images mean something, and through
     `augment` after it, from the initial learning rate `lr` (--lr where None). `more`: another stage
     follows, so the curve wants a point at the end of this one, which `Run.finish` adds otherwise.
+    A network that is not the one `reported` is not evaluated, and its loss is <stage>_loss.
     """
     args, initial = run.args, lr or run.args.lr
     optimizer = torch.optim.AdamW(net.parameters(), lr=initial, weight_decay=0.01, fused=True)
@@ -1705,11 +1714,12 @@ def train(
         optimizer.step()
         # From end to end, since `log` is where the device is waited for.
         took, start = time.perf_counter() - start, time.perf_counter()
-        run.log(step, loss=loss, lr=lr, time=took, data_time=batches.wait)
+        name = "loss" if reported else f"{stage}_loss"
+        run.log(step, **{name: loss}, lr=lr, time=took, data_time=batches.wait)
         if step * args.batch_size > len(part):
             seconds.append(took)
             waits.append(batches.wait)
-        if (step % quarter == 0 and step < steps) or (more and step == steps):
+        if reported and ((step % quarter == 0 and step < steps) or (more and step == steps)):
             run.evaluate(net, step)
             start = time.perf_counter()
     if seconds:
@@ -1746,7 +1756,7 @@ def main(args_class: type, run: Callable[[Any], Any], doc: str | None) -> None:
     except UserError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt as error:
-        reason = " ".join(["interrupted", str(error)]).strip()
+        reason = ": ".join(filter(None, ["interrupted", str(error)]))
         print(f"{reason}; the same command goes on from there", file=sys.stderr)
         sys.exit(130)
     except OSError as error:

@@ -539,7 +539,7 @@ def fit(run: Run, source: Part, photos: Part) -> Bridge:
             ).clamp(0, 1)
         return common.random_augmentation(torch.where(half, moved, images), rng)
 
-    common.train(run, bridge.reader, source, steps, "reader", colours, more=True)
+    common.train(run, bridge.reader, source, steps, "reader", colours, reported=False)
     bridge.reader.eval()
     reading = read(bridge.reader, photos.images, device, args.label_confidence)
     photos = replace(photos, labels=reading.classes)
@@ -1190,8 +1190,11 @@ def prepare(out: Path, settings: dict[str, Any]) -> None:
 def write_line(log: Path, line: dict[str, Any]) -> None:
     """One line at the log's end, in one write, so that ranks may share the file; a line that was
     cut off before it stays alone."""
-    with log.open("ab", buffering=0) as file:
-        file.write(("\n" + json.dumps(line) + "\n").encode())
+    with log.open("a+b", buffering=0) as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 1))
+        torn = file.read(1) not in (b"", b"\n")
+        file.write(("\n" * torn + json.dumps(line) + "\n").encode())
 
 
 def read_log(log: Path) -> dict[str, dict[str, Any]]:

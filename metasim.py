@@ -866,7 +866,7 @@ def run(args: Args) -> Result | None:
         if transformer is not None:
             draw_scenes(run, roads, transformer, photos)
     common.train(run, net, part, args.steps)
-    beside = f"{args.feature_steps} U-Net, {args.match_steps} MMD updates"
+    beside = f"{args.feature_steps} feature network, {args.match_steps} MMD updates"
     if args.task_reward:  # each reward is a training of the task network
         rewards = args.reward_rounds * args.reward_samples * args.reward_steps
         beside += f", {args.reward_start + rewards} of the task network"
