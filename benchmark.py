@@ -727,13 +727,18 @@ def show(table: list[list[str]], title: str, console: Console) -> None:
     ]
     parts, width = [[0]], widths[0]
     for j, own in enumerate(widths[1:], start=1):
-        if len(parts[-1]) > 1 and width + own + 4 > console.width:
+        if len(parts[-1]) > 1 and width + own + 2 > console.width:
             parts.append([0])
             width = widths[0]
         parts[-1].append(j)
-        width += own + 2
+        width += own + 2  # two blanks between columns, none at the edges
     for k, columns in enumerate(parts):
-        view = Table(title=None if k else title, title_justify="left", box=box.SIMPLE_HEAD)
+        tight = {"show_edge": False, "pad_edge": False, "collapse_padding": True}
+        view = Table(box=box.SIMPLE_HEAD, **tight)
+        if k == 0:
+            console.print(f"\n[italic]{escape(title)}[/]")
+        else:
+            console.print()
         for j in columns:
             justify = "right" if j else "left"
             view.add_column(escape(cells[0][j]), justify=justify, overflow="fold")
@@ -754,7 +759,8 @@ def draw_bars(scores: Scores, path: Path) -> None:
     from matplotlib.figure import Figure  # without pyplot, which would look for a screen
     from matplotlib.patches import Patch
 
-    figure = Figure(figsize=(9, 1.2 + 0.3 * len(scores.names)), layout="constrained")
+    lines = max(2, 1 + max(name.count("+") for name in scores.names))
+    figure = Figure(figsize=(9, 1.2 + 0.15 * lines * len(scores.names)), layout="constrained")
     axes = figure.subplots(1, len(scores.benchmarks), squeeze=False)[0]
     for axis, benchmark in zip(axes, scores.benchmarks, strict=True):
         names = [n for n in scores.names if scores.ok(n, benchmark)]
@@ -780,30 +786,31 @@ LABEL_COLOURS = (("C0", "no target labels"), ("C1", "with target labels"))
 
 
 def draw_costs(scores: Scores, path: Path) -> None:
-    """Accuracy against cost: mIoU over the seconds of a row."""
+    """Accuracy against cost: mIoU over the seconds of a row, points numbered as in the legend."""
     from matplotlib.figure import Figure  # without pyplot, which would look for a screen
-    from matplotlib.patches import Patch
+    from matplotlib.lines import Line2D
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-    figure = Figure(figsize=(4.8 * len(scores.benchmarks), 3.8), layout="constrained")
+    figure = Figure(figsize=(4.8 * len(scores.benchmarks), 5), layout="constrained")
     axes = figure.subplots(1, len(scores.benchmarks), squeeze=False)[0]
     for axis, benchmark in zip(axes, scores.benchmarks, strict=True):
-        for name in scores.names:
+        for k, name in enumerate(scores.names, start=1):
             if ok := scores.ok(name, benchmark):
                 x, y = mean(r.seconds for r in ok), scores.miou(name, benchmark)
-                axis.plot(x, y, "o", color="C0" if ok[0].target_labels == 0 else "C1")
-                axis.annotate(
-                    folded(name),
-                    (x, y),
-                    (5, 0),
-                    textcoords="offset points",
-                    fontsize=7,
-                    va="center",
-                )
+                color = "C0" if ok[0].target_labels == 0 else "C1"
+                axis.plot(x, y, "o", color=color, markersize=12, alpha=0.6)
+                axis.text(x, y, k, fontsize=8, ha="center", va="center")
         axis.set(xscale="log", xlabel="seconds", ylabel="mIoU (%)", title=benchmark)
-        axis.margins(x=0.25)
-        axis.grid(alpha=0.3, which="both")
-    handles = [Patch(color=c, label=t) for c, t in LABEL_COLOURS]
-    figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False, fontsize=8)
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+        axis.xaxis.set_minor_locator(NullLocator())
+        axis.margins(x=0.1, y=0.1)
+        axis.grid(alpha=0.3)
+    dots = [Line2D([], [], marker="o", ls="", color=c, alpha=0.6) for c, _ in LABEL_COLOURS]
+    texts = [title for _, title in LABEL_COLOURS]
+    dots += [Line2D([], [], ls="")] * len(scores.names)
+    texts += [f"{k}  {name}" for k, name in enumerate(scores.names, start=1)]
+    figure.legend(dots, texts, loc="outside lower center", ncols=2, frameon=False, fontsize=8)
     common.save_figure(figure, path)
 
 
