@@ -20,7 +20,7 @@ AdaptSegNet (arXiv:1802.10349v3), ADVENT (arXiv:1811.12833v2), FDA (arXiv:2004.0
 The first takes half a minute on one CPU core and ends at 65 mIoU on the miniature, source-only at
 44; the others take up to a minute and a half. AdaptSegNet and ADVENT run with batch statistics of
 its own for either domain, so the last one, AdaBN, tells what of their gain is the discriminator's.
-On real photos (CamVid, the source the miniature's GTA5) the first reaches 27.9, source-only 22.0.
+On real photos (CamVid, the source the miniature's GTA5) the first reaches 27.6, source-only 22.0.
 
 --steps counts the updates of the segmentation network in all stages together: training on the
 (translated) source, then alignment, then self-training; in the last two each update sees a batch
@@ -359,14 +359,13 @@ def run(args: Args) -> Result:
             if args.statistics == "target":
                 adapt_statistics(one, photos, run.device, args.batch_size)
         one.eval()
-    before = copy.deepcopy(net)
+    stages = {"before": copy.deepcopy(net), "after": net} if aligned + tuned else {"": net}
     if aligned:
         align(run, net, source, photos, aligned)
     if tuned:
         self_train(run, net, others, source, photos, tuned)
     if args.statistics == "target":
         adapt_statistics(net, photos, run.device, args.batch_size)
-    stages = {"before": before, "after": net} if aligned + tuned else {"": net}
     draw_adaptation(run, stages, source, photos)
     beside = f"{aligned} discriminator updates" if aligned else ""
     return run.finish(net, target_labels=0, steps=first + aligned + tuned, beside=beside)

@@ -479,7 +479,8 @@ class Batch(NamedTuple):
 
 class Batches:
     """Endless shuffled batches of a part. `batches(step)` depends on (seed, step) and nothing else,
-    so a resumed run sees what an uninterrupted one would; the next step's batch is read meanwhile.
+    so a resumed run sees what an uninterrupted one would. For a GPU the next step's batch is read
+    meanwhile.
 
     wait: seconds that the last call waited for its data.
     """
@@ -1304,12 +1305,7 @@ class Run:
         self._lock = locked(self.out / ".lock")
         over = (self.out / "result.json").exists()  # and not to be reused: see `finished`
         if old and (over or not self.args.resume or not trains_alike(old, config)):
-            aside = self.out.with_name(self.out.name + ".old")
-            if aside.exists() and read_config(aside) is None:
-                raise UserError(f"{aside}: in the way, and not a run folder; give another --out")
-            shutil.rmtree(aside, ignore_errors=True)
-            self.out.rename(aside)
-            print(f"{self.out}: moved to {aside}", flush=True)
+            move_aside(self.out)
             self.out.mkdir()
             self._lock = locked(self.out / ".lock")
         write_json(self.out / "config.json", config)
@@ -1548,6 +1544,16 @@ def read_config(folder: Path) -> dict[str, Any] | None:
         config = json.loads((folder / "config.json").read_text())
         return config if isinstance(config, dict) and "method" in config else None
     return None
+
+
+def move_aside(folder: Path) -> None:
+    """Renames a run folder to FOLDER.old, in place of an earlier one of that name."""
+    aside = folder.with_name(folder.name + ".old")
+    if aside.exists() and read_config(aside) is None:
+        raise UserError(f"{aside}: in the way, and not a run folder; give another --out")
+    shutil.rmtree(aside, ignore_errors=True)
+    folder.rename(aside)
+    print(f"{folder}: moved to {aside}", flush=True)
 
 
 def finished(args: Any, method: str) -> Result | None:

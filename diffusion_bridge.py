@@ -12,9 +12,8 @@ cosine schedule (arXiv:2202.00512v2) and classifier-free guidance (arXiv:2207.12
     --checkpoint runs/bridge/bridge.pt                              (a folder to a folder)
 
 The first takes about six minutes on one CPU core and ends at 65 mIoU on the miniature, source-only
-at 44. No label of a photo is used. Every translated set
-is checked, before and after: kernel distance of features to the photos, edges along the mask's
-borders, and what a frozen network reads.
+at 44. No label of a photo is used. Every translated set is checked, before and after: kernel
+distance of features to the photos, edges along the mask's borders, and what a frozen network reads.
 
 Letters beside those of common.py: K channels and h x w cells of the space that is diffused. Noise
 levels are angles a from 0, the image x, to pi/2, noise e: x_a = cos(a) x + sin(a) e.

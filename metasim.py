@@ -1060,17 +1060,13 @@ def spread(values: Tensor, circular: bool) -> tuple[float, float]:
 def digits_folder(out: Path, config: dict[str, Any], resume: bool) -> dict[str, Any] | None:
     """The result of a finished experiment with this configuration, else its folder is prepared: one
     that was cut off is gone on with, one of other arguments is moved aside."""
-    old, result, aside = common.read_config(out), out / "result.json", Path(f"{out}.old")
+    old, result = common.read_config(out), out / "result.json"
     if old is None and out.exists() and any(out.iterdir()):
         raise UserError(f"{out}: not empty and not a run folder; give another --out")
     if resume and old == config and result.exists():
         return json.loads(result.read_text())
     if old and (old != config or not resume):
-        if aside.exists() and common.read_config(aside) is None:
-            raise UserError(f"{aside}: in the way, and not a run folder; give another --out")
-        shutil.rmtree(aside, ignore_errors=True)
-        out.rename(aside)
-        print(f"{out}: moved to {aside}", flush=True)
+        common.move_aside(out)
     common.write_json(out / "config.json", config)
     return None
 

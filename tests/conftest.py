@@ -5,7 +5,7 @@ import dataclasses
 import importlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,3 +90,15 @@ def interrupted(monkeypatch: pytest.MonkeyPatch, stage: str, at: int) -> Iterato
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(common.Run, "steps", cut)
         yield
+
+
+def whole_and_cut(
+    monkeypatch: pytest.MonkeyPatch, run: Callable, args: Any, stages: Sequence[str], at: int
+) -> None:
+    """Runs into whole/, and into cut/ with an interruption in step `at` of each of the stages."""
+    run(dataclasses.replace(args, out=Path("whole")))
+    args = dataclasses.replace(args, out=Path("cut"))
+    for stage in stages:
+        with interrupted(monkeypatch, stage, at):
+            run(args)
+    run(args)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import interrupted, like
+from conftest import like, whole_and_cut
 from test_methods import scramble
 from test_run import same, weights
 
@@ -242,11 +242,8 @@ def test_a_run_that_is_cut_off_in_every_stage_ends_with_the_same_weights(
     """Cut in the third step of each stage, of which the checkpoint knows two."""
     shares = {"align_share": 0.33, "self_train_share": 0.25}  # 4 of 16, 4 of 12, two times 4
     settings = {"steps": 16, "align": "entropy", **shares, **BANDS}
-    da.run(made(args, "whole", **settings))
-    for stage in ("source", "source1", "align", "self_train"):
-        with interrupted(monkeypatch, stage, at=3):
-            da.run(made(args, "cut", **settings))
-    da.run(made(args, "cut", **settings))
+    stages = ("source", "source1", "align", "self_train")
+    whole_and_cut(monkeypatch, da.run, made(args, "whole", **settings), stages, at=3)
     assert same(weights(Path("whole")), weights(Path("cut")))
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import interrupted, like
+from conftest import like, whole_and_cut
 from PIL import Image
 from test_run import same, weights
 from torch import Tensor, nn
@@ -279,11 +279,7 @@ def test_a_run_that_is_cut_off_ends_with_the_same_weights(
 ):
     """In meta-training, after one member has started anew, and in the last stage."""
     settings = {"lifetime": 2, "population": 2, "inner_optimizer": "sgd"}
-    dr.run(made(args, "whole", **settings))
-    for stage in ("meta", "k_top"):
-        with interrupted(monkeypatch, stage, at=3):
-            dr.run(made(args, "cut", **settings))
-    dr.run(made(args, "cut", **settings))
+    whole_and_cut(monkeypatch, dr.run, made(args, "whole", **settings), ("meta", "k_top"), at=3)
     assert same(weights(Path("whole")), weights(Path("cut")))
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import interrupted, like
+from conftest import like, whole_and_cut
 from PIL import Image
 from test_run import same, weights
 
@@ -544,11 +544,9 @@ def test_the_source_as_it_is_is_the_source_only_baseline(args: common.Args):
 def test_a_run_that_is_cut_off_in_every_stage_ends_with_the_same_weights(
     args: common.Args, monkeypatch: pytest.MonkeyPatch
 ):
-    metasim.run(made(args, "whole", task_reward=True))
-    for stage in ("features", "reconstruct", "match", "reward_start", "reward", "train"):
-        with interrupted(monkeypatch, stage, at=2):
-            metasim.run(made(args, "cut", task_reward=True))
-    metasim.run(made(args, "cut", task_reward=True))
+    stages = ("features", "reconstruct", "match", "reward_start", "reward", "train")
+    args = made(args, "whole", task_reward=True)
+    whole_and_cut(monkeypatch, metasim.run, args, stages, at=2)
     assert same(weights(Path("whole")), weights(Path("cut")))
     names = ["set/set.json", *(f"datagen/scenes_{step:06d}.png" for step in range(5))]
     for name in names:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import interrupted, like
+from conftest import like, whole_and_cut
 from test_methods import scramble
 from test_run import same, weights
 
@@ -264,10 +264,7 @@ def test_a_run_that_is_cut_off_ends_with_the_same_weights(
     args: common.Args, stage: str, monkeypatch: pytest.MonkeyPatch
 ):
     settings = {"reward_on": "teacher", "steps": 8}
-    ro.run(made(args, "whole", **settings))
-    with interrupted(monkeypatch, stage, at=3):
-        ro.run(made(args, "cut", **settings))
-    ro.run(made(args, "cut", **settings))
+    whole_and_cut(monkeypatch, ro.run, made(args, "whole", **settings), (stage,), at=3)
     assert same(weights(Path("whole")), weights(Path("cut")))
 
 
