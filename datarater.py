@@ -25,7 +25,7 @@ best ones; --steps counts these updates.
 
 import contextlib
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -133,27 +133,54 @@ def with_all(augmentations: Sequence[str], images: Tensor, rng: torch.Generator)
     return torch.cat([AUGMENTATIONS[name](images, rng) for name in augmentations])
 
 
-# ---- Inner optimizers: pure functions, so that they can be differentiated ------------------------
+# ---- Inner optimizers: pure functions, so that they can be differentiated, and their inverses ----
 def sgd(
     theta: Tensor, state: Tensor, gradient: Tensor, step: int, lr: float, decay: float = 0.0
 ) -> tuple[Tensor, Tensor]:
     """SGD with momentum 0.9. theta, gradient [P], state [1,P] -> theta, state after the update."""
     momentum = 0.9 * state[0] + gradient
-    return theta - lr * (momentum + decay * theta), momentum[None]
+    return theta * (1 - lr * decay) - lr * momentum, momentum[None]
+
+
+def undo_sgd(
+    theta: Tensor, state: Tensor, gradient: Tensor, step: int, lr: float, decay: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """theta, state after an update -> before it."""
+    return (theta + lr * state[0]) / (1 - lr * decay), (state - gradient) / 0.9
+
+
+def adam_direction(m: Tensor, v: Tensor, step: int) -> Tensor:
+    # eps stands inside the root, whose derivative at a gradient of zero would be infinite.
+    return m / (1 - 0.9**step) / (v / (1 - 0.999**step) + 1e-16).sqrt()
 
 
 def adam(
     theta: Tensor, state: Tensor, gradient: Tensor, step: int, lr: float, decay: float = 0.0
 ) -> tuple[Tensor, Tensor]:
     """Adam (arXiv:1412.6980v9), its weight decay decoupled. state [2,P], step from 1."""
-    m = 0.9 * state[0] + 0.1 * gradient
-    v = 0.999 * state[1] + 0.001 * gradient**2
-    # eps stands inside the root, whose derivative at a gradient of zero would be infinite.
-    direction = m / (1 - 0.9**step) / (v / (1 - 0.999**step) + 1e-16).sqrt()
-    return theta - lr * (direction + decay * theta), torch.stack([m, v])
+    m, v = state
+    m, v = 0.9 * m + 0.1 * gradient, 0.999 * v + 0.001 * gradient**2
+    return theta * (1 - lr * decay) - lr * adam_direction(m, v, step), torch.stack([m, v])
 
 
-OPTIMIZERS = {"sgd": (sgd, 1), "adam": (adam, 2)}  # and how many vectors their state has
+def undo_adam(
+    theta: Tensor, state: Tensor, gradient: Tensor, step: int, lr: float, decay: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """theta, state after an update -> before it."""
+    m, v = state
+    theta = (theta + lr * adam_direction(m, v, step)) / (1 - lr * decay)
+    # What rounding leaves of a v of zero may be below it, which has no root.
+    v = ((v - 0.001 * gradient**2) / 0.999).clamp(min=0)
+    return theta, torch.stack([(m - 0.1 * gradient) / 0.9, v])
+
+
+class Optimizer(NamedTuple):
+    update: Callable[..., tuple[Tensor, Tensor]]
+    undo: Callable[..., tuple[Tensor, Tensor]]
+    vectors: int  # that its state has
+
+
+OPTIMIZERS = {"sgd": Optimizer(sgd, undo_sgd, 1), "adam": Optimizer(adam, undo_adam, 2)}
 
 
 # ---- Meta-gradients -----------------------------------------------------------------------------
@@ -167,17 +194,22 @@ class Inner(NamedTuple):
 
 
 class BatchNorm(nn.BatchNorm2d):
-    """Batch normalisation that can be written out. torch's own takes the batch's mean and variance
-    for constants when a forward-mode derivative is differentiated again (torch 2.15)."""
-
-    written_out = False  # by the batch's statistics, without keeping track of them
+    """Batch normalisation with a forward-mode derivative that can be differentiated again: torch's
+    own takes the batch's mean and variance for constants there (torch 2.15)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.written_out:
+        (x, dx), (weight, dw), (bias, db) = (
+            forward_ad.unpack_dual(value) for value in (x, self.weight, self.bias)
+        )
+        if dx is None:
             return super().forward(x)
-        x = x - x.mean(dim=(0, 2, 3), keepdim=True)  # [B,C,H,W]
-        scale = self.weight[:, None, None] * (x.square().mean((0, 2, 3), True) + self.eps).rsqrt()
-        return x * scale + self.bias[:, None, None]
+        # By the batch's statistics, which are not kept track of here.
+        dims, (w, b, dw, db) = (0, 2, 3), (v[:, None, None] for v in (weight, bias, dw, db))
+        x = x - x.mean(dims, keepdim=True)  # [B,C,H,W]
+        rate = (x.square().mean(dims, keepdim=True) + self.eps).rsqrt()  # [1,C,1,1]
+        x = x * rate
+        within = dx - dx.mean(dims, keepdim=True) - x * (x * dx).mean(dims, keepdim=True)
+        return forward_ad.make_dual(w * x + b, w * rate * within + dw * x + db)
 
 
 class Functional:
@@ -185,40 +217,37 @@ class Functional:
 
     def __init__(self, net: nn.Module) -> None:
         self.net, self.parameters = net, dict(net.named_parameters())
-        self.norms = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
-        for norm in self.norms:
-            norm.__class__ = BatchNorm
         for module in net.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.__class__ = BatchNorm
             if isinstance(module, nn.Dropout):  # a loss is computed twice and must be the same
                 module.p = 0.0
 
-    def losses(
-        self, theta: Tensor, buffers: dict[str, Tensor], images: Tensor, labels: Tensor
-    ) -> Tensor:
-        """Cross-entropy of each image, with the auxiliary heads'. images [B,3,H,W] -> [B], nats.
+    def logits(self, theta: Tensor, buffers: dict[str, Tensor], images: Tensor) -> list[Tensor]:
+        """Those of the network and of its auxiliary heads. images [B,3,H,W] -> [B,C,H,W] each.
 
         In training mode the buffers are updated in place.
         """
         pieces = theta.split([p.numel() for p in self.parameters.values()])
         items = zip(self.parameters.items(), pieces, strict=True)
         values = {name: piece.view_as(p) for (name, p), piece in items}
-        outputs = torch.func.functional_call(
-            self.net, {**values, **buffers}, (images,), {"aux": True}
-        )
-        losses = [image_losses(output, labels) for output in outputs]
-        return losses[0] + common.AUX_WEIGHT * sum(losses[1:])
+        return torch.func.functional_call(self.net, {**values, **buffers}, (images,), {"aux": True})
 
-    def slopes(self, theta: Tensor, direction: Tensor, batch: tuple[Tensor, Tensor]) -> Tensor:
-        """Derivatives of the images' losses along a direction of theta, [B], by forward mode; they
-        can be differentiated by theta again."""
-        for norm in self.norms:
-            norm.written_out = True
+    def losses(
+        self, theta: Tensor, buffers: dict[str, Tensor], images: Tensor, labels: Tensor
+    ) -> Tensor:
+        """Cross-entropy of each image, with the auxiliary heads'. images [B,3,H,W] -> [B], nats."""
+        first, *rest = (image_losses(z, labels) for z in self.logits(theta, buffers, images))
+        return first + common.AUX_WEIGHT * sum(rest)
+
+    def slopes(self, theta: Tensor, direction: Tensor, images: Tensor, labels: Tensor) -> Tensor:
+        """Derivatives of `losses` along a direction of theta, [B], in training mode. They come from
+        forward mode and can be differentiated by theta again."""
         with forward_ad.dual_level():
             dual = forward_ad.make_dual(theta, direction)
-            slopes = forward_ad.unpack_dual(self.losses(dual, {}, *batch)).tangent
-        for norm in self.norms:
-            norm.written_out = False
-        return slopes
+            pairs = [forward_ad.unpack_dual(z) for z in self.logits(dual, {}, images)]
+        first, *rest = (image_slopes(*pair, labels) for pair in pairs)
+        return first + common.AUX_WEIGHT * sum(rest)
 
     def outer_loss(self, inner: Inner, photos: tuple[Tensor, Tensor], statistics: str) -> Tensor:
         self.net.train(statistics == "batch")
@@ -228,15 +257,17 @@ class Functional:
 
 
 def image_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy of each image, mean over its valid pixels. [B,C,H,W], [B,H,W] -> [B], nats.
+    """Cross-entropy of each image, mean over its valid pixels. [B,C,H,W], [B,H,W] -> [B], nats."""
+    losses = F.cross_entropy(logits, labels, ignore_index=common.IGNORE, reduction="none")
+    return losses.sum(dim=(1, 2)) / (labels != common.IGNORE).sum(dim=(1, 2)).clamp(min=1)
 
-    Written out, since log_softmax's forward-mode derivative cannot be differentiated again.
-    """
+
+def image_slopes(logits: Tensor, change: Tensor, labels: Tensor) -> Tensor:
+    """Derivatives of `image_losses` as the logits change, both [B,C,H,W] -> [B]."""
     valid = labels != common.IGNORE
-    logits = logits - logits.detach().amax(dim=1, keepdim=True)
-    right = logits.gather(1, torch.where(valid, labels, 0)[:, None])[:, 0]  # [B,H,W]
-    losses = (logits.exp().sum(dim=1).log() - right) * valid
-    return losses.sum(dim=(1, 2)) / valid.sum(dim=(1, 2)).clamp(min=1)
+    right = change.gather(1, torch.where(valid, labels, 0)[:, None])[:, 0]  # [B,H,W]
+    slopes = ((logits.softmax(dim=1) * change).sum(dim=1) - right) * valid
+    return slopes.sum(dim=(1, 2)) / valid.sum(dim=(1, 2)).clamp(min=1)
 
 
 def copied(buffers: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -250,39 +281,40 @@ def mixed(
 
     batches: T of (images [B,3,h,w], labels [B,h,w]), weights [T,B], photos like a batch
     -> gradient of the outer loss by the weights [T,B], the network after T updates, outer loss,
-    losses of the source images [T,B]. Between the updates only vectors of parameters are kept.
+    losses of the source images [T,B]. Of each update only its gradient is kept: backwards, the
+    updates are undone.
     """
-    update, _ = OPTIMIZERS[args.inner_optimizer]
+    update, undo, _ = OPTIMIZERS[args.inner_optimizer]
     rates = (args.inner_lr, args.inner_decay)
-    trace, all_losses = [], []
+    gradients, all_losses = [], []
     theta, state, step, buffers = (inner.theta, inner.state, inner.step, copied(inner.buffers))
     for batch, w in zip(batches, weights, strict=True):
         theta = theta.detach().requires_grad_()
         losses = f.losses(theta, buffers, *batch)
-        (gradient,) = torch.autograd.grad((w * losses).sum(), theta)
-        theta = theta.detach()
+        gradients += torch.autograd.grad((w * losses).sum(), theta)
         all_losses.append(losses.detach())
-        trace.append((theta, state, gradient))
         step += 1
-        theta, state = update(theta, state, gradient, step, *rates)
+        theta, state = update(theta.detach(), state, gradients[-1], step, *rates)
     after = Inner(theta, state, buffers, step)
 
     theta = theta.clone().requires_grad_()
     outer = f.outer_loss(after._replace(theta=theta), photos, args.outer_statistics)
     # Cotangents, d outer / d theta_t and d outer / d state_t, from t = T to 0.
     (to_theta,), to_state = torch.autograd.grad(outer, theta), torch.zeros_like(state)
-    to_weights = torch.empty_like(weights)
-    for t in reversed(range(len(trace))):
-        leaves = [value.detach().requires_grad_() for value in trace.pop()]
-        updated = update(*leaves, inner.step + t + 1, *rates)
+    theta, to_weights = theta.detach(), torch.empty_like(weights)
+    for t in reversed(range(len(batches))):
+        gradient, nth = gradients.pop(), inner.step + t + 1
+        theta, state = undo(theta, state, gradient, nth, *rates)
+        leaves = [value.detach().requires_grad_() for value in (theta, state, gradient)]
+        updated = update(*leaves, nth, *rates)
         to_theta, to_state, to_gradient = torch.autograd.grad(updated, leaves, (to_theta, to_state))
         # The gradient is sum_i w_i d loss_i / d theta. So along its cotangent c the derivative of
         # loss_i is d outer / d w_i, and that of sum_i w_i loss_i has the gradient Hessian c.
-        theta = leaves[0].detach().requires_grad_(t > 0)
-        slopes = f.slopes(theta, to_gradient, batches[t])
+        leaf = theta.clone().requires_grad_(t > 0)
+        slopes = f.slopes(leaf, to_gradient, *batches[t])
         to_weights[t] = slopes.detach()
         if t > 0:
-            to_theta = to_theta + torch.autograd.grad((weights[t] * slopes).sum(), theta)[0]
+            to_theta = to_theta + torch.autograd.grad((weights[t] * slopes).sum(), leaf)[0]
     return to_weights, after, outer.detach(), torch.stack(all_losses)
 
 
@@ -290,7 +322,7 @@ def unroll(
     f: Functional, inner: Inner, batches: Sequence, weights: Tensor, photos: tuple, args: Args
 ) -> tuple[Tensor, Inner, Tensor, Tensor]:
     """The same as `mixed` by reverse mode alone: the graph of all T updates is kept."""
-    update, _ = OPTIMIZERS[args.inner_optimizer]
+    update = OPTIMIZERS[args.inner_optimizer].update
     weights = weights.detach().requires_grad_()
     theta, state, step, buffers = (inner.theta, inner.state, inner.step, copied(inner.buffers))
     theta, all_losses = theta.detach().requires_grad_(), []
@@ -319,7 +351,7 @@ class Population:
     def born(self) -> Inner:
         net = self.run.network()
         theta = torch.cat([p.detach().flatten() for p in net.parameters()])
-        _, count = OPTIMIZERS[self.run.args.inner_optimizer]
+        count = OPTIMIZERS[self.run.args.inner_optimizer].vectors
         buffers = {name: b.clone() for name, b in net.named_buffers()}
         return Inner(theta, theta.new_zeros(count, len(theta)), buffers, 0)
 
@@ -353,7 +385,7 @@ def warmed_up(
 ) -> Inner:
     """A new inner network after `warm_up` updates on candidates of equal weights."""
     args, rng = run.args, common.generator(run.args.seed, *seed, 11)
-    update, _ = OPTIMIZERS[args.inner_optimizer]
+    update = OPTIMIZERS[args.inner_optimizer].update
     theta, state, buffers, step = inner.theta, inner.state, copied(inner.buffers), inner.step
     start = int(torch.randint(2**20, (), generator=rng))  # of its own batches
     for n in range(args.warm_up):

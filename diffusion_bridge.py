@@ -1312,8 +1312,10 @@ def with_config(argv: list[str]) -> list[str]:
             raise UserError(f"{path}: unknown key {key!r}, expected one of {sorted(known)}")
         kind, flag = known[name], name.replace("_", "-")
         values = [str(v) for v in (value if isinstance(value, list) else [value])]
-        if isinstance(value, dict) or isinstance(value, bool) != (kind is bool) or (
-            not reads_as(kind, values)
+        if (
+            isinstance(value, dict)
+            or isinstance(value, bool) != (kind is bool)
+            or (not reads_as(kind, values))
         ):
             expected = kind.__name__ if isinstance(kind, type) else kind
             raise UserError(f"{path}: {key} is {value!r}, expected {expected}")

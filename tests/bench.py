@@ -339,7 +339,7 @@ def meta_problem(b: Bench, updates: int) -> tuple:
     args = b.of(datarater, inner_updates=updates)
     net = common.Network(args.net, b.classes).to(b.device).train()
     theta = nn.utils.parameters_to_vector(net.parameters()).detach()
-    state = theta.new_zeros(datarater.OPTIMIZERS[args.inner_optimizer][1], len(theta))
+    state = theta.new_zeros(datarater.OPTIMIZERS[args.inner_optimizer].vectors, len(theta))
     buffers = {name: value.clone() for name, value in net.named_buffers()}
     inner = datarater.Inner(theta, state, buffers, 0)
     batches, rng = common.Batches(b.source, args.inner_batch, 0, b.device), common.generator(0)

@@ -55,7 +55,7 @@ def problem(
     torch.manual_seed(0)
     f = dr.Functional(net.to(dtype).train())
     theta = nn.utils.parameters_to_vector(net.parameters()).detach()
-    state = torch.rand(dr.OPTIMIZERS[optimizer][1], len(theta), dtype=dtype) * 0.01
+    state = torch.rand(dr.OPTIMIZERS[optimizer].vectors, len(theta), dtype=dtype) * 0.01
     buffers = {name: b.clone() for name, b in net.named_buffers()}
     inner = dr.Inner(theta, state, buffers, 7)
 
@@ -116,14 +116,19 @@ def test_inner_optimizers_equal_those_of_torch(name: str):
         "sgd": torch.optim.SGD([parameter], lr, momentum=0.9),
         "adam": torch.optim.AdamW([parameter], lr, weight_decay=0.01),
     }[name]
-    update, vectors = dr.OPTIMIZERS[name]
+    update, undo, vectors = dr.OPTIMIZERS[name]
     theta, state = start, torch.zeros(vectors, 5, dtype=torch.float64)
+    trace = []
     for step in range(1, 6):
         gradient = torch.randn(5, dtype=torch.float64)
         parameter.grad = gradient
         reference.step()
+        trace.append((theta, state, gradient, step))
         theta, state = update(theta, state, gradient, step, lr, 0.01 * (name == "adam"))
     torch.testing.assert_close(theta, parameter.detach(), rtol=1e-6, atol=1e-8)
+    for *before, gradient, step in reversed(trace):
+        theta, state = undo(theta, state, gradient, step, lr, 0.01 * (name == "adam"))
+        torch.testing.assert_close([theta, state], before, rtol=1e-9, atol=1e-12)
 
 
 def test_image_losses_are_cross_entropies_of_each_image():
