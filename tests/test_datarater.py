@@ -166,7 +166,7 @@ def test_the_rater_learns_which_augmentation_harms(
 
     monkeypatch.setattr(dr, "AUGMENTATIONS", {"original": common.original, "noise": noise})
     args = made(args, "run", augmentations=("original", "noise"), inner_batch=2, meta_lr=3e-3)
-    args = replace(args, meta_steps=25, warm_up=0)
+    args = replace(args, meta_steps=25, warm_up=20)
     run, rater = common.Run(args, "datarater"), dr.Rater()
     source, few = common.load(run.args, "source"), common.load(run.args, "target_few")
     dr.meta_train(run, rater, source, few)
