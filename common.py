@@ -310,14 +310,20 @@ def build_cache(
 
 def in_threads(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
     """`function` of every item, in order, on all cores, with a few results at most in memory."""
+
+    def some(
+        start: int,
+    ) -> list:  # several at a time: handing one over takes as long as a small one
+        return [function(item) for item in items[start : start + 4]]
+
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         waiting: deque[Future] = deque()
-        for item in items:
-            waiting.append(pool.submit(function, item))
-            if len(waiting) > 32:
-                yield waiting.popleft().result()
+        for start in range(0, len(items), 4):
+            waiting.append(pool.submit(some, start))
+            if len(waiting) > 8:
+                yield from waiting.popleft().result()
         while waiting:
-            yield waiting.popleft().result()
+            yield from waiting.popleft().result()
 
 
 @contextlib.contextmanager
@@ -327,8 +333,10 @@ def progress(label: str, total: int) -> Iterator[Callable[..., None]]:
     from rich.progress import Progress
 
     console = Console(stderr=True)
-    watched = console.is_terminal and world()[0] == 0
-    with Progress(console=console, disable=not watched, transient=True) as bar:
+    if not console.is_terminal or world()[0] > 0:
+        yield lambda steps=1: None
+        return
+    with Progress(console=console, transient=True) as bar:
         task = bar.add_task(label, total=total)
         yield partial(bar.advance, task)
 
