@@ -408,8 +408,10 @@ def warmed_up(
     return Inner(theta, state, buffers, step)
 
 
-def meta_train(run: Run, rater: Rater, source: Part, few: Part) -> None:
-    """Trains the rater, in place."""
+def meta_train(
+    run: Run, rater: Rater, source: Part, few: Part, amount: np.ndarray | None = None
+) -> None:
+    """Trains the rater, in place. amount: the share of random pixels of each source image, [N]."""
     args, device, updates = run.args, run.device, run.args.inner_updates
     f = Functional(Network(args.net, len(run.classes)).to(device).train())
     population = Population(run, rater)
@@ -425,9 +427,8 @@ def meta_train(run: Run, rater: Rater, source: Part, few: Part) -> None:
             if member.step == 0:
                 member = warmed_up(run, f, member, batches, photos, (step, p))
             nth = step * population.size + p
-            inner = []  # T batches of images [A*B,3,h,w], labels [A*B,h,w]
-            for t in range(updates):
-                inner.append(candidates(batches(nth * updates + t), args, rng))
+            drawn = [batches(nth * updates + t) for t in range(updates)]
+            inner = [candidates(b, args, rng) for b in drawn]  # images [A*B,3,h,w], labels
             batch = photos(nth)
             outer = shrunk(*common.crop_flip(batch.images, batch.labels, rng), args.shrink)
             scores = rater(torch.cat([x for x, _ in inner])).view(updates, -1)
@@ -445,6 +446,11 @@ def meta_train(run: Run, rater: Rater, source: Part, few: Part) -> None:
             used = 1 / weights.detach().square().sum(dim=1).mean()
             both = {"inner_loss": losses.mean(), "outer_loss": outer_loss}
             run.log(step, age=member.step, **both, norm=norm, images_used=used)
+            if args.corrupt:
+                damage = np.stack(
+                    [np.tile(amount[b.index], len(args.augmentations)) for b in drawn]
+                )
+                run.log(step, **worth_by_damage(to_weights, damage))
         # The mean of the members' updates.
         vector_to_parameters(torch.stack(moved).mean(dim=0), rater.parameters())
         if step % max(1, args.meta_steps // 20) == 0:
@@ -533,6 +539,21 @@ def corrupted(part: Part, share: float, seed: int) -> tuple[Part, np.ndarray]:
     return replace(part, images=images), amount
 
 
+DAMAGE = {"none": (0.0, 0.0), "10-30": (0.0, 0.3), "30-60": (0.3, 0.6), "60-90": (0.6, 0.9)}
+
+
+def worth_by_damage(to_weights: Tensor, amount: np.ndarray) -> dict[str, Tensor]:
+    """How much the outer loss falls with the weight of an image, less the mean of its batch: what
+    the rater learns from, as means over the images of each amount of damage. Both [T,B]."""
+    worth = to_weights.mean(dim=1, keepdim=True) - to_weights
+    found = {}
+    for name, (low, high) in DAMAGE.items():
+        hit = (amount > low) & (amount <= high) if high else amount == 0
+        if hit.any():
+            found[f"worth_{name}"] = worth[torch.from_numpy(hit)].mean()
+    return found
+
+
 def auroc(scores: np.ndarray, bad: np.ndarray) -> float:
     """Probability that a random bad one has a lower score than a random good one."""
     lower = scores[bad][:, None] < scores[~bad]
@@ -552,7 +573,7 @@ def run(args: Args) -> Result:
     if args.corrupt:
         source, amount = corrupted(source, args.corrupt, args.seed)
     rater = Rater().to(run.device)
-    meta_train(run, rater, source, few)
+    meta_train(run, rater, source, few, amount if args.corrupt else None)
 
     scores = analyze_with_individual_augmentations(rater, source, args, run.device)
     best = chosen(scores, args.k, "best", args.seed)
@@ -634,7 +655,7 @@ def draw_rater(run: Run, source: Part, scores: np.ndarray, amount: np.ndarray) -
     titles = {"outer_loss": "outer: labelled target photos", "inner_loss": "inner: source images"}
     draw_losses(folder / "meta_losses.png", lines, titles, run.args.warm_up)
     if run.args.corrupt:
-        draw_corruption(folder / "corruption.png", scores.mean(axis=1), amount)
+        draw_corruption(folder / "corruption.png", scores.mean(axis=1), amount, lines)
 
 
 @contextlib.contextmanager
@@ -702,13 +723,26 @@ def draw_comparison(path: Path, found: dict[str, float]) -> None:
         axis.set(ylabel="mIoU (%)", ylim=(0, 1.15 * max(found.values())))
 
 
-def draw_corruption(path: Path, scores: np.ndarray, amount: np.ndarray) -> None:
-    """Mean score of each image's candidates against its share of random pixels."""
-    with plot(path) as axis:
-        axis.scatter(100 * amount, scores, s=8, alpha=0.5)
-        title = f"AUROC {auroc(scores, amount > 0):.3f}"
-        axis.set(xlabel="pixels at random (%)", ylabel="score", title=title)
-        axis.grid(alpha=0.3)
+def draw_corruption(path: Path, scores: np.ndarray, amount: np.ndarray, lines: list[dict]) -> None:
+    """Mean score of each image's candidates against its share of random pixels, and beside it what
+    the rater had to learn from: whether the photos' loss minds such images."""
+    found = auroc(scores, amount > 0)
+    print(f"damaged images' scores are lower with a probability of {found:.3f} (AUROC)")
+    with plot(path, 1, 2, (9, 3.5)) as axes:
+        left, right = axes
+        left.scatter(100 * amount, scores, s=8, alpha=0.5)
+        left.set(xlabel="pixels at random (%)", ylabel="score", title=f"AUROC {found:.3f}")
+        for x, name in enumerate(DAMAGE):
+            worth = [line[f"worth_{name}"] for line in lines if f"worth_{name}" in line]
+            if len(worth) > 1:
+                error = 2 * np.std(worth, ddof=1) / len(worth) ** 0.5
+                right.errorbar(x, np.mean(worth), error, fmt="o", color="tab:blue", capsize=4)
+        right.axhline(0, color="0.5", lw=1)
+        right.set_xticks(range(len(DAMAGE)), list(DAMAGE))
+        right.set(xlabel="pixels at random (%)", title="mean and two standard errors")
+        right.set_ylabel("fall of the photos' loss by its weight")
+        for axis in axes:
+            axis.grid(alpha=0.3)
 
 
 if __name__ == "__main__":

@@ -253,6 +253,15 @@ def test_corruption_and_auroc(args: common.Args):
     assert dr.auroc(scores, bad) == pytest.approx(expected)
 
 
+def test_an_image_is_worth_what_the_outer_loss_falls_with_its_weight():
+    to_weights = torch.tensor([[1.0, -3, 2, 0], [4, 0, 0, 0]])
+    amount = np.array([[0, 0.2, 0.5, 0], [0, 0, 0.25, 0]])
+    worth = dr.worth_by_damage(to_weights, amount)
+    # Less the means, 0 and 1: [-1 3 -2 0] and [-3 1 1 1].
+    means = {"worth_none": (-1 + 0 - 3 + 1 + 1) / 5, "worth_10-30": (3 + 1) / 2, "worth_30-60": -2}
+    assert {name: value.item() for name, value in worth.items()} == pytest.approx(means)
+
+
 # ---- Runs ---------------------------------------------------------------------------------------
 def test_a_run_writes_its_figures_and_a_training_set(
     args: common.Args, monkeypatch: pytest.MonkeyPatch
@@ -263,6 +272,7 @@ def test_a_run_writes_its_figures_and_a_training_set(
     assert (result.steps, result.target_labels) == (6, 2) and "4 meta-gradients" in result.beside
     for name in ("scores", "augmentation_scores", "meta_losses", "corruption"):
         assert Path(f"run/figures/{name}.png").stat().st_size > 5000
+    assert any("worth_none" in line for line in common.read_scalars(Path("run")))
     table = torch.load("run/best_augmentations_step_4.pt", weights_only=True)
     assert len(common.load_set(Path("run/set"), "vkitti2", (32, 64))) == 2 * len(table)
 
