@@ -446,11 +446,9 @@ def meta_train(
             used = 1 / weights.detach().square().sum(dim=1).mean()
             both = {"inner_loss": losses.mean(), "outer_loss": outer_loss}
             run.log(step, age=member.step, **both, norm=norm, images_used=used)
-            if args.corrupt:
-                damage = np.stack(
-                    [np.tile(amount[b.index], len(args.augmentations)) for b in drawn]
-                )
-                run.log(step, **worth_by_damage(to_weights, damage))
+            if amount is not None:
+                damage = [np.tile(amount[b.index], len(args.augmentations)) for b in drawn]
+                run.log(step, **worth_by_damage(to_weights, np.stack(damage)))
         # The mean of the members' updates.
         vector_to_parameters(torch.stack(moved).mean(dim=0), rater.parameters())
         if step % max(1, args.meta_steps // 20) == 0:
