@@ -43,15 +43,15 @@ from common import AUGMENTATIONS, Batch, Batches, Network, Part, Result, Run, Us
 
 @dataclass(frozen=True)
 class Args(common.Args):
-    meta_steps: int = 200
-    """Updates of the rater."""
+    meta_steps: int | None = None
+    """Updates of the rater. Default: 200; 100 with --corrupt."""
     meta_lr: float = 1e-3
     """Learning rate of the rater's Adam."""
     meta_gradient: Literal["mixed", "unroll"] = "mixed"
     """How the outer loss is differentiated through the inner updates: backwards over stored
     parameters, with forward-mode derivatives of the losses (mixed), or by autograd (unroll)."""
-    inner_updates: int = 2
-    """T, inner updates that are differentiated. The paper: 2."""
+    inner_updates: int | None = None
+    """T, inner updates that are differentiated. Default: 2, as in the paper; 16 with --corrupt."""
     population: int = 2
     """Inner networks. The paper: 8."""
     lifetime: int = 100
@@ -66,8 +66,9 @@ class Args(common.Args):
     """Learning rate of the inner networks, constant."""
     inner_decay: float = 0.01
     """Decoupled weight decay of the inner networks. The paper: 0.1."""
-    inner_batch: int = 4
-    """Source images in an inner batch, each there with every augmentation."""
+    inner_batch: int | None = None
+    """Source images in an inner batch, each there with every augmentation. Default: 4; 16 with
+    --corrupt."""
     shrink: int = 2
     """Sides of the images in meta-training and for the rater, as a fraction 1/shrink of --size."""
     outer_statistics: Literal["running", "batch"] = "running"
@@ -77,8 +78,9 @@ class Args(common.Args):
     """Of the softmax over a batch's scores."""
     clip: float = 0.01
     """Largest norm of a member's meta-gradient. The paper: 0.01."""
-    augmentations: tuple[str, ...] = tuple(AUGMENTATIONS)
-    """What the candidates of an image are made by."""
+    augmentations: tuple[str, ...] | None = None
+    """What the candidates of an image are made by. Default: all there are; original with --corrupt,
+    where images are told apart."""
     draws: int = 1
     """Candidates of each image from each augmentation, with parameters drawn anew. With more the
     best is more extreme; 4 and 8 were worse than 1."""
@@ -89,6 +91,16 @@ class Args(common.Args):
     corrupt: float = 0.0
     """Share of source images with 10-90% of their pixels at random, to see whether the rater finds
     them."""
+
+
+def settled(args: Args) -> Args:
+    """The arguments with the defaults that depend on --corrupt."""
+    usual = {"meta_steps": 200, "inner_updates": 2, "inner_batch": 4}
+    usual |= {"augmentations": tuple(AUGMENTATIONS)}
+    if args.corrupt:
+        usual = {"meta_steps": 100, "inner_updates": 16, "inner_batch": 16}
+        usual |= {"augmentations": ("original",)}
+    return replace(args, **{k: v for k, v in usual.items() if getattr(args, k) is None})
 
 
 # ---- The rater ----------------------------------------------------------------------------------
@@ -561,7 +573,7 @@ def auroc(scores: np.ndarray, bad: np.ndarray) -> float:
 
 # ---- The method ---------------------------------------------------------------------------------
 def run(args: Args) -> Result:
-    check_flags(args := common.resolve(args, "datarater"))
+    check_flags(args := common.resolve(settled(args), "datarater"))
     run = Run(args, "datarater")
     if run.result:
         return run.result

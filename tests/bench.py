@@ -336,7 +336,7 @@ def image_operations(b: Bench) -> Iterator[Row]:
 
 def meta_problem(b: Bench, updates: int) -> tuple:
     """Arguments of `datarater.mixed` and `unroll`: an inner network before its first update."""
-    args = b.of(datarater, inner_updates=updates)
+    args = datarater.settled(b.of(datarater, inner_updates=updates))
     net = common.Network(args.net, b.classes).to(b.device).train()
     theta = nn.utils.parameters_to_vector(net.parameters()).detach()
     state = theta.new_zeros(datarater.OPTIMIZERS[args.inner_optimizer].vectors, len(theta))

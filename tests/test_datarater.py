@@ -24,7 +24,7 @@ SMALL = {
 
 
 def made(args: common.Args, out: str, **changes) -> dr.Args:
-    return like(args, dr.Args, **{**SMALL, "out": Path(out), **changes})
+    return dr.settled(like(args, dr.Args, **{**SMALL, "out": Path(out), **changes}))
 
 
 # ---- Meta-gradients -----------------------------------------------------------------------------
@@ -239,6 +239,15 @@ def test_rules_of_choice():
     assert np.bincount(many.ravel()) == pytest.approx([3000] * 4, rel=0.1)
 
 
+def test_defaults_for_images_that_are_damaged():
+    settled = dr.settled(dr.Args(meta_steps=7))
+    assert (settled.meta_steps, settled.inner_updates, settled.inner_batch) == (7, 2, 4)
+    assert settled.augmentations == ("original", "blur", "colorjitter", "rgbshift")
+    settled = dr.settled(dr.Args(corrupt=0.1, inner_batch=2))
+    assert (settled.meta_steps, settled.inner_updates, settled.inner_batch) == (100, 16, 2)
+    assert settled.augmentations == ("original",)
+
+
 def test_corruption_and_auroc(args: common.Args):
     args = common.resolve(made(args, "run"), "x")
     part = common.load(args, "source")
@@ -268,7 +277,7 @@ def test_a_run_writes_its_figures_and_a_training_set(
 ):
     for name in ("draw_curves", "draw_predictions"):
         monkeypatch.setattr(common, name, lambda *_: None)
-    result = dr.run(made(args, "run", corrupt=0.2))
+    result = dr.run(made(args, "run", corrupt=0.2, augmentations=tuple(dr.AUGMENTATIONS)))
     assert (result.steps, result.target_labels) == (6, 2) and "4 meta-gradients" in result.beside
     for name in ("scores", "augmentation_scores", "meta_losses", "corruption"):
         assert Path(f"run/figures/{name}.png").stat().st_size > 5000
@@ -329,7 +338,7 @@ def test_what_cannot_run(args: common.Args):
         ({"population": 0}, "--population 0: at least 1"),
         ({"shrink": 2}, "--shrink 2: expected sides"),
         ({"augmentations": ("blur", "sharpen")}, "--augmentations sharpen: expected some of"),
-        ({"corrupt": 1.0}, "--corrupt 1.0: expected a share"),
+        ({"corrupt": 1.0, "k": 1}, "--corrupt 1.0: expected a share"),
     ):
         with pytest.raises(UserError, match=message):
             dr.run(made(args, "run", **changes))
