@@ -311,16 +311,15 @@ def build_cache(
 def in_threads(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
     """`function` of every item, in order, on all cores, with a few results at most in memory."""
 
-    def some(
-        start: int,
-    ) -> list:  # several at a time: handing one over takes as long as a small one
+    def some(start: int) -> list:
         return [function(item) for item in items[start : start + 4]]
 
+    # Four items at a time, since handing one over takes time too.
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         waiting: deque[Future] = deque()
         for start in range(0, len(items), 4):
             waiting.append(pool.submit(some, start))
-            if len(waiting) > 8:
+            if len(waiting) > max(8, os.cpu_count() or 1):
                 yield from waiting.popleft().result()
         while waiting:
             yield from waiting.popleft().result()

@@ -48,18 +48,18 @@ class Args(common.Args):
     meta_lr: float = 1e-3
     """Learning rate of the rater's Adam."""
     meta_gradient: Literal["mixed", "unroll"] = "mixed"
-    """How the outer loss is differentiated through the inner updates: backwards over stored
-    parameters, with forward-mode derivatives of the losses (mixed), or by autograd (unroll)."""
+    """How the outer loss is differentiated through the inner updates: undoing one after the other,
+    with forward-mode derivatives of the losses (mixed), or by autograd (unroll)."""
     inner_updates: int | None = None
     """T, inner updates that are differentiated. Default: 2, as in the paper; 16 with --corrupt."""
     population: int = 2
     """Inner networks. The paper: 8."""
     lifetime: int = 100
     """Meta-steps after which an inner network starts anew; those of a population take turns."""
-    warm_up: int = 300
+    warm_up: int | None = None
     """Updates of an inner network, on candidates of equal weights, before its first meta-step. At
     random weights any image helps, so what it says there is not what helps a network that has
-    learnt something. The paper: 0."""
+    learnt something. Default: 300; 1000 with --corrupt. The paper: 0."""
     inner_optimizer: Literal["sgd", "adam"] = "adam"
     """Optimizer of the inner networks: SGD with momentum 0.9, or Adam."""
     inner_lr: float = 2e-3
@@ -87,7 +87,8 @@ class Args(common.Args):
     k: int = 1
     """Candidates of each image to train on, the best by score."""
     compare: bool = True
-    """Train the controls too: original, all augmentations alike, random and worst candidates."""
+    """Train the controls too: original, all augmentations alike, random and worst candidates; not
+    where an image has one candidate."""
     corrupt: float = 0.0
     """Share of source images with 10-90% of their pixels at random, to see whether the rater finds
     them."""
@@ -95,10 +96,10 @@ class Args(common.Args):
 
 def settled(args: Args) -> Args:
     """The arguments with the defaults that depend on --corrupt."""
-    usual = {"meta_steps": 200, "inner_updates": 2, "inner_batch": 4}
+    usual = {"meta_steps": 200, "inner_updates": 2, "inner_batch": 4, "warm_up": 300}
     usual |= {"augmentations": tuple(AUGMENTATIONS)}
     if args.corrupt:
-        usual = {"meta_steps": 100, "inner_updates": 16, "inner_batch": 16}
+        usual = {"meta_steps": 100, "inner_updates": 16, "inner_batch": 16, "warm_up": 1000}
         usual |= {"augmentations": ("original",)}
     return replace(args, **{k: v for k, v in usual.items() if getattr(args, k) is None})
 
@@ -162,7 +163,7 @@ def undo_sgd(
 
 
 def adam_change(m: Tensor, v: Tensor, step: int, lr: float) -> Tensor:
-    """By the form at the end of the paper's section 2, for fewer passes over the vectors."""
+    """By the form that the end of section 2 gives, for fewer passes over the vectors."""
     rate = lr * (1 - 0.999**step) ** 0.5 / (1 - 0.9**step)
     # epsilon stands inside the root, whose derivative at a gradient of zero would be infinite.
     return rate * m * (v + 1e-16).rsqrt()
@@ -173,7 +174,7 @@ def adam(
 ) -> tuple[Tensor, Tensor]:
     """Adam (arXiv:1412.6980v9), its weight decay decoupled. state [2,P], step from 1."""
     m, v = state
-    m, v = gradient.lerp(m, 0.9), gradient.square().lerp(v, 0.999)
+    m, v = 0.9 * m + 0.1 * gradient, 0.999 * v + 0.001 * gradient.square()
     return theta * (1 - lr * decay) - adam_change(m, v, step, lr), torch.stack([m, v])
 
 
@@ -318,7 +319,7 @@ def mixed(
     theta, to_weights = theta.detach(), torch.empty_like(weights)
     for t in reversed(range(len(batches))):
         gradient, nth = gradients.pop(), inner.step + t + 1
-        theta, state = undo(theta, state, gradient, nth, *rates)
+        theta, state = undo(theta, state, gradient, nth, *rates) if t > 0 else inner[:2]
         leaves = [value.detach().requires_grad_() for value in (theta, state, gradient)]
         updated = update(*leaves, nth, *rates)
         to_theta, to_state, to_gradient = torch.autograd.grad(updated, leaves, (to_theta, to_state))
@@ -456,11 +457,11 @@ def meta_train(
             one, population.adams[p] = adam(phi, population.adams[p], gradient, step, args.meta_lr)
             moved.append(one)
             used = 1 / weights.detach().square().sum(dim=1).mean()
-            both = {"inner_loss": losses.mean(), "outer_loss": outer_loss}
-            run.log(step, age=member.step, **both, norm=norm, images_used=used)
+            logged = {"inner_loss": losses.mean(), "outer_loss": outer_loss, "norm": norm}
             if amount is not None:
                 damage = [np.tile(amount[b.index], len(args.augmentations)) for b in drawn]
-                run.log(step, **worth_by_damage(to_weights, np.stack(damage)))
+                logged |= worth_by_damage(to_weights, np.stack(damage))
+            run.log(step, age=member.step, **logged, images_used=used)
         # The mean of the members' updates.
         vector_to_parameters(torch.stack(moved).mean(dim=0), rater.parameters())
         if step % max(1, args.meta_steps // 20) == 0:
@@ -553,8 +554,8 @@ DAMAGE = {"none": (0.0, 0.0), "10-30": (0.0, 0.3), "30-60": (0.3, 0.6), "60-90":
 
 
 def worth_by_damage(to_weights: Tensor, amount: np.ndarray) -> dict[str, Tensor]:
-    """How much the outer loss falls with the weight of an image, less the mean of its batch: what
-    the rater learns from, as means over the images of each amount of damage. Both [T,B]."""
+    """How much the outer loss falls with the weight of an image, less the mean of its batch; means
+    over the images of each amount of damage. The rater learns from these. Both [T,B]."""
     worth = to_weights.mean(dim=1, keepdim=True) - to_weights
     found = {}
     for name, (low, high) in DAMAGE.items():
@@ -592,7 +593,8 @@ def run(args: Args) -> Result:
     top = chosen_set(run.out / "set/images.npy", source, best, args)
     common.save_set(run.out / "set", source.dataset, top.images, top.labels, top.names)
     common.train(run, net, top, args.steps, "k_top")
-    controls = train_controls(run, source, scores) if args.compare else {}
+    compare = args.compare and len(variants(args)) > 1
+    controls = train_controls(run, source, scores) if compare else {}
     draw_rater(run, source, scores, amount)
     gradients = args.meta_steps * args.population
     beside = f"{gradients} meta-gradients of {args.inner_updates} small updates"
@@ -607,6 +609,8 @@ def check_flags(args: Args) -> None:
     for flag in ("meta_steps", "inner_updates", "population", "lifetime", "inner_batch", "shrink"):
         if getattr(args, flag) < 1:
             raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: at least 1")
+    if args.inner_batch * len(args.augmentations) < 2:
+        raise UserError("--inner-batch 1: one candidate alone cannot be weighed")
     if args.warm_up < 0:
         raise UserError(f"--warm-up {args.warm_up}: expected at least 0")
     for flag in ("temperature", "clip", "inner_lr", "meta_lr"):
@@ -656,12 +660,11 @@ def draw_rater(run: Run, source: Part, scores: np.ndarray, amount: np.ndarray) -
     folder = run.out / "figures"
     lines = [line for line in common.read_scalars(run.out) if "outer_loss" in line]
     draw_scores(folder / "scores.png", source, scores, run.args)
-    draw_lines(
-        folder / "augmentation_scores.png",
-        [line for line in lines if f"score_{run.args.augmentations[0]}" in line],
-        {f"score_{name}": name for name in run.args.augmentations},
-        "mean score (less the mean of all)",
-    )
+    scored = [line for line in lines if f"score_{run.args.augmentations[0]}" in line]
+    names = {f"score_{name}": name for name in run.args.augmentations}
+    if len(names) > 1:
+        label = "mean score (less the mean of all)"
+        draw_lines(folder / "augmentation_scores.png", scored, names, label)
     titles = {"outer_loss": "outer: labelled target photos", "inner_loss": "inner: source images"}
     draw_losses(folder / "meta_losses.png", lines, titles, run.args.warm_up)
     if run.args.corrupt:

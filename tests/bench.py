@@ -334,9 +334,9 @@ def image_operations(b: Bench) -> Iterator[Row]:
         yield judged(name, "forward-backward", ratio, most=0.15)
 
 
-def meta_problem(b: Bench, updates: int) -> tuple:
+def meta_problem(b: Bench, updates: int, **changes: Any) -> tuple:
     """Arguments of `datarater.mixed` and `unroll`: an inner network before its first update."""
-    args = datarater.settled(b.of(datarater, inner_updates=updates))
+    args = datarater.settled(b.of(datarater, inner_updates=updates, **changes))
     net = common.Network(args.net, b.classes).to(b.device).train()
     theta = nn.utils.parameters_to_vector(net.parameters()).detach()
     state = theta.new_zeros(datarater.OPTIMIZERS[args.inner_optimizer].vectors, len(theta))
@@ -396,6 +396,10 @@ def datarater_meta_step(b: Bench) -> Iterator[Row]:
         yield Row(f"{what}, {mb:.0f} MB", "unroll", memory[updates][0] / memory[updates][1])
     ratio = memory[16][0] / memory[2][0]
     yield judged("its peak memory, T=16", "T=2", ratio, most=1.25)
+    # What grows is a gradient an update, beside maps that grow with the images.
+    few, many = (partial(datarater.mixed, *meta_problem(b, t, shrink=1)) for t in (2, 16))
+    ratio = peak_memory(b, many) / peak_memory(b, few)
+    yield judged("the same, --shrink 1", "T=2", ratio, most=1.25)
 
 
 def reward_gradient(b: Bench) -> Iterator[Row]:

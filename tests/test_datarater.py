@@ -85,6 +85,20 @@ def test_mixed_equals_unroll(updates: int, optimizer: str, dtype: torch.dtype, t
         torch.testing.assert_close(buffer, other[1].buffers[name])
 
 
+@pytest.mark.parametrize("updates", [2, 4])
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_a_network_without_any_update(updates: int, optimizer: str):
+    """Adam's state is 0 there and the gradients may grow a thousandfold from update to update, so
+    that what is undone is lost to rounding."""
+    f, inner, batches, weights, photos, args = problem(
+        Body(3, False), optimizer, updates, torch.float32, (32, 32)
+    )
+    inner = dr.Inner(inner.theta, torch.zeros_like(inner.state), inner.buffers, 0)
+    given = (f, inner, batches, weights, photos, replace(args, inner_lr=2e-3))
+    one, other = dr.mixed(*given)[0], dr.unroll(*given)[0]
+    assert (one - other).norm() <= 5e-2 * other.norm()
+
+
 @pytest.mark.parametrize("statistics", ["batch", "running"])
 @pytest.mark.parametrize("updates", [1, 2, 4])
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
@@ -172,7 +186,7 @@ def test_the_rater_learns_which_augmentation_harms(
     dr.meta_train(run, rater, source, few)
     scores = dr.analyze_with_individual_augmentations(rater, source, run.args, run.device)
     assert (scores[:, 0] > scores[:, 1]).mean() > 0.9
-    lines = common.read_scalars(Path("run"))
+    lines = [line for line in common.read_scalars(Path("run")) if line["age"] >= args.warm_up]
     assert lines[-1]["inner_loss"] < 0.9 * lines[0]["inner_loss"]
 
 
@@ -245,6 +259,7 @@ def test_defaults_for_images_that_are_damaged():
     assert settled.augmentations == ("original", "blur", "colorjitter", "rgbshift")
     settled = dr.settled(dr.Args(corrupt=0.1, inner_batch=2))
     assert (settled.meta_steps, settled.inner_updates, settled.inner_batch) == (100, 16, 2)
+    assert settled.warm_up == 1000
     assert settled.augmentations == ("original",)
 
 
@@ -338,7 +353,8 @@ def test_what_cannot_run(args: common.Args):
         ({"population": 0}, "--population 0: at least 1"),
         ({"shrink": 2}, "--shrink 2: expected sides"),
         ({"augmentations": ("blur", "sharpen")}, "--augmentations sharpen: expected some of"),
-        ({"corrupt": 1.0, "k": 1}, "--corrupt 1.0: expected a share"),
+        ({"inner_batch": 1, "augmentations": ("blur",), "k": 1}, "--inner-batch 1: one candidate"),
+        ({"corrupt": 1.0, "k": 1, "inner_batch": 2}, "--corrupt 1.0: expected a share"),
     ):
         with pytest.raises(UserError, match=message):
             dr.run(made(args, "run", **changes))
