@@ -24,6 +24,7 @@ best ones; --steps counts these updates.
 """
 
 import contextlib
+import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -258,7 +259,8 @@ class Functional:
     def slopes(self, theta: Tensor, direction: Tensor, images: Tensor, labels: Tensor) -> Tensor:
         """Derivatives of `losses` along a direction of theta, [B], in training mode. They come from
         forward mode and can be differentiated by theta again."""
-        with forward_ad.dual_level():
+        with forward_ad.dual_level(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of torch about itself
             dual = forward_ad.make_dual(theta, direction)
             pairs = [forward_ad.unpack_dual(z) for z in self.logits(dual, {}, images)]
         first, *rest = (image_slopes(*pair, labels) for pair in pairs)
@@ -541,9 +543,11 @@ def write_choice(
 # ---- The corruption check -----------------------------------------------------------------------
 def corrupted(part: Part, share: float, seed: int) -> tuple[Part, np.ndarray]:
     """A share of the images with 10-90% of their pixels at random, and that amount of each [N]."""
-    rng = np.random.default_rng([seed, 9])
+    rng, count = np.random.default_rng([seed, 9]), round(share * len(part))
+    if not 0 < count < len(part):
+        raise UserError(f"--corrupt {share}: {count} of {len(part)} images, expected some, not all")
     images, amount = np.array(part.images), np.zeros(len(part))
-    for n in rng.choice(len(part), round(share * len(part)), replace=False):
+    for n in rng.choice(len(part), count, replace=False):
         amount[n] = rng.uniform(0.1, 0.9)
         hit = rng.random(images.shape[1:3]) < amount[n]
         images[n][hit] = rng.integers(0, 256, (hit.sum(), 3))
@@ -574,8 +578,9 @@ def auroc(scores: np.ndarray, bad: np.ndarray) -> float:
 
 # ---- The method ---------------------------------------------------------------------------------
 def run(args: Args) -> Result:
-    check_flags(args := common.resolve(settled(args), "datarater"))
-    run = Run(args, "datarater")
+    name = "datarater_corrupt" if args.corrupt else "datarater"  # the former is no row of the table
+    check_flags(args := common.resolve(settled(args), name))
+    run = Run(args, name)
     if run.result:
         return run.result
     args, net = run.args, run.network()
@@ -600,17 +605,18 @@ def run(args: Args) -> Result:
     beside = f"{gradients} meta-gradients of {args.inner_updates} small updates"
     result = run.finish(net, target_labels=args.labelled, beside=beside)
     if controls:
-        draw_comparison(run.out / "figures/mean_iou.png", {"k-top": result.miou, **controls})
+        found = {"k-top": result.miou, **controls}
+        print("mIoU: " + ", ".join(f"{name} {miou:.1f}" for name, miou in found.items()))
+        draw_comparison(run.out / "figures/mean_iou.png", found)
     return result
 
 
 def check_flags(args: Args) -> None:
     """UserError for what cannot run."""
-    for flag in ("meta_steps", "inner_updates", "population", "lifetime", "inner_batch", "shrink"):
+    counts = "meta_steps inner_updates population lifetime inner_batch shrink draws"
+    for flag in counts.split():
         if getattr(args, flag) < 1:
             raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: at least 1")
-    if args.inner_batch * len(args.augmentations) < 2:
-        raise UserError("--inner-batch 1: one candidate alone cannot be weighed")
     if args.warm_up < 0:
         raise UserError(f"--warm-up {args.warm_up}: expected at least 0")
     for flag in ("temperature", "clip", "inner_lr", "meta_lr"):
@@ -618,8 +624,12 @@ def check_flags(args: Args) -> None:
             raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: expected above 0")
     if args.net == "lraspp":
         raise UserError("--net lraspp: torch has no second derivative of its hard sigmoid")
+    if len(set(args.augmentations)) < max(1, len(args.augmentations)):
+        raise UserError("--augmentations: expected at least one, and none twice")
     for name in set(args.augmentations) - set(AUGMENTATIONS):
         raise UserError(f"--augmentations {name}: expected some of {' '.join(AUGMENTATIONS)}")
+    if args.inner_batch * len(args.augmentations) < 2:
+        raise UserError("--inner-batch 1: one candidate alone cannot be weighed")
     count = len(variants(args))
     if not 1 <= args.k <= count:
         raise UserError(f"--k {args.k}: expected 1 to {count}, the candidates of an image")
@@ -684,7 +694,8 @@ def plot(path: Path, rows: int = 1, columns: int = 1, size: tuple = (6, 3.5)) ->
 def draw_lines(path: Path, lines: list[dict], titles: dict[str, str], label: str) -> None:
     with plot(path) as axis:
         for key, title in titles.items():
-            axis.plot([line["step"] for line in lines], [line[key] for line in lines], label=title)
+            steps, values = zip(*((line["step"], line[key]) for line in lines), strict=True)
+            axis.plot(steps, values, ".-", label=title)
         axis.set(xlabel="meta-step", ylabel=label)
         axis.grid(alpha=0.3)
         axis.legend(frameon=False)
@@ -713,19 +724,23 @@ def draw_scores(path: Path, source: Part, scores: np.ndarray, args: Args) -> Non
     frames around the best candidates of all, red ones around the worst of those shown."""
     names, columns = variants(args), args.augmentations
     rows = np.linspace(0, len(source) - 1, 5).round().astype(int)
+    if len(names) == 1:  # from the highest score to the lowest
+        rows = (-scores[:, 0]).argsort(kind="stable")[rows]
     with plot(path, len(rows), len(columns), (2.4 * len(columns), 7.5)) as axes:
         for i, n in enumerate(rows):
             kinds = [[v for v, name in enumerate(names) if name.split()[0] == c] for c in columns]
             shown = [max(kind, key=scores[n].__getitem__) for kind in kinds]
-            best, worst = (pick(shown, key=scores[n].__getitem__) for pick in (max, min))
+            best = chosen(scores[n : n + 1], args.k, "best", args.seed)[0]
+            worst = min(shown, key=scores[n].__getitem__)
             for axis, v, column in zip(axes[i], shown, columns, strict=True):
                 axis.imshow(candidate(source.images[n], source.names[n], names[v], args.seed))
                 header = f"{column}\n" if i == 0 else ""
-                axis.set_title(f"{header}{scores[n, v]:+.2f}", fontsize=9)
+                axis.set_title(f"{header}{scores[n, v]:+.2g}", fontsize=9)
                 axis.set(xticks=[], yticks=[])
                 for side in axis.spines.values():
-                    colour = {worst: "tab:red", best: "tab:green"}.get(v)
-                    side.set(color=colour, linewidth=4, visible=colour is not None)
+                    colour = "tab:green" if v in best else "tab:red"
+                    framed = len(names) > 1 and (v in best or v == worst)
+                    side.set(color=colour, linewidth=4, visible=framed)
 
 
 def draw_comparison(path: Path, found: dict[str, float]) -> None:

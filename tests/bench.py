@@ -532,6 +532,8 @@ def main(args: Args) -> None:
     if unknown:
         names = " ".join(line.__name__ for line in LINES)
         sys.exit(f"error: --only {' '.join(unknown)}: expected some of {names}")
+    if args.repeat < 1:
+        sys.exit(f"error: --repeat {args.repeat}: expected at least 1")
     shared = ("data", "benchmark", "device", "net", "size", "batch_size", "compile")
     own = common.Args(**{key: getattr(args, key) for key in shared})
     own = common.resolve(own, "bench")

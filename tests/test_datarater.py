@@ -354,6 +354,13 @@ def test_what_cannot_run(args: common.Args):
         ({"shrink": 2}, "--shrink 2: expected sides"),
         ({"augmentations": ("blur", "sharpen")}, "--augmentations sharpen: expected some of"),
         ({"inner_batch": 1, "augmentations": ("blur",), "k": 1}, "--inner-batch 1: one candidate"),
+        ({"draws": 0}, "--draws 0: at least 1"),
+        (
+            {"augmentations": ("blur", "blur")},
+            "--augmentations: expected at least one, and none twice",
+        ),
+        ({"augmentations": ()}, "--augmentations: expected at least one"),
+        ({"corrupt": 0.001, "k": 1, "inner_batch": 2}, "--corrupt 0.001: 0 of "),
         ({"corrupt": 1.0, "k": 1, "inner_batch": 2}, "--corrupt 1.0: expected a share"),
     ):
         with pytest.raises(UserError, match=message):
