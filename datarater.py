@@ -11,10 +11,10 @@ mixed-mode differentiation (MixFlow-MG, arXiv:2505.00793v2):
 
     python datarater.py --corrupt 0.1 --no-compare         (are damaged images given lower scores?)
 
-The first takes five minutes on one CPU core, with four controls that are trained for as many
+The first takes two minutes on two CPU cores, with four controls that are trained for as many
 updates: the images as they are, all augmentations alike, a random one and the worst one for each
-image. On the miniature's VKITTI the choice is above all of them (mIoU 59.9 over three seeds, the
-random one 56.8). On its GTA5, where every augmentation harms, it is no better than random.
+image. On the miniature's VKITTI the choice is above all of them (mIoU 59.4 over three seeds, the
+random one 56.8). On its GTA5, where every augmentation harms, it is below the random one.
 
 A rater scores images. Inner networks train on batches of augmented source images, weighted by the
 softmax of their scores. The loss of labelled target photos after a few such updates, differentiated
