@@ -164,10 +164,10 @@ def undo_sgd(
 
 
 def adam_change(m: Tensor, v: Tensor, step: int, lr: float) -> Tensor:
-    """By the form that the end of section 2 gives, for fewer passes over the vectors."""
-    rate = lr * (1 - 0.999**step) ** 0.5 / (1 - 0.9**step)
+    """As the end of section 2 orders it, for fewer passes over the vectors; the same epsilon."""
+    scale = 1 - 0.999**step
     # epsilon stands inside the root, whose derivative at a gradient of zero would be infinite.
-    return rate * m * (v + 1e-16).rsqrt()
+    return lr * scale**0.5 / (1 - 0.9**step) * m * (v + 1e-16 * scale).rsqrt()
 
 
 def adam(

@@ -180,13 +180,13 @@ def test_the_rater_learns_which_augmentation_harms(
 
     monkeypatch.setattr(dr, "AUGMENTATIONS", {"original": common.original, "noise": noise})
     args = made(args, "run", augmentations=("original", "noise"), inner_batch=2, meta_lr=3e-3)
-    args = replace(args, meta_steps=25, warm_up=20)
+    args = replace(args, meta_steps=25, warm_up=0)
     run, rater = common.Run(args, "datarater"), dr.Rater()
     source, few = common.load(run.args, "source"), common.load(run.args, "target_few")
     dr.meta_train(run, rater, source, few)
     scores = dr.analyze_with_individual_augmentations(rater, source, run.args, run.device)
     assert (scores[:, 0] > scores[:, 1]).mean() > 0.9
-    lines = [line for line in common.read_scalars(Path("run")) if line["age"] >= args.warm_up]
+    lines = common.read_scalars(Path("run"))
     assert lines[-1]["inner_loss"] < 0.9 * lines[0]["inner_loss"]
 
 
