@@ -61,10 +61,11 @@ class Args(common.Args):
     """Updates of an inner network, on candidates of equal weights, before its first meta-step. At
     random weights any image helps, so what it says there is not what helps a network that has
     learnt something. Default: 300; 1000 with --corrupt. The paper: 0."""
-    inner_optimizer: Literal["sgd", "adam"] = "adam"
-    """Optimizer of the inner networks: SGD with momentum 0.9, or Adam."""
-    inner_lr: float = 2e-3
-    """Learning rate of the inner networks, constant."""
+    inner_optimizer: Literal["sgd", "adam"] | None = None
+    """Optimizer of the inner networks: SGD with momentum 0.9, or Adam. Default: adam; sgd with
+    --corrupt."""
+    inner_lr: float | None = None
+    """Learning rate of the inner networks, constant. Default: 0.002 of adam, 0.05 of sgd."""
     inner_decay: float = 0.01
     """Decoupled weight decay of the inner networks. The paper: 0.1."""
     inner_batch: int | None = None
@@ -98,10 +99,11 @@ class Args(common.Args):
 def settled(args: Args) -> Args:
     """The arguments with the defaults that depend on --corrupt."""
     usual = {"meta_steps": 200, "inner_updates": 2, "inner_batch": 4, "warm_up": 300}
-    usual |= {"augmentations": tuple(AUGMENTATIONS)}
+    usual |= {"augmentations": tuple(AUGMENTATIONS), "inner_optimizer": "adam"}
     if args.corrupt:
         usual = {"meta_steps": 100, "inner_updates": 16, "inner_batch": 16, "warm_up": 1000}
-        usual |= {"augmentations": ("original",)}
+        usual |= {"augmentations": ("original",), "inner_optimizer": "sgd"}
+    usual["inner_lr"] = {"adam": 2e-3, "sgd": 0.05}[args.inner_optimizer or usual["inner_optimizer"]]
     return replace(args, **{k: v for k, v in usual.items() if getattr(args, k) is None})
 
 
@@ -708,9 +710,9 @@ def draw_losses(path: Path, lines: list[dict], titles: dict[str, str], warm_up: 
     with plot(path) as axis:
         for key, title in titles.items():
             losses = np.array([line[key] for line in lines])
-            centres = np.unique(ages // width)
-            means = [losses[ages // width == c].mean() for c in centres]
-            (mean,) = axis.plot((centres + 0.5) * width, means, label=title)
+            bins = [ages // width == n for n in np.unique(ages // width)]
+            centres, means = zip(*((ages[b].mean(), losses[b].mean()) for b in bins), strict=True)
+            (mean,) = axis.plot(centres, means, label=title)
             axis.plot(ages, losses, ".", ms=2, alpha=0.3, color=mean.get_color())
         if warm_up:
             axis.axvline(warm_up, color="0.5", ls=":", label="end of the warm-up")

@@ -460,13 +460,13 @@ class Roads:
         sample = partial(F.grid_sample, align_corners=False)
         base = sample(base, grid, padding_mode="border")
         under = sample(labels[:, None].to(values), grid, mode="nearest", padding_mode="border")
-        outside = (grid.abs() > 1).any(dim=3)
+        outside = grid.abs().amax(dim=3) > 1
         under = under[:, 0].round().long().masked_fill(outside, IGNORE)
         layers, classes = self.objects(graphs, v, horizon, grid)
         image, shares = blend(layers, base)
         classes = torch.cat([classes[..., None, None].expand(-1, -1, *self.size),
                              under[:, None]], dim=1)  # fmt: skip
-        labels = classes.gather(1, shares.argmax(dim=1, keepdim=True))[:, 0]
+        labels = classes.gather(1, shares.max(dim=1, keepdim=True).indices)[:, 0]
         # Distance over that of the horizon, here 7 times as far as the image's lower edge.
         below = (grid[..., 1] - horizon[..., None]).clamp(min=0) / (1 - horizon[..., None])
         depth = 1 / (1 + 6 * below[:, None])

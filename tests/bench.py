@@ -6,6 +6,8 @@
 
     python tests/bench.py --growth                           (writes docs/cost_growth.png)
 
+    python tests/bench.py --memory                    (peak memory of every row, at the full presets)
+
 Not a test: run it by hand, on a machine that does nothing else. A figure and its yardstick take
 turns, and the ratio is the median over the rounds, so that a slow minute slows both. Peak memory is
 that of tensors, from torch's profiler on the CPU and from its allocator on CUDA. torchmetrics and
@@ -52,6 +54,8 @@ class Args:
     """Lines to measure, by the names of their functions; all where none is given."""
     growth: bool = False
     """Instead of the table, how cost grows with the work, as docs/cost_growth.png."""
+    memory: bool = False
+    """Instead of the table, peak memory of every row at the full presets."""
     out: Path | None = None
     """Write the table as JSON too."""
     data: str = "mini"
@@ -117,11 +121,16 @@ def peak_memory(bench: "Bench", function: Callable[[], Any]) -> float:
     On the CPU the sum of all allocations less the freed ones, as the profiler records them.
     """
     function()  # so that nothing is allocated for the first time
-    if bench.device.type == "cuda":
-        before = torch.cuda.memory_allocated(bench.device)
-        torch.cuda.reset_peak_memory_stats(bench.device)
+    return allocated(bench.device, function)
+
+
+def allocated(device: torch.device, function: Callable[[], Any]) -> float:
+    """As `peak_memory`, of a function's first call."""
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
         function()
-        return torch.cuda.max_memory_allocated(bench.device) - before
+        return torch.cuda.max_memory_allocated(device) - before
     cpu = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=cpu, profile_memory=True) as profile:
         function()
@@ -542,6 +551,10 @@ def main(args: Args) -> None:
         import growth
 
         return growth.draw(b, ROOT / "docs/cost_growth.png")
+    if args.memory:
+        import memory
+
+        return memory.show(own.device)
     rows, table = [], Table(box=box.SIMPLE_HEAD, width=80)
     for column, align in (("what", "left"), ("against", "left"), ("ratio", "right"),
                           ("asked", "right"), ("met", "left")):  # fmt: skip

@@ -257,9 +257,11 @@ def test_defaults_for_images_that_are_damaged():
     settled = dr.settled(dr.Args(meta_steps=7))
     assert (settled.meta_steps, settled.inner_updates, settled.inner_batch) == (7, 2, 4)
     assert settled.augmentations == ("original", "blur", "colorjitter", "rgbshift")
+    assert (settled.inner_optimizer, settled.inner_lr) == ("adam", 2e-3)
     settled = dr.settled(dr.Args(corrupt=0.1, inner_batch=2))
     assert (settled.meta_steps, settled.inner_updates, settled.inner_batch) == (100, 16, 2)
-    assert settled.warm_up == 1000
+    assert (settled.warm_up, settled.inner_optimizer, settled.inner_lr) == (1000, "sgd", 0.05)
+    assert dr.settled(dr.Args(inner_optimizer="sgd")).inner_lr == 0.05
     assert settled.augmentations == ("original",)
 
 

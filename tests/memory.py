@@ -1,0 +1,70 @@
+"""Peak memory of every row at the full presets: `python tests/bench.py --memory` prints it.
+
+Each row is run from beginning to end on a fifth of the miniature's images, at the full presets'
+size, batch and network, two updates of each stage. On CUDA the peak is what the allocator had. On
+the CPU it is computed from the same tensors, with bfloat16 autocast where CUDA would have it: what
+a card needs besides (its context, cuDNN's workspaces, fragments) is not in it.
+"""
+
+import contextlib
+import importlib
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from bench import allocated
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+import benchmark
+import common
+import miniature
+
+SHORT = {  # where a row has more stages than the network's training
+    "datarater": {"meta_steps": 1, "warm_up": 2, "compare": False},
+    "metasim": {"scenes": 32, "reconstruct_steps": 2, "match_steps": 2, "feature_steps": 2},
+    "diffusion_bridge": {"unet_steps": 2, "reader_steps": 2},
+}
+SWITCHED = {"adversarial_da": {"align": "output", "self_train": True}}
+
+
+def autocast(run: common.Run) -> torch.autocast:
+    """As on CUDA, on any device."""
+    return torch.autocast(run.device.type, torch.bfloat16, enabled=run.args.amp)
+
+
+def peak(row: str, name: str, folder: Path, device: str, **flags: Any) -> float:
+    """GB of a row's tensors at the full preset of a benchmark."""
+    preset = common.PRESETS[name]._asdict() | {"steps": 2}
+    shared = {"benchmark": name, "data": str(folder / "mini"), "device": device, **preset}
+    with tempfile.TemporaryDirectory(dir=folder) as out:
+        if row in benchmark.BASELINES:
+            flags, function = {"row": row}, benchmark.run_baseline
+            args = benchmark.BaselineArgs(**shared, out=Path(out) / "run", **flags)
+        else:
+            module = importlib.import_module(row)
+            function = module.run
+            args = module.Args(**shared, out=Path(out) / "run", **SHORT.get(row, {}), **flags)
+        with contextlib.redirect_stdout(None):
+            return allocated(torch.device(device), lambda: function(args)) / 1e9
+
+
+def show(device: str) -> None:
+    cuda = device.startswith("cuda")
+    where = torch.cuda.get_device_name(device) if cuda else "computed on the CPU"
+    common.Run.autocast = autocast
+    table = Table("row", *(f"{b}, GB" for b in common.BENCHMARKS), box=box.SIMPLE_HEAD)
+    rows: list[tuple[str, dict]] = [(r, {}) for r in (*benchmark.BASELINES, *benchmark.METHODS)]
+    rows += list(SWITCHED.items())
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        common.CACHE = folder / "cache"
+        miniature.write(folder / "mini", scale=0.2)
+        for row, flags in rows:
+            title = " ".join([row, *(f"--{k} {v}".replace("_", "-") for k, v in flags.items())])
+            found = [peak(row, name, folder, device, **flags) for name in common.BENCHMARKS]
+            table.add_row(title.removesuffix(" True"), *(f"{value:.1f}" for value in found))
+            Console(stderr=True).print(title, *(f"{value:.2f}" for value in found))
+    Console().print(f"most memory of tensors at a time, bfloat16 autocast, {where}", table)
