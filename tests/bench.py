@@ -6,7 +6,7 @@
 
     python tests/bench.py --growth                           (writes docs/cost_growth.png)
 
-    python tests/bench.py --memory                    (peak memory of every row, at the full presets)
+    python tests/bench.py --memory                  (peak memory of every row, at the full presets)
 
 Not a test: run it by hand, on a machine that does nothing else. A figure and its yardstick take
 turns, and the ratio is the median over the rounds, so that a slow minute slows both. Peak memory is
