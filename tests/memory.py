@@ -8,6 +8,7 @@ a card needs besides (its context, cuDNN's workspaces, fragments) is not in it.
 
 import contextlib
 import importlib
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,9 @@ SHORT = {  # where a row has more stages than the network's training
     "metasim": {"scenes": 32, "reconstruct_steps": 2, "match_steps": 2, "feature_steps": 2},
     "diffusion_bridge": {"unet_steps": 2, "reader_steps": 2},
 }
-SWITCHED = {"adversarial_da": {"align": "output", "self_train": True}}
+ROWS = {row: (row, {}) for row in (*benchmark.BASELINES, *benchmark.METHODS)}
+SWITCHES = {"align": "output", "self_train": True}
+ROWS["adversarial_da --align output --self-train"] = ("adversarial_da", SWITCHES)
 
 
 def autocast(run: common.Run) -> torch.autocast:
@@ -40,13 +43,12 @@ def peak(row: str, name: str, folder: Path, device: str, **flags: Any) -> float:
     preset = common.PRESETS[name]._asdict() | {"steps": 2}
     shared = {"benchmark": name, "data": str(folder / "mini"), "device": device, **preset}
     with tempfile.TemporaryDirectory(dir=folder) as out:
+        shared["out"] = Path(out) / "run"
         if row in benchmark.BASELINES:
-            flags, function = {"row": row}, benchmark.run_baseline
-            args = benchmark.BaselineArgs(**shared, out=Path(out) / "run", **flags)
+            function, args = benchmark.run_baseline, benchmark.BaselineArgs(row=row, **shared)
         else:
             module = importlib.import_module(row)
-            function = module.run
-            args = module.Args(**shared, out=Path(out) / "run", **SHORT.get(row, {}), **flags)
+            function, args = module.run, module.Args(**shared, **SHORT.get(row, {}), **flags)
         with contextlib.redirect_stdout(None):
             return allocated(torch.device(device), lambda: function(args)) / 1e9
 
@@ -56,15 +58,12 @@ def show(device: str) -> None:
     where = torch.cuda.get_device_name(device) if cuda else "computed on the CPU"
     common.Run.autocast = autocast
     table = Table("row", *(f"{b}, GB" for b in common.BENCHMARKS), box=box.SIMPLE_HEAD)
-    rows: list[tuple[str, dict]] = [(r, {}) for r in (*benchmark.BASELINES, *benchmark.METHODS)]
-    rows += list(SWITCHED.items())
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         common.CACHE = folder / "cache"
         miniature.write(folder / "mini", scale=0.2)
-        for row, flags in rows:
-            title = " ".join([row, *(f"--{k} {v}".replace("_", "-") for k, v in flags.items())])
+        for title, (row, flags) in ROWS.items():
             found = [peak(row, name, folder, device, **flags) for name in common.BENCHMARKS]
-            table.add_row(title.removesuffix(" True"), *(f"{value:.1f}" for value in found))
-            Console(stderr=True).print(title, *(f"{value:.2f}" for value in found))
+            table.add_row(title, *(f"{value:.1f}" for value in found))
+            print(title, *(f"{value:.1f}" for value in found), file=sys.stderr)
     Console().print(f"most memory of tensors at a time, bfloat16 autocast, {where}", table)

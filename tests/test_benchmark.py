@@ -74,8 +74,8 @@ def test_ctrl_c_loses_no_finished_row(mini: Path):
     while not (scalars.exists() and scalars.read_text()) and process.poll() is None:
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to the whole group
-    _, error = process.communicate()
-    assert process.returncode == 130 and "Traceback" not in error, error
+    output, error = process.communicate()
+    assert process.returncode == 130 and "Traceback" not in error, output + error
     assert "after 1 of 2 rows" in error
     assert len(json.loads(Path("runs/results.json").read_text())) == 1
     again = subprocess.run(command, env=environment(), capture_output=True, text=True)
