@@ -473,7 +473,7 @@ def composed(roads: metasim.Roads, graphs: Any, v: dict[str, Tensor], n: int) ->
 
 
 def scenes(b: Bench) -> Iterator[Row]:
-    args, count = b.of(metasim), 64
+    args, count = b.of(metasim), 16  # as many as it renders at a time
     roads = metasim.Roads(b.source, args, b.device)
     graphs = roads.sample(count, common.generator(0))
     values = graphs.values.to(b.device)

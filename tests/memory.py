@@ -26,7 +26,7 @@ import miniature
 SHORT = {  # where a row has more stages than the network's training
     "datarater": {"meta_steps": 1, "warm_up": 2, "compare": False},
     "metasim": {"scenes": 32, "reconstruct_steps": 2, "match_steps": 2, "feature_steps": 2},
-    "diffusion_bridge": {"unet_steps": 2, "reader_steps": 2},
+    "diffusion_bridge": {"unet_steps": 2, "reader_steps": 2, "sample_steps": 2},
 }
 ROWS = {row: (row, {}) for row in (*benchmark.BASELINES, *benchmark.METHODS)}
 SWITCHES = {"align": "output", "self_train": True}

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -69,6 +70,8 @@ def test_ctrl_c_loses_no_finished_row(mini: Path):
     flags[1] = "40"
     command = [sys.executable, str(ROOT / "benchmark.py"), "--data", str(mini), *flags]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    # A shell's background job ignores Ctrl-C, and what it starts inherits that.
+    pipes["preexec_fn"] = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     process = subprocess.Popen(command, env=environment(), start_new_session=True, **pipes)
     scalars = Path("runs/vkitti2kitti/random_aug/seed0/scalars.json")
     while not (scalars.exists() and scalars.read_text()) and process.poll() is None:
