@@ -1345,7 +1345,7 @@ class Run:
         self.entered.append(stage)
         self._inside = True
         done, saved, stop = self._restore(stage, state), time.monotonic(), []
-        if done and world()[0] == 0:
+        if 0 < done < total and world()[0] == 0:
             print(f"{stage}: goes on after step {done} of {total}", file=sys.stderr)
 
         def on_signal(number: int, frame: Any) -> None:

@@ -706,7 +706,8 @@ def draw_lines(path: Path, lines: list[dict], titles: dict[str, str], label: str
 
 
 def draw_losses(path: Path, lines: list[dict], titles: dict[str, str], warm_up: int) -> None:
-    """Losses of the inner networks by their age: a dot is a batch, the lines are means."""
+    """Losses of the inner networks by their age: a dot is a batch, after the warm-up the mean of
+    ten; the lines are means."""
     ages = np.array([line["age"] for line in lines])
     width = max(1, ages.max() // 40)
     with plot(path) as axis:

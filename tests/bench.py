@@ -55,7 +55,8 @@ class Args:
     growth: bool = False
     """Instead of the table, how cost grows with the work, as docs/cost_growth.png."""
     memory: bool = False
-    """Instead of the table, peak memory of every row at the full presets."""
+    """Instead of the table, peak memory of every row at the full presets. Of the other flags only
+    --device counts."""
     out: Path | None = None
     """Write the table as JSON too."""
     data: str = "mini"
@@ -543,6 +544,10 @@ def main(args: Args) -> None:
         sys.exit(f"error: --only {' '.join(unknown)}: expected some of {names}")
     if args.repeat < 1:
         sys.exit(f"error: --repeat {args.repeat}: expected at least 1")
+    if args.memory:
+        import memory
+
+        return memory.show(args.device)
     shared = ("data", "benchmark", "device", "net", "size", "batch_size", "compile")
     own = common.Args(**{key: getattr(args, key) for key in shared})
     own = common.resolve(own, "bench")
@@ -551,10 +556,6 @@ def main(args: Args) -> None:
         import growth
 
         return growth.draw(b, ROOT / "docs/cost_growth.png")
-    if args.memory:
-        import memory
-
-        return memory.show(own.device)
     rows, table = [], Table(box=box.SIMPLE_HEAD, width=80)
     for column, align in (("what", "left"), ("against", "left"), ("ratio", "right"),
                           ("asked", "right"), ("met", "left")):  # fmt: skip

@@ -1,9 +1,10 @@
 """Peak memory of every row at the full presets: `python tests/bench.py --memory` prints it.
 
 Each row is run from beginning to end on a fifth of the miniature's images, at the full presets'
-size, batch and network, two updates of each stage. On CUDA the peak is what the allocator had. On
-the CPU it is computed from the same tensors, with bfloat16 autocast where CUDA would have it: what
-a card needs besides (its context, cuDNN's workspaces, fragments) is not in it.
+size, batch and network, a few updates of each stage. On CUDA the peak is what the allocator had. On
+the CPU it is computed from the same tensors, with bfloat16 autocast in training: what a card needs
+besides (its context, cuDNN's workspaces, fragments) is not in it, and what would stay in the host's
+memory (cut-outs, images before they are moved, saved stages) is.
 """
 
 import contextlib
@@ -29,8 +30,8 @@ SHORT = {  # where a row has more stages than the network's training
     "diffusion_bridge": {"unet_steps": 2, "reader_steps": 2, "sample_steps": 2},
 }
 ROWS = {row: (row, {}) for row in (*benchmark.BASELINES, *benchmark.METHODS)}
-SWITCHES = {"align": "output", "self_train": True}
-ROWS["adversarial_da --align output --self-train"] = ("adversarial_da", SWITCHES)
+ROWS["adversarial_da --align output"] = ("adversarial_da", {"align": "output"})
+ROWS["adversarial_da --self-train"] = ("adversarial_da", {"self_train": True})
 
 
 def autocast(run: common.Run) -> torch.autocast:
@@ -39,8 +40,8 @@ def autocast(run: common.Run) -> torch.autocast:
 
 
 def peak(row: str, name: str, folder: Path, device: str, **flags: Any) -> float:
-    """GB of a row's tensors at the full preset of a benchmark."""
-    preset = common.PRESETS[name]._asdict() | {"steps": 2}
+    """GB (10^9 bytes) of a row's tensors at the full preset of a benchmark."""
+    preset = common.PRESETS[name]._asdict() | {"steps": 4}
     shared = {"benchmark": name, "data": str(folder / "mini"), "device": device, **preset}
     with tempfile.TemporaryDirectory(dir=folder) as out:
         shared["out"] = Path(out) / "run"
@@ -54,6 +55,8 @@ def peak(row: str, name: str, folder: Path, device: str, **flags: Any) -> float:
 
 
 def show(device: str) -> None:
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     cuda = device.startswith("cuda")
     where = torch.cuda.get_device_name(device) if cuda else "computed on the CPU"
     common.Run.autocast = autocast
