@@ -698,7 +698,7 @@ def plot(path: Path, rows: int = 1, columns: int = 1, size: tuple = (6, 3.5)) ->
 def draw_lines(path: Path, lines: list[dict], titles: dict[str, str], label: str) -> None:
     with plot(path) as axis:
         for key, title in titles.items():
-            steps, values = zip(*((line["step"], line[key]) for line in lines), strict=True)
+            steps, values = [line["step"] for line in lines], [line[key] for line in lines]
             axis.plot(steps, values, ".-", label=title)
         axis.set(xlabel="meta-step", ylabel=label)
         axis.grid(alpha=0.3)
@@ -709,13 +709,13 @@ def draw_losses(path: Path, lines: list[dict], titles: dict[str, str], warm_up: 
     """Losses of the inner networks by their age: a dot is a batch, after the warm-up the mean of
     ten; the lines are means."""
     ages = np.array([line["age"] for line in lines])
-    width = max(1, ages.max() // 40)
+    nth = ages // max(1, ages.max() // 40)
+    bins = [nth == n for n in np.unique(nth)]
+    centres = [ages[b].mean() for b in bins]
     with plot(path) as axis:
         for key, title in titles.items():
             losses = np.array([line[key] for line in lines])
-            bins = [ages // width == n for n in np.unique(ages // width)]
-            centres, means = zip(*((ages[b].mean(), losses[b].mean()) for b in bins), strict=True)
-            (mean,) = axis.plot(centres, means, label=title)
+            (mean,) = axis.plot(centres, [losses[b].mean() for b in bins], label=title)
             axis.plot(ages, losses, ".", ms=2, alpha=0.3, color=mean.get_color())
         if warm_up:
             axis.axvline(warm_up, color="0.5", ls=":", label="end of the warm-up")
@@ -729,13 +729,13 @@ def draw_scores(path: Path, source: Part, scores: np.ndarray, args: Args) -> Non
     frames around the best candidates of all, red ones around the worst of those shown."""
     names, columns = variants(args), args.augmentations
     rows = np.linspace(0, len(source) - 1, 5).round().astype(int)
+    best = chosen(scores, args.k, "best", args.seed)
     if len(names) == 1:  # from the highest score to the lowest
         rows = (-scores[:, 0]).argsort(kind="stable")[rows]
     with plot(path, len(rows), len(columns), (2.4 * len(columns), 7.5)) as axes:
         for i, n in enumerate(rows):
             kinds = [[v for v, name in enumerate(names) if name.split()[0] == c] for c in columns]
             shown = [max(kind, key=scores[n].__getitem__) for kind in kinds]
-            best = chosen(scores[n : n + 1], args.k, "best", args.seed)[0]
             worst = min(shown, key=scores[n].__getitem__)
             for axis, v, column in zip(axes[i], shown, columns, strict=True):
                 axis.imshow(candidate(source.images[n], source.names[n], names[v], args.seed))
@@ -743,8 +743,8 @@ def draw_scores(path: Path, source: Part, scores: np.ndarray, args: Args) -> Non
                 axis.set_title(f"{header}{scores[n, v]:+.2g}", fontsize=9)
                 axis.set(xticks=[], yticks=[])
                 for side in axis.spines.values():
-                    colour = "tab:green" if v in best else "tab:red"
-                    framed = len(names) > 1 and (v in best or v == worst)
+                    colour = "tab:green" if v in best[n] else "tab:red"
+                    framed = len(names) > 1 and (v in best[n] or v == worst)
                     side.set(color=colour, linewidth=4, visible=framed)
 
 

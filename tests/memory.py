@@ -55,18 +55,18 @@ def peak(row: str, name: str, folder: Path, device: str, **flags: Any) -> float:
 
 
 def show(device: str) -> None:
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    cuda = device.startswith("cuda")
-    where = torch.cuda.get_device_name(device) if cuda else "computed on the CPU"
     common.Run.autocast = autocast
     table = Table("row", *(f"{b}, GB" for b in common.BENCHMARKS), box=box.SIMPLE_HEAD)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         common.CACHE = folder / "cache"
         miniature.write(folder / "mini", scale=0.2)
+        args = common.Args(data=str(folder / "mini"), device=device)
+        device = common.resolve(args, "memory").device
         for title, (row, flags) in ROWS.items():
             found = [peak(row, name, folder, device, **flags) for name in common.BENCHMARKS]
             table.add_row(title, *(f"{value:.1f}" for value in found))
             print(title, *(f"{value:.1f}" for value in found), file=sys.stderr)
+    cuda = device.startswith("cuda")
+    where = torch.cuda.get_device_name(device) if cuda else "computed on the CPU"
     Console().print(f"most memory of tensors at a time, bfloat16 autocast, {where}", table)
