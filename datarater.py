@@ -152,19 +152,23 @@ def with_all(augmentations: Sequence[str], images: Tensor, rng: torch.Generator)
 
 
 # ---- Inner optimizers: pure functions, so that they can be differentiated, and their inverses ----
+State = tuple[Tensor, ...]  # of an optimizer: vectors [P] each
+
+
 def sgd(
-    theta: Tensor, state: Tensor, gradient: Tensor, step: int, lr: float, decay: float = 0.0
-) -> tuple[Tensor, Tensor]:
-    """SGD with momentum 0.9. theta, gradient [P], state [1,P] -> theta, state after the update."""
+    theta: Tensor, state: State, gradient: Tensor, step: int, lr: float, decay: float = 0.0
+) -> tuple[Tensor, State]:
+    """SGD with momentum 0.9. All vectors [P] -> theta, state after the update."""
     momentum = 0.9 * state[0] + gradient
-    return theta * (1 - lr * decay) - lr * momentum, momentum[None]
+    return theta * (1 - lr * decay) - lr * momentum, (momentum,)
 
 
 def undo_sgd(
-    theta: Tensor, state: Tensor, gradient: Tensor, step: int, lr: float, decay: float = 0.0
-) -> tuple[Tensor, Tensor]:
+    theta: Tensor, state: State, gradient: Tensor, step: int, lr: float, decay: float = 0.0
+) -> tuple[Tensor, State]:
     """theta, state after an update -> before it."""
-    return (theta + lr * state[0]) / (1 - lr * decay), (state - gradient) / 0.9
+    (momentum,) = state
+    return (theta + lr * momentum) / (1 - lr * decay), ((momentum - gradient) / 0.9,)
 
 
 def adam_change(m: Tensor, v: Tensor, step: int, lr: float) -> Tensor:
@@ -175,28 +179,28 @@ def adam_change(m: Tensor, v: Tensor, step: int, lr: float) -> Tensor:
 
 
 def adam(
-    theta: Tensor, state: Tensor, gradient: Tensor, step: int, lr: float, decay: float = 0.0
-) -> tuple[Tensor, Tensor]:
-    """Adam (arXiv:1412.6980v9), its weight decay decoupled. state [2,P], step from 1."""
+    theta: Tensor, state: State, gradient: Tensor, step: int, lr: float, decay: float = 0.0
+) -> tuple[Tensor, State]:
+    """Adam (arXiv:1412.6980v9), its weight decay decoupled. All vectors [P], step from 1."""
     m, v = state
     m, v = 0.9 * m + 0.1 * gradient, 0.999 * v + 0.001 * gradient.square()
-    return theta * (1 - lr * decay) - adam_change(m, v, step, lr), torch.stack([m, v])
+    return theta * (1 - lr * decay) - adam_change(m, v, step, lr), (m, v)
 
 
 def undo_adam(
-    theta: Tensor, state: Tensor, gradient: Tensor, step: int, lr: float, decay: float = 0.0
-) -> tuple[Tensor, Tensor]:
+    theta: Tensor, state: State, gradient: Tensor, step: int, lr: float, decay: float = 0.0
+) -> tuple[Tensor, State]:
     """theta, state after an update -> before it."""
     m, v = state
     theta = (theta + adam_change(m, v, step, lr)) / (1 - lr * decay)
     # What rounding leaves of a v of zero may be below it, which has no root.
     v = ((v - 0.001 * gradient.square()) / 0.999).clamp(min=0)
-    return theta, torch.stack([(m - 0.1 * gradient) / 0.9, v])
+    return theta, ((m - 0.1 * gradient) / 0.9, v)
 
 
 class Optimizer(NamedTuple):
-    update: Callable[..., tuple[Tensor, Tensor]]
-    undo: Callable[..., tuple[Tensor, Tensor]]
+    update: Callable[..., tuple[Tensor, State]]
+    undo: Callable[..., tuple[Tensor, State]]
     vectors: int  # that its state has
 
 
@@ -208,7 +212,7 @@ class Inner(NamedTuple):
     """An inner network between two updates. All its parameters are one vector."""
 
     theta: Tensor  # [P]
-    state: Tensor  # [S,P] of the optimizer
+    state: State  # of the optimizer
     buffers: dict[str, Tensor]  # of batch normalisation
     step: int  # updates so far
 
@@ -321,14 +325,17 @@ def mixed(
     theta = theta.clone().requires_grad_()
     outer = f.outer_loss(after._replace(theta=theta), photos, args.outer_statistics)
     # Cotangents, d outer / d theta_t and d outer / d state_t, from t = T to 0.
-    (to_theta,), to_state = torch.autograd.grad(outer, theta), torch.zeros_like(state)
+    (to_theta,) = torch.autograd.grad(outer, theta)
+    to_state = [torch.zeros_like(vector) for vector in state]
     theta, to_weights = theta.detach(), torch.empty_like(weights)
     for t in reversed(range(len(batches))):
         gradient, nth = gradients.pop(), inner.step + t + 1
         theta, state = undo(theta, state, gradient, nth, *rates) if t > 0 else inner[:2]
-        leaves = [value.detach().requires_grad_() for value in (theta, state, gradient)]
-        updated = update(*leaves, nth, *rates)
-        to_theta, to_state, to_gradient = torch.autograd.grad(updated, leaves, (to_theta, to_state))
+        leaves = [value.detach().requires_grad_() for value in (theta, *state, gradient)]
+        new_theta, new_state = update(leaves[0], leaves[1:-1], leaves[-1], nth, *rates)
+        to_theta, *to_state, to_gradient = torch.autograd.grad(
+            (new_theta, *new_state), leaves, (to_theta, *to_state)
+        )
         # The gradient is sum_i w_i d loss_i / d theta. So along its cotangent c the derivative of
         # loss_i is d outer / d w_i, and that of sum_i w_i loss_i has the gradient Hessian c.
         leaf = theta.clone().requires_grad_(t > 0)
@@ -355,7 +362,7 @@ def unroll(
         all_losses.append(losses.detach())
     outer = f.outer_loss(Inner(theta, state, buffers, step), photos, args.outer_statistics)
     (to_weights,) = torch.autograd.grad(outer, weights)
-    after = Inner(theta.detach(), state.detach(), buffers, step)
+    after = Inner(theta.detach(), tuple(v.detach() for v in state), buffers, step)
     return to_weights, after, outer.detach(), torch.stack(all_losses)
 
 
@@ -367,14 +374,14 @@ class Population:
         self.run, self.size = run, run.args.population
         self.members = [self.born() for _ in range(self.size)]
         phi = parameters_to_vector(rater.parameters()).detach()
-        self.adams = [phi.new_zeros(2, len(phi)) for _ in self.members]
+        self.adams = [(torch.zeros_like(phi), torch.zeros_like(phi)) for _ in self.members]
 
     def born(self) -> Inner:
         net = self.run.network()
         theta = torch.cat([p.detach().flatten() for p in net.parameters()])
         count = OPTIMIZERS[self.run.args.inner_optimizer].vectors
         buffers = {name: b.clone() for name, b in net.named_buffers()}
-        return Inner(theta, theta.new_zeros(count, len(theta)), buffers, 0)
+        return Inner(theta, tuple(theta.new_zeros(count, len(theta))), buffers, 0)
 
     def renew(self, step: int) -> None:
         """The members start anew in turns, each after its lifetime."""
@@ -388,10 +395,11 @@ class Population:
 
     def load_state_dict(self, state: dict) -> None:
         device = self.run.device
-        for p, (theta, moments, buffers, step) in enumerate(state["members"]):
+        for p, (theta, vectors, buffers, step) in enumerate(state["members"]):
             buffers = {name: b.to(device) for name, b in buffers.items()}
-            self.members[p] = Inner(theta.to(device), moments.to(device), buffers, step)
-        self.adams = [a.to(device) for a in state["adams"]]
+            vectors = tuple(vector.to(device) for vector in vectors)
+            self.members[p] = Inner(theta.to(device), vectors, buffers, step)
+        self.adams = [(m.to(device), v.to(device)) for m, v in state["adams"]]
 
 
 def candidates(batch: Batch, args: Args, rng: torch.Generator) -> tuple[Tensor, Tensor]:

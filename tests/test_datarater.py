@@ -55,7 +55,8 @@ def problem(
     torch.manual_seed(0)
     f = dr.Functional(net.to(dtype).train())
     theta = nn.utils.parameters_to_vector(net.parameters()).detach()
-    state = torch.rand(dr.OPTIMIZERS[optimizer].vectors, len(theta), dtype=dtype) * 0.01
+    vectors = dr.OPTIMIZERS[optimizer].vectors
+    state = tuple(torch.rand(vectors, len(theta), dtype=dtype) * 0.01)
     buffers = {name: b.clone() for name, b in net.named_buffers()}
     inner = dr.Inner(theta, state, buffers, 7)
 
@@ -93,7 +94,8 @@ def test_a_network_without_any_update(updates: int, optimizer: str):
     f, inner, batches, weights, photos, args = problem(
         Body(3, False), optimizer, updates, torch.float32, (32, 32)
     )
-    inner = dr.Inner(inner.theta, torch.zeros_like(inner.state), inner.buffers, 0)
+    state = tuple(torch.zeros_like(vector) for vector in inner.state)
+    inner = dr.Inner(inner.theta, state, inner.buffers, 0)
     given = (f, inner, batches, weights, photos, replace(args, inner_lr=2e-3))
     one, other = dr.mixed(*given)[0], dr.unroll(*given)[0]
     assert (one - other).norm() <= 5e-2 * other.norm()
@@ -131,7 +133,7 @@ def test_inner_optimizers_equal_those_of_torch(name: str):
         "adam": torch.optim.AdamW([parameter], lr, weight_decay=0.01),
     }[name]
     update, undo, vectors = dr.OPTIMIZERS[name]
-    theta, state = start, torch.zeros(vectors, 5, dtype=torch.float64)
+    theta, state = start, tuple(torch.zeros(vectors, 5, dtype=torch.float64))
     trace = []
     for step in range(1, 6):
         gradient = torch.randn(5, dtype=torch.float64)
