@@ -249,7 +249,7 @@ def class_mask(labels: Tensor, num_classes: int, rng: torch.Generator) -> Tensor
     batch, c = len(labels), num_classes
     places = labels.clamp(max=c).flatten(1)  # [B,HW], c where ignored
     present = torch.zeros(batch, c + 1, device=labels.device).scatter(1, places, 1.0)[:, :c] > 0
-    draw = torch.rand(batch, c, generator=rng).to(labels.device)
+    draw = torch.rand(batch, c, generator=rng).to(labels.device, non_blocking=True)
     rank = torch.where(present, draw, -1.0).argsort(dim=1, descending=True).argsort(dim=1)
     chosen = present & (rank < (present.sum(dim=1, keepdim=True) + 1) // 2)  # [B,C]
     return F.pad(chosen, (0, 1)).gather(1, places).view_as(labels)  # and no ignored pixel

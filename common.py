@@ -975,13 +975,14 @@ def confusion_matrices(prediction: Tensor, labels: Tensor, num_classes: int) -> 
     batch, c, lanes = len(labels), num_classes, 4
     # Every (image, truth, prediction) has a cell; one more row of truth takes the ignored pixels.
     # Neighbours count in lanes of their own: adding to one cell again and again waits for itself.
-    # The narrowest integer that holds the cells makes bincount twice as fast.
-    narrow = torch.int16 if batch * lanes * (c + 1) * c < 2**15 else torch.int32
-    lane = np.add.outer(np.arange(batch) * lanes, np.arange(labels.shape[2]) % lanes)  # [B,W]
-    offset = torch.from_numpy(lane * (c + 1))[:, None].to(labels.device, narrow)  # [B,1,W]
-    cells = labels.to(narrow, copy=True).clamp_(max=c).add_(offset).mul_(c)
-    cells = cells.add_(prediction.to(narrow)).view(-1)
-    counts = torch.bincount(cells, minlength=batch * lanes * (c + 1) * c)
+    lane = np.add.outer(lanes * np.arange(batch), np.arange(labels.shape[2]) % lanes)  # [B,W]
+    offset = torch.from_numpy((lane * (c + 1)).astype(np.int32))[:, None]  # [B,1,W]
+    offset = offset.to(labels.device, non_blocking=True)
+    cells = labels.to(torch.int32, copy=True).clamp_(max=c).add_(offset).mul_(c)
+    cells = cells.add_(prediction.to(torch.int32)).view(-1)
+    # Not bincount, which on CUDA waits for the largest of the cells.
+    counts = torch.zeros(batch * lanes * (c + 1) * c, dtype=torch.int64, device=labels.device)
+    counts.index_add_(0, cells, counts.new_ones(()).expand(len(cells)))
     return counts.view(batch, lanes, c + 1, c).sum(dim=1)[:, :c]
 
 
@@ -1018,7 +1019,7 @@ def class_weights(counts: np.ndarray, smooth: float, classes: Sequence[str]) -> 
 def to_tensor(images: np.ndarray, device: torch.device) -> Tensor:
     """Cached images, uint8 [B,H,W,3] -> float [B,3,H,W] in [0,1], channels last in memory."""
     images = images if images.flags.writeable else images.copy()  # torch shares no read-only memory
-    return torch.from_numpy(images).to(device).permute(0, 3, 1, 2) / 255
+    return torch.from_numpy(images).to(device, non_blocking=True).permute(0, 3, 1, 2) / 255
 
 
 @torch.inference_mode()
@@ -1048,7 +1049,7 @@ def evaluate(
         for i, (h, w) in enumerate(part.truth.shapes[places]):
             # One at a time: upsampled logits are large. max is far faster than argmax on the CPU.
             guess[i, :h, :w] = upsample(logits[i : i + 1], (h, w)).max(dim=1).indices[0]
-        matrices[places] = confusion_matrices(guess, truth.to(device), classes)
+        matrices[places] = confusion_matrices(guess, truth.to(device, non_blocking=True), classes)
     net.train(training)
     if size > 1:
         dist.all_reduce(matrices)

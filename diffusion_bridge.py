@@ -232,7 +232,7 @@ def looks(images: Tensor) -> Tensor:
 
 def luminance(images: Tensor) -> Tensor:
     """[B,3,H,W] -> [B,1,H,W], Rec. 601."""
-    weights = images.new_tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
+    weights = torch.tensor([0.299, 0.587, 0.114]).to(images, non_blocking=True).view(3, 1, 1)
     return (images * weights).sum(dim=1, keepdim=True)
 
 
@@ -380,7 +380,7 @@ def tiled(
     for side in (th, tw):
         edge = torch.minimum(torch.arange(side), torch.arange(side).flip(0)) + 1.0
         ramps.append((edge / (overlap + 1)).clamp(max=1) ** 2)
-    weight = (ramps[0][:, None] * ramps[1]).to(x.device)  # [th,tw]
+    weight = (ramps[0][:, None] * ramps[1]).to(x.device, non_blocking=True)  # [th,tw]
     total, weights = torch.zeros_like(x), torch.zeros_like(x[:1, :1])
     for top in starts(h, th, overlap):
         for left in starts(w, tw, overlap):
@@ -435,13 +435,14 @@ class Bridge(nn.Module):
         tile: tuple[int, int],
         overlap: int,
     ) -> Tensor:
-        angles, domains = x.new_full((len(x),), angle), torch.full((len(x),), domain)
+        angles = x.new_full((len(x),), angle)
+        domains = torch.full((len(x),), domain, device=x.device)
 
         def predict(x: Tensor, maps: Tensor) -> Tensor:
-            v = self.unet(x, angles, domains.to(x.device), maps, look).float()
+            v = self.unet(x, angles, domains, maps, look).float()
             if guidance == 1:
                 return v
-            neither = torch.full_like(domains, NEITHER).to(x.device)
+            neither = torch.full_like(domains, NEITHER)
             return torch.lerp(self.unet(x, angles, neither, maps, look).float(), v, guidance)
 
         return tiled(predict, x, maps, tile, overlap)
@@ -531,7 +532,8 @@ def fit(run: Run, source: Part, photos: Part) -> Bridge:
     def colours(images: Tensor, rng: torch.Generator) -> Tensor:
         """Half of the images in the colours of a random photo, then any augmentation."""
         index = torch.randint(len(photos), (len(images),), generator=rng).numpy()
-        half = (torch.rand(len(images), 1, 1, 1, generator=rng) < args.reader_color).to(device)
+        half = torch.rand(len(images), 1, 1, 1, generator=rng) < args.reader_color
+        half = half.to(device, non_blocking=True)
         with torch.autocast(device.type, enabled=False):  # bfloat16 has no eigenvectors
             moved = common.color_transfer(
                 images, common.to_tensor(photos.images[index], device)
@@ -568,7 +570,8 @@ def both(run: Run, source: Part, photos: Part, salt: int) -> Callable[[int], tup
         a, b = one(step), other(step)
         images, labels = torch.cat([a.images, b.images]), torch.cat([a.labels, b.labels])
         rng = common.generator(args.seed, step, salt)
-        flip = (torch.rand(len(images), generator=rng) < 0.5).to(images.device)
+        flip = torch.rand(len(images), generator=rng) < 0.5
+        flip = flip.to(images.device, non_blocking=True)
         images = torch.where(flip[:, None, None, None], images.flip(3), images)
         return images, torch.where(flip[:, None, None], labels.flip(2), labels), domain
 
@@ -588,7 +591,7 @@ def train_autoencoder(run: Run, space: Space, source: Part, photos: Part) -> Non
         images, _, _ = batches(step)
         with run.autocast():
             z = space.encode(images)
-            noise = 0.05 * torch.randn(z.shape, generator=rng).to(z)
+            noise = 0.05 * torch.randn(z.shape, generator=rng).to(z, non_blocking=True)
             loss = F.l1_loss(space.decode(z + noise), images) + 1e-3 * z.square().mean()
         optimizer.zero_grad()
         loss.backward()
@@ -609,21 +612,22 @@ def train_unet(run: Run, bridge: Bridge, source: Part, photos: Part) -> None:
         images, labels, domain = batches(step)
         b = len(images)
         domain = torch.where(torch.rand(b, generator=rng) < args.drop_domain, NEITHER, domain)
-        blind = (torch.rand(b, 1, 1, generator=rng) < args.drop_labels).to(device)
-        given = (torch.rand(b, len(LOOKS), generator=rng) >= args.drop_looks).float().to(device)
+        blind = torch.rand(b, 1, 1, generator=rng) < args.drop_labels
+        given = (torch.rand(b, len(LOOKS), generator=rng) >= args.drop_looks).float()
         # One draw in each b-th of the range: the loss varies less than with independent draws.
         angle = ((torch.arange(b) + torch.rand(b, generator=rng)) / b)[
             torch.randperm(b, generator=rng)
         ]
-        angle = (angle * math.pi / 2).to(device)
+        drawn = (domain, blind, given, angle * math.pi / 2)
+        domain, blind, given, angle = (x.to(device, non_blocking=True) for x in drawn)
         with torch.no_grad():
             x = bridge.space.encode(images)
             maps = bridge.maps(torch.where(blind, common.IGNORE, labels))
             look = bridge.look(looks(images), given)
-        noise = torch.randn(x.shape, generator=rng).to(x)
+        noise = torch.randn(x.shape, generator=rng).to(x, non_blocking=True)
         cos, sin = angle.cos()[:, None, None, None], angle.sin()[:, None, None, None]
         with run.autocast():
-            v = unet(cos * x + sin * noise, angle, domain.to(device), maps, look)
+            v = unet(cos * x + sin * noise, angle, domain, maps, look)
             loss = F.mse_loss(v.float(), cos * noise - sin * x)
         optimizer.zero_grad()
         loss.backward()

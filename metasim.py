@@ -201,7 +201,8 @@ class Graphs(NamedTuple):
     seed: Tensor  # [B] int64, of the sensor noise: a batch's is its first scene's
 
     def to(self, device: torch.device) -> "Graphs":
-        return Graphs(*(tensor.to(device) for tensor in self))
+        """From the CPU, where the device's answers would have to be waited for."""
+        return Graphs(*(tensor.to(device, non_blocking=True) for tensor in self))
 
 
 class Grammar:
@@ -212,27 +213,29 @@ class Grammar:
         self.nodes = [name for name, kind in kinds.items() for _ in range(kind.at_most)]
         first = {name: self.nodes.index(name) for name in self.nodes}
         parents = [kinds[name].parent for name in self.nodes]
-        self.parents = torch.tensor([first[p] if p else -1 for p in parents], device=device)  # [V]
+        edges = [(v, first[parent]) for v, parent in enumerate(parents) if parent]
+        self.child, self.parent = torch.tensor(edges, device=device).unbind(dim=1)  # [E] each
         most = max(len(kind.attributes) for kind in kinds.values())
         rows = [[a[:3] for a in kinds[name].attributes.values()] for name in self.nodes]
         rows = [row + [(0, 0, 0)] * (most - len(row)) for row in rows]
         # Each [V,M]: the prior's mean and standard deviation, and the scale, 0 where there is none.
-        self.mean, self.std, self.scale = torch.tensor(rows, device=device).unbind(dim=2)
+        mean, std, scale = torch.tensor(rows).unbind(dim=2)
+        self.spread = std / scale.where(scale > 0, 1)  # of the prior in scales, on the CPU
+        self.mean, self.scale = mean.to(device), scale.to(device)
         self.mutable = self.scale > 0
 
     def sample(self, count: int, rng: torch.Generator) -> Tensor:
         """Mutable attributes from the prior. -> [count,V,M] in scales from the mean, on the CPU."""
-        spread = (self.std / self.scale.where(self.mutable, 1)).cpu()
-        return torch.randn(count, *spread.shape, generator=rng) * spread
+        return torch.randn(count, *self.spread.shape, generator=rng) * self.spread
 
     def read(self, values: Tensor) -> dict[str, Tensor]:
         """Attributes by name, in their units. [B,V,M] -> [B,1] each, [B,at_most] if repeated."""
-        physical = self.mean + self.scale * values
-        return {
-            name: physical[:, [v for v, node in enumerate(self.nodes) if node == kind], m]
-            for kind, entry in self.kinds.items()
-            for m, name in enumerate(entry.attributes)
-        }
+        physical, found, first = self.mean + self.scale * values, {}, 0
+        for kind in self.kinds.values():
+            for m, name in enumerate(kind.attributes):
+                found[name] = physical[:, first : first + kind.at_most, m].contiguous()
+            first += kind.at_most
+        return found
 
 
 # ---- Material: source images, and objects cut out of them ---------------------------------------
@@ -443,7 +446,8 @@ class Roads:
     def noise(self, graphs: Graphs) -> Tensor:
         """Standard normal sensor noise of each scene. -> [B,3,H,W]."""
         rng = common.generator(int(graphs.seed[0]))
-        return torch.randn(len(graphs.seed), 3, *self.size, generator=rng).to(self.device)
+        noise = torch.randn(len(graphs.seed), 3, *self.size, generator=rng)
+        return noise.to(self.device, non_blocking=True)
 
     def render(self, graphs: Graphs, values: Tensor) -> tuple[Tensor, Tensor]:
         """Images and label maps of scene graphs with these mutable attributes.
@@ -451,10 +455,10 @@ class Roads:
         graphs on the CPU, values [B,V,M] -> [B,3,H,W] in [0,1], int64 [B,H,W]. The label is that of
         the layer with the greatest share of the pixel's colour.
         """
-        index = graphs.picture[:, 0].numpy()
-        base = torch.cat(list(self.pictures(index))).to(values)  # [B,3,H,W]
-        labels = torch.from_numpy(np.array(self.part.labels[index])).to(self.device)
-        horizon = self.horizon[graphs.picture[:, 0], None].to(values)  # [B,1]
+        index, send = graphs.picture[:, 0].numpy(), partial(torch.Tensor.to, non_blocking=True)
+        base = send(torch.cat(list(self.pictures(index))), values)  # [B,3,H,W]
+        labels = send(torch.from_numpy(np.array(self.part.labels[index])), self.device)
+        horizon = send(self.horizon[graphs.picture[:, 0], None], values)  # [B,1]
         v = self.grammar.read(values)
         grid = camera_grid(v, base.shape)  # [B,H,W,2] where each pixel looks in the source image
         sample = partial(F.grid_sample, align_corners=False)
@@ -471,7 +475,7 @@ class Roads:
         # Distance over that of the horizon, here 7 times as far as the image's lower edge.
         below = (grid[..., 1] - horizon[..., None]).clamp(min=0) / (1 - horizon[..., None])
         depth = 1 / (1 + 6 * below[:, None])
-        return photometry(image, depth, self.noise(graphs).to(values), v), labels
+        return photometry(image, depth, self.noise(graphs), v), labels
 
     def objects(
         self, graphs: Graphs, v: dict[str, Tensor], horizon: Tensor, grid: Tensor
@@ -481,10 +485,12 @@ class Roads:
         -> premultiplied RGBA [B,4,H,W] each, int64 [B,K]. An object that comes nearer grows about
         the vanishing point, the middle of the horizon, so that it stays on the ground.
         """
-        asset, flip = graphs.picture[:, 2:], graphs.flip[:, 2:].to(grid)
-        present = (asset >= 0).to(grid)
+        # All is looked up on the CPU and sent at once, so that the device is never waited for.
+        send, asset = partial(torch.Tensor.to, non_blocking=True), graphs.picture[:, 2:]
+        flip, present = send(graphs.flip[:, 2:], grid), send(asset >= 0, grid)
         asset = asset.clamp(min=0)
-        box = self.cut_outs.box[asset].to(grid)  # [B,K,4]
+        box = send(self.cut_outs.box[asset], grid)  # [B,K,4]
+        pictures = send(self.cut_outs.rgba[asset], grid.device)  # uint8 [B,K,4,h,w]
         near = 2 ** -v["distance"]  # [B,K]
         scale = near * 2 ** v["size"]
         x = flip * box[..., 0] * near + v["lateral"]
@@ -492,23 +498,22 @@ class Roads:
         y = foot - box[..., 3] * scale
         half = box[..., 2:] * scale[..., None]  # [B,K,2] half sides
         order = foot.detach().argsort(dim=1, descending=True)  # [B,K]
-        layers, rows = [], torch.arange(len(order))
-        canvas = self.cut_outs.rgba.shape[2:]
-        height, width = self.size
+        layers, rows = [], torch.arange(len(order), device=grid.device)
+        canvas, (height, width) = self.cut_outs.rgba.shape[2:], self.size
+        filled = send(torch.tensor([width / canvas[1], height / canvas[0]]), grid)
         for k in order.unbind(dim=1):
             at = [t[rows, k] for t in (x, y, half, flip, box, v["brightness"], present)]
             cx, cy, sides, mirror, native, brightness, there = at
             # In the object: -1 to 1 across its box; then on the canvas, whose corner it fills.
             own = (grid - torch.stack([cx, cy], dim=1)[:, None, None]) / sides[:, None, None]
             own = own * torch.stack([mirror, torch.ones_like(mirror)], dim=1)[:, None, None]
-            share = native[:, 2:] * grid.new_tensor([width / canvas[1], height / canvas[0]])
-            own = (own + 1) * share[:, None, None] - 1
-            rgba = self.cut_outs.rgba[asset[rows, k.cpu()]].to(grid) / 255  # [B,4,h,w]
+            own = (own + 1) * (native[:, 2:] * filled)[:, None, None] - 1
+            rgba = pictures[rows, k].to(grid) / 255  # [B,4,h,w]
             rgba = torch.cat([rgba[:, :3] * rgba[:, 3:], rgba[:, 3:]], dim=1)
             rgba = F.grid_sample(rgba, own, align_corners=False) * there[:, None, None, None]
             light = 2 ** brightness[:, None, None, None]
             layers.append(torch.cat([rgba[:, :3] * light, rgba[:, 3:]], dim=1))
-        classes = self.cut_outs.classes[asset].to(order.device).gather(1, order)
+        classes = send(self.cut_outs.classes[asset], order.device).gather(1, order)
         return layers, classes
 
 
@@ -533,10 +538,8 @@ class GraphLayer(nn.Module):
         self.own, self.forth, self.back = (nn.Linear(i, o) for _ in range(3))
         self.gates = nn.Linear(i, 3)
 
-    def forward(self, h: Tensor, parents: Tensor, present: Tensor) -> Tensor:
-        """parents [V], -1 for the root; present [B,V,1] 1 or 0: empty slots send nothing."""
-        child = (parents >= 0).nonzero()[:, 0]
-        parent = parents[child]
+    def forward(self, h: Tensor, child: Tensor, parent: Tensor, present: Tensor) -> Tensor:
+        """child, parent [E] of the edges; present [B,V,1] 1 or 0: empty slots send nothing."""
         own, forth, back = self.own(h), self.forth(h) * present, self.back(h) * present
         down = torch.zeros_like(own).index_add(1, child, forth[:, parent])
         up = torch.zeros_like(own).index_add(1, parent, back[:, child])
@@ -552,7 +555,8 @@ class Transformer(nn.Module):
     def __init__(self, grammar: Grammar, classes: int, fixed: int, args: Args) -> None:
         super().__init__()
         self.classes, self.outputs = classes, grammar.scale.shape[1]
-        self.register_buffer("parents", grammar.parents, persistent=False)
+        self.register_buffer("child", grammar.child, persistent=False)
+        self.register_buffer("parent", grammar.parent, persistent=False)
         self.register_buffer("mutable", grammar.mutable.float(), persistent=False)
         widths = [len(grammar.nodes) + classes + fixed + self.outputs] + [args.width] * args.layers
         self.encoder = nn.ModuleList(map(GraphLayer, widths[:-1], widths[1:]))
@@ -562,14 +566,15 @@ class Transformer(nn.Module):
     def forward(self, graphs: Graphs) -> tuple[Tensor, Tensor]:
         """-> new mutable attributes [B,V,M], logits of the nodes' classes [B,V,classes]."""
         classes = F.one_hot(graphs.classes, self.classes).to(graphs.values)
-        slots = torch.eye(len(self.parents), device=graphs.values.device)
+        slots = torch.eye(len(self.mutable), device=graphs.values.device)
         slots = slots.expand(len(classes), -1, -1)
         h = torch.cat([slots, classes, graphs.fixed, graphs.values], dim=2)
         present = (graphs.classes > 0).to(h)[..., None]
         *first, last = [*self.encoder, *self.decoder]
         for layer in first:
-            h = F.silu(layer(h, self.parents, present))
-        logits, values = last(h, self.parents, present).split([self.classes, self.outputs], dim=2)
+            h = F.silu(layer(h, self.child, self.parent, present))
+        h = last(h, self.child, self.parent, present)
+        logits, values = h.split([self.classes, self.outputs], dim=2)
         return values * self.mutable, logits
 
 
@@ -603,7 +608,7 @@ def measure(images: Tensor) -> dict[str, Tensor]:
     dark = -F.max_pool2d(-images.amin(dim=1, keepdim=True), 5, stride=1, padding=2)
     horizon = slice(images.shape[2] // 3, images.shape[2] * 6 // 10)  # about there
     # A mask that no plane and no straight edge excites (Immerkaer, CVIU 1996).
-    mask = luma.new_tensor([[1.0, -2, 1], [-2, 4, -2], [1, -2, 1]])[None, None]
+    mask = torch.tensor([[[[1.0, -2, 1], [-2, 4, -2], [1, -2, 1]]]]).to(luma, non_blocking=True)
     noise = F.conv2d(luma, mask).abs().mean(dim=(1, 2, 3)) * math.sqrt(math.pi / 2) / 6
     one, two = luma.diff(dim=3).square(), (luma[..., 2:] - luma[..., :-2]).square()
     return {
@@ -711,11 +716,11 @@ def match(
         values, _ = transformer(there)
         images, _ = world.render(graphs, values)
         chosen = torch.randperm(len(features.photos[0]), generator=rng)[: args.match_photos]
-        chosen = chosen.to(world.device)
+        chosen = chosen.to(world.device, non_blocking=True)
         pairs = zip(features(images), features.photos, strict=True)
         losses = [mmd2(x, y[chosen], args.bandwidths) for x, y in pairs]
         mmd = sum(losses)
-        mutable = transformer.mutable * (graphs.classes > 0).to(values)[..., None]
+        mutable = transformer.mutable * (there.classes > 0)[..., None]
         change = ((values - there.values) * mutable).square().sum() / mutable.sum()
         descend(optimizer, mmd + args.prior_weight * change, lr)
         log(step, mmd_loss=mmd, change=change, lr=lr)
@@ -953,9 +958,11 @@ class Digits:
 
     def render(self, graphs: Graphs, values: Tensor) -> tuple[Tensor, Tensor]:
         """-> images [B,1,S,S] in [0,1], the digits [B]."""
-        v = {"x": values.new_tensor([[self.size / 2]]), "y": values.new_tensor([[self.size / 2]])}
+        middle = values.new_full((1, 1), self.size / 2)
+        v = {"x": middle, "y": middle}
         v = {name: value[:, 0] for name, value in {**v, **self.grammar.read(values)}.items()}
-        pictures = self.pictures[graphs.picture[:, 1].to(self.device)].to(values)
+        index = graphs.picture[:, 1].to(self.device, non_blocking=True)
+        pictures = self.pictures[index].to(values)
         angle, ratio = torch.deg2rad(v["yaw"]), self.size / pictures.shape[3]
         x, y = (2 * v[name].expand_as(angle) / self.size - 1 for name in "xy")
         cos, sin = ratio * angle.cos(), ratio * angle.sin()
@@ -982,7 +989,7 @@ def digit_accuracy(world: Digits, transformer: Any, images: Tensor, truth: Tenso
     optimizer = torch.optim.AdamW(net.parameters())
     scenes = rendered(world, transformer, 16 * args.digit_steps, args.seed)
     for step, (x, y, _) in enumerate(scenes, start=1):
-        loss = F.cross_entropy(net(x), y.to(world.device))
+        loss = F.cross_entropy(net(x), y.to(world.device, non_blocking=True))
         descend(optimizer, loss, common.learning_rate(2e-3, step, args.digit_steps))
     with torch.no_grad():
         guess = net.eval()(images).argmax(dim=1).cpu()

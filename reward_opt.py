@@ -121,7 +121,8 @@ REWARDS: dict[str, Reward] = {
 # ---- Estimators ---------------------------------------------------------------------------------
 def sample(p: Tensor, rng: torch.Generator) -> Tensor:
     """A label of each pixel, independently, from its probabilities. p [B,H,W,C] -> [B,H,W]."""
-    u = torch.rand(*p.shape[:3], 1, generator=rng).to(p.device)  # the same draws on every device
+    u = torch.rand(*p.shape[:3], 1, generator=rng)  # the same draws on every device
+    u = u.to(p.device, non_blocking=True)
     labels = (p.detach().cumsum(dim=3) < u).sum(dim=3)
     return labels.clamp(max=p.shape[3] - 1)  # where rounding lets the sum end below 1
 
