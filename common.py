@@ -22,12 +22,14 @@ import itertools
 import json
 import math
 import os
+import re
 import resource
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 import uuid
@@ -1766,8 +1768,8 @@ def main(args_class: type, run: Callable[[Any], Any], doc: str | None) -> None:
     """The command line of a script: one line and exit status 1 for what the user can mend."""
     import tyro
 
-    args = tyro.cli(args_class, description=doc)
     try:
+        args = tyro.cli(args_class, description=wrapped(doc or ""))
         result = run(args)
     except UserError as error:
         sys.exit(f"error: {error}")
@@ -1775,12 +1777,26 @@ def main(args_class: type, run: Callable[[Any], Any], doc: str | None) -> None:
         reason = ": ".join(filter(None, ["interrupted", str(error)]))
         print(f"{reason}; the same command goes on from there", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:  # `| head` has seen enough; Python would complain again at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except OSError as error:
         if error.errno not in OUTSIDE:
             raise
         sys.exit(f"error: {error.filename or 'output'}: {error.strerror}")
     if isinstance(result, Result) and world()[0] == 0:
         print(f"{result.benchmark} {result.method} seed {result.seed}: mIoU {result.miou:.1f}")
+
+
+def wrapped(doc: str) -> str:
+    """A docstring in lines of the terminal's width. tyro joins a line that begins with a letter to
+    the one before it, so those that go on begin with a space; commands, indented, it sets apart."""
+    width, lines = min(80, shutil.get_terminal_size().columns), []
+    for paragraph in doc.strip("\n").split("\n\n"):
+        first, more = ("    ", " " * 8) if paragraph.startswith(" ") else ("", " ")
+        text = re.sub(r"\s{2,}", "  ", paragraph.strip())
+        lines.append(textwrap.fill(text, width, initial_indent=first, subsequent_indent=more))
+    return "\n\n".join(lines).replace("\n\n ", "\n ")  # it puts an empty line before a space
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Writes small procedural stand-ins of the four datasets, in their official layouts.
 
-python miniature.py --out data/mini --seed 0     (under a minute on two cores, 65 MB)
+python miniature.py --out data/mini --seed 0    (a minute on two cores, 65 MB)
 
 Every image is a pinhole view of a street: ground, rows of facades, hedges and fences that recede
 to the vanishing point, and things that are painted back to front, lit in linear light. Image and
@@ -901,7 +901,7 @@ class Args:
 def main() -> None:
     import tyro
 
-    args = tyro.cli(Args, description=__doc__)
+    args = tyro.cli(Args, description="\n\n".join(__doc__.split("\n\n")[:2]))
     if args.seed < 0 or not 0 < args.scale <= 1:
         print("error: --seed must be at least 0, --scale in 0 to 1", file=sys.stderr)
         sys.exit(2)

@@ -219,6 +219,12 @@ def test_a_script_ends_with_one_line_and_no_traceback():
         assert ended.stderr.startswith("error: ") and ended.stderr.count("\n") == 1
 
 
+def test_a_reader_that_stops_reading_is_no_fault():
+    command = f"{sys.executable} {ROOT / 'common.py'} --help | head -n 1"
+    ended = subprocess.run(command, shell=True, env=environment(), capture_output=True, text=True)
+    assert ended.stdout.startswith("usage:") and ended.stderr == ""
+
+
 def test_the_look_at_a_dataset(mini: Path, data: Path):
     ended = script("common.py", "--dataset", "kitti", "--data", str(mini / "kitti"))
     assert ended.returncode == 0, ended.stderr

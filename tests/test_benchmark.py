@@ -289,6 +289,7 @@ def test_help_is_quick_and_importing_does_nothing(name: str, tmp_path: Path):
     command = [sys.executable, str(ROOT / name), "--help"]
     ended = subprocess.run(command, env=environment(), capture_output=True, text=True)
     assert ended.returncode == 0 and "usage:" in ended.stdout
+    assert max(map(len, ended.stdout.splitlines())) <= 80
     assert time.monotonic() - began < 4 or os.getloadavg()[0] > 2  # a busy machine is no measure
     assert not list(tmp_path.iterdir())
 
