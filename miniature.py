@@ -1,4 +1,4 @@
-"""Writes small procedural stand-ins of the four datasets, in their official layouts.
+"""Writes small procedural stand-ins of the four datasets in their official layout.
 
 python miniature.py --out data/mini --seed 0    (a minute on two cores, 65 MB)
 
