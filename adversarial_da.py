@@ -22,7 +22,7 @@ The first takes half a minute on one CPU core and ends at 65 mIoU on the miniatu
 its own for either domain, so the last one, AdaBN, tells what of their gain is the discriminator's.
 On real photos (CamVid, the source the miniature's GTA5) the first reaches 27.6, source-only 22.0.
 
---steps counts the updates of the segmentation network in all stages together: training on the
+All stages together take --steps updates of the segmentation network: training on the
 (translated) source, then alignment, then self-training; in the last two each update sees a batch
 of photos beside the one of the source. No label of a photo is used.
 
@@ -249,7 +249,7 @@ def class_mask(labels: Tensor, num_classes: int, rng: torch.Generator) -> Tensor
     batch, c = len(labels), num_classes
     places = labels.clamp(max=c).flatten(1)  # [B,HW], c where ignored
     present = torch.zeros(batch, c + 1, device=labels.device).scatter(1, places, 1.0)[:, :c] > 0
-    draw = torch.rand(batch, c, generator=rng).to(labels.device, non_blocking=True)
+    draw = common.send(torch.rand(batch, c, generator=rng), labels.device)
     rank = torch.where(present, draw, -1.0).argsort(dim=1, descending=True).argsort(dim=1)
     chosen = present & (rank < (present.sum(dim=1, keepdim=True) + 1) // 2)  # [B,C]
     return F.pad(chosen, (0, 1)).gather(1, places).view_as(labels)  # and no ignored pixel

@@ -526,10 +526,17 @@ class Batches:
             self._ahead = {step + 1: self._reader.submit(self._read, step + 1)}
             images, labels, index = future.result()
         self.wait = time.perf_counter() - start
-        images = images.to(self.device, non_blocking=True).permute(0, 3, 1, 2) / 255
+        images = send(images, self.device).permute(0, 3, 1, 2) / 255
         if labels is not None:
-            labels = labels.to(self.device, non_blocking=True).long()
+            labels = send(labels, self.device).long()
         return Batch(images, labels, index)
+
+
+def send(x: Tensor, device: torch.device) -> Tensor:
+    """From the CPU to the device, behind what it still has to do: nobody waits, since the memory is
+    pinned. Not for the way back, where the host would read what has not arrived."""
+    x = x.pin_memory() if device.type == "cuda" else x
+    return x.to(device, non_blocking=True)
 
 
 def generator(*seeds: int) -> torch.Generator:
@@ -556,8 +563,7 @@ def crop_flip(
     flip = torch.where(torch.rand(batch, generator=rng) < 0.5, -1.0, 1.0)
     theta = torch.zeros(batch, 2, 3)
     theta[:, 0, 0], theta[:, 1, 1], theta[:, :, 2] = flip * scale, scale, shift
-    theta = theta.to(images.device, non_blocking=True)
-    grid = F.affine_grid(theta, images.shape, align_corners=False)  # [B,H,W,2]
+    grid = F.affine_grid(send(theta, images.device), images.shape, align_corners=False)  # [B,H,W,2]
     sample = partial(F.grid_sample, grid=grid, padding_mode="border", align_corners=False)
     images = sample(images).contiguous(memory_format=torch.channels_last)
     if labels is not None:
@@ -573,7 +579,7 @@ def blur(images: Tensor, rng: torch.Generator) -> Tensor:
     """Gaussian, sigma 0.2 to 2 px. images [B,3,H,W]."""
     sigma = uniform(len(images), 0.2, 2.0, rng)  # [B,1,1,1]
     kernel = (-(torch.arange(-4, 5) ** 2) / (2 * sigma**2)).softmax(dim=-1)  # [B,1,1,9], sums to 1
-    kernel = kernel.repeat_interleave(3, dim=0).to(images.device, non_blocking=True)  # [B*3,1,1,9]
+    kernel = send(kernel.repeat_interleave(3, dim=0), images.device)  # [B*3,1,1,9]
     planes = F.pad(images, (4, 4, 4, 4), mode="reflect").flatten(0, 1)[None]  # [1,B*3,H+8,W+8]
     planes = F.conv2d(planes, kernel, groups=len(kernel))
     return F.conv2d(planes, kernel.mT, groups=len(kernel)).view_as(images)
@@ -595,7 +601,7 @@ def colorjitter(images: Tensor, rng: torch.Generator) -> Tensor:
     matrix = brightness[:, 0] * hue @ torch.lerp(grey, eye, saturation[:, 0])
     mean = images.mean(dim=(1, 2, 3), keepdim=True)
     parts = (matrix * contrast[:, 0], brightness)
-    matrix, brightness = (part.to(images.device, non_blocking=True) for part in parts)
+    matrix, brightness = (send(part, images.device) for part in parts)
     flat = matrix @ (images - mean).flatten(2)  # [B,3,HW]
     return (flat.view_as(images) + brightness * mean).clamp(0, 1)
 
@@ -603,7 +609,7 @@ def colorjitter(images: Tensor, rng: torch.Generator) -> Tensor:
 def rgbshift(images: Tensor, rng: torch.Generator) -> Tensor:
     """Each channel moved by up to 0.2 of the full range. images [B,3,H,W]."""
     shift = torch.cat([uniform(len(images), -0.2, 0.2, rng) for _ in range(3)], dim=1)
-    return (images + shift.to(images.device, non_blocking=True)).clamp(0, 1)
+    return (images + send(shift, images.device)).clamp(0, 1)
 
 
 AUGMENTATIONS: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {
@@ -620,7 +626,7 @@ def random_augmentation(images: Tensor, rng: torch.Generator) -> Tensor:
     images = images.clone()
     for k, augment in enumerate(AUGMENTATIONS.values()):
         if (chosen := (choice == k).nonzero()[:, 0]).numel():
-            chosen = chosen.to(images.device, non_blocking=True)
+            chosen = send(chosen, images.device)
             images[chosen] = augment(images[chosen], rng)
     return images
 
@@ -979,8 +985,9 @@ def confusion_matrices(prediction: Tensor, labels: Tensor, num_classes: int) -> 
     # Neighbours count in lanes of their own: adding to one cell again and again waits for itself.
     lane = np.add.outer(lanes * np.arange(batch), np.arange(labels.shape[2]) % lanes)  # [B,W]
     offset = torch.from_numpy((lane * (c + 1)).astype(np.int32))[:, None]  # [B,1,W]
-    offset = offset.to(labels.device, non_blocking=True)
-    cells = labels.to(torch.int32, copy=True).clamp_(max=c).add_(offset).mul_(c)
+    cells = (
+        labels.to(torch.int32, copy=True).clamp_(max=c).add_(send(offset, labels.device)).mul_(c)
+    )
     cells = cells.add_(prediction.to(torch.int32)).view(-1)
     # Not bincount, which on CUDA waits for the largest of the cells.
     counts = torch.zeros(batch * lanes * (c + 1) * c, dtype=torch.int64, device=labels.device)
@@ -1021,7 +1028,7 @@ def class_weights(counts: np.ndarray, smooth: float, classes: Sequence[str]) -> 
 def to_tensor(images: np.ndarray, device: torch.device) -> Tensor:
     """Cached images, uint8 [B,H,W,3] -> float [B,3,H,W] in [0,1], channels last in memory."""
     images = images if images.flags.writeable else images.copy()  # torch shares no read-only memory
-    return torch.from_numpy(images).to(device, non_blocking=True).permute(0, 3, 1, 2) / 255
+    return send(torch.from_numpy(images), device).permute(0, 3, 1, 2) / 255
 
 
 @torch.inference_mode()
@@ -1051,7 +1058,7 @@ def evaluate(
         for i, (h, w) in enumerate(part.truth.shapes[places]):
             # One at a time: upsampled logits are large. max is far faster than argmax on the CPU.
             guess[i, :h, :w] = upsample(logits[i : i + 1], (h, w)).max(dim=1).indices[0]
-        matrices[places] = confusion_matrices(guess, truth.to(device, non_blocking=True), classes)
+        matrices[places] = confusion_matrices(guess, send(truth, device), classes)
     net.train(training)
     if size > 1:
         dist.all_reduce(matrices)
@@ -1326,7 +1333,7 @@ class Run:
         net = Network(self.args.net, len(self.classes), self.args.pretrained)
         if self.args.checkpoint:
             load_weights(net, self.args.checkpoint)
-        net.to(self.device, memory_format=torch.channels_last)
+        net.to(self.device, memory_format=torch.channels_last, non_blocking=True)
         if self.args.compile:
             net.compile()
         spread(net.body)
@@ -1768,9 +1775,13 @@ def main(args_class: type, run: Callable[[Any], Any], doc: str | None) -> None:
     """The command line of a script: one line and exit status 1 for what the user can mend."""
     import tyro
 
+    args = None
     try:
         args = tyro.cli(args_class, description=wrapped(doc or ""))
         result = run(args)
+        if isinstance(result, Result) and world()[0] == 0:
+            found = f"{result.benchmark} {result.method} seed {result.seed}"
+            print(f"{found}: mIoU {result.miou:.1f}", flush=True)
     except UserError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt as error:
@@ -1779,13 +1790,11 @@ def main(args_class: type, run: Callable[[Any], Any], doc: str | None) -> None:
         sys.exit(130)
     except BrokenPipeError:  # `| head` has seen enough; Python would complain again at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+        sys.exit("interrupted: nobody reads; the same command goes on from there" if args else 1)
     except OSError as error:
         if error.errno not in OUTSIDE:
             raise
         sys.exit(f"error: {error.filename or 'output'}: {error.strerror}")
-    if isinstance(result, Result) and world()[0] == 0:
-        print(f"{result.benchmark} {result.method} seed {result.seed}: mIoU {result.miou:.1f}")
 
 
 def wrapped(doc: str) -> str:
@@ -1795,8 +1804,10 @@ def wrapped(doc: str) -> str:
     for paragraph in doc.strip("\n").split("\n\n"):
         first, more = ("    ", " " * 8) if paragraph.startswith(" ") else ("", " ")
         text = re.sub(r"\s{2,}", "  ", paragraph.strip())
-        lines.append(textwrap.fill(text, width, initial_indent=first, subsequent_indent=more))
-    return "\n\n".join(lines).replace("\n\n ", "\n ")  # it puts an empty line before a space
+        lines.append(textwrap.fill(text, width, initial_indent=first, subsequent_indent=more,
+                                   break_on_hyphens=False))  # fmt: skip
+    # tyro itself puts an empty line between two paragraphs of which the second begins with a space.
+    return "\n\n".join(lines).replace("\n\n ", "\n ")
 
 
 @dataclass(frozen=True)

@@ -577,7 +577,8 @@ def worth_by_damage(to_weights: Tensor, amount: np.ndarray) -> dict[str, Tensor]
     for name, (low, high) in DAMAGE.items():
         hit = (amount > low) & (amount <= high) if high else amount == 0
         if hit.any():
-            found[f"worth_{name}"] = worth[torch.from_numpy(hit)].mean()
+            places = common.send(torch.from_numpy(np.flatnonzero(hit)), worth.device)
+            found[f"worth_{name}"] = worth.flatten()[places].mean()
     return found
 
 

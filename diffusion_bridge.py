@@ -232,8 +232,8 @@ def looks(images: Tensor) -> Tensor:
 
 def luminance(images: Tensor) -> Tensor:
     """[B,3,H,W] -> [B,1,H,W], Rec. 601."""
-    weights = torch.tensor([0.299, 0.587, 0.114]).to(images, non_blocking=True).view(3, 1, 1)
-    return (images * weights).sum(dim=1, keepdim=True)
+    weights = torch.tensor([0.299, 0.587, 0.114], dtype=images.dtype).view(3, 1, 1)
+    return (images * common.send(weights, images.device)).sum(dim=1, keepdim=True)
 
 
 # ---- The U-Net ----------------------------------------------------------------------------------
@@ -380,7 +380,7 @@ def tiled(
     for side in (th, tw):
         edge = torch.minimum(torch.arange(side), torch.arange(side).flip(0)) + 1.0
         ramps.append((edge / (overlap + 1)).clamp(max=1) ** 2)
-    weight = (ramps[0][:, None] * ramps[1]).to(x.device, non_blocking=True)  # [th,tw]
+    weight = common.send(ramps[0][:, None] * ramps[1], x.device)  # [th,tw]
     total, weights = torch.zeros_like(x), torch.zeros_like(x[:1, :1])
     for top in starts(h, th, overlap):
         for left in starts(w, tw, overlap):
@@ -533,7 +533,7 @@ def fit(run: Run, source: Part, photos: Part) -> Bridge:
         """Half of the images in the colours of a random photo, then any augmentation."""
         index = torch.randint(len(photos), (len(images),), generator=rng).numpy()
         half = torch.rand(len(images), 1, 1, 1, generator=rng) < args.reader_color
-        half = half.to(device, non_blocking=True)
+        half = common.send(half, device)
         with torch.autocast(device.type, enabled=False):  # bfloat16 has no eigenvectors
             moved = common.color_transfer(
                 images, common.to_tensor(photos.images[index], device)
@@ -571,7 +571,7 @@ def both(run: Run, source: Part, photos: Part, salt: int) -> Callable[[int], tup
         images, labels = torch.cat([a.images, b.images]), torch.cat([a.labels, b.labels])
         rng = common.generator(args.seed, step, salt)
         flip = torch.rand(len(images), generator=rng) < 0.5
-        flip = flip.to(images.device, non_blocking=True)
+        flip = common.send(flip, images.device)
         images = torch.where(flip[:, None, None, None], images.flip(3), images)
         return images, torch.where(flip[:, None, None], labels.flip(2), labels), domain
 
@@ -591,7 +591,7 @@ def train_autoencoder(run: Run, space: Space, source: Part, photos: Part) -> Non
         images, _, _ = batches(step)
         with run.autocast():
             z = space.encode(images)
-            noise = 0.05 * torch.randn(z.shape, generator=rng).to(z, non_blocking=True)
+            noise = 0.05 * common.send(torch.randn(z.shape, generator=rng), z.device).to(z.dtype)
             loss = F.l1_loss(space.decode(z + noise), images) + 1e-3 * z.square().mean()
         optimizer.zero_grad()
         loss.backward()
@@ -619,12 +619,12 @@ def train_unet(run: Run, bridge: Bridge, source: Part, photos: Part) -> None:
             torch.randperm(b, generator=rng)
         ]
         drawn = (domain, blind, given, angle * math.pi / 2)
-        domain, blind, given, angle = (x.to(device, non_blocking=True) for x in drawn)
+        domain, blind, given, angle = (common.send(x, device) for x in drawn)
         with torch.no_grad():
             x = bridge.space.encode(images)
             maps = bridge.maps(torch.where(blind, common.IGNORE, labels))
             look = bridge.look(looks(images), given)
-        noise = torch.randn(x.shape, generator=rng).to(x, non_blocking=True)
+        noise = common.send(torch.randn(x.shape, generator=rng), device)
         cos, sin = angle.cos()[:, None, None, None], angle.sin()[:, None, None, None]
         with run.autocast():
             v = unet(cos * x + sin * noise, angle, domain, maps, look)

@@ -201,8 +201,8 @@ class Graphs(NamedTuple):
     seed: Tensor  # [B] int64, of the sensor noise: a batch's is its first scene's
 
     def to(self, device: torch.device) -> "Graphs":
-        """From the CPU, where the device's answers would have to be waited for."""
-        return Graphs(*(tensor.to(device, non_blocking=True) for tensor in self))
+        """From the CPU, on which graphs are drawn."""
+        return Graphs(*(common.send(tensor, device) for tensor in self))
 
 
 class Grammar:
@@ -233,6 +233,7 @@ class Grammar:
         physical, found, first = self.mean + self.scale * values, {}, 0
         for kind in self.kinds.values():
             for m, name in enumerate(kind.attributes):
+                # In one piece: functions of scattered values are slower, and round differently.
                 found[name] = physical[:, first : first + kind.at_most, m].contiguous()
             first += kind.at_most
         return found
@@ -447,7 +448,7 @@ class Roads:
         """Standard normal sensor noise of each scene. -> [B,3,H,W]."""
         rng = common.generator(int(graphs.seed[0]))
         noise = torch.randn(len(graphs.seed), 3, *self.size, generator=rng)
-        return noise.to(self.device, non_blocking=True)
+        return common.send(noise, self.device)
 
     def render(self, graphs: Graphs, values: Tensor) -> tuple[Tensor, Tensor]:
         """Images and label maps of scene graphs with these mutable attributes.
@@ -455,10 +456,10 @@ class Roads:
         graphs on the CPU, values [B,V,M] -> [B,3,H,W] in [0,1], int64 [B,H,W]. The label is that of
         the layer with the greatest share of the pixel's colour.
         """
-        index, send = graphs.picture[:, 0].numpy(), partial(torch.Tensor.to, non_blocking=True)
-        base = send(torch.cat(list(self.pictures(index))), values)  # [B,3,H,W]
-        labels = send(torch.from_numpy(np.array(self.part.labels[index])), self.device)
-        horizon = send(self.horizon[graphs.picture[:, 0], None], values)  # [B,1]
+        index = graphs.picture[:, 0].numpy()
+        base = common.to_tensor(self.part.images[index], self.device).to(values)  # [B,3,H,W]
+        labels = common.send(torch.from_numpy(np.array(self.part.labels[index])), self.device)
+        horizon = common.send(self.horizon[index, None], self.device).to(values)  # [B,1]
         v = self.grammar.read(values)
         grid = camera_grid(v, base.shape)  # [B,H,W,2] where each pixel looks in the source image
         sample = partial(F.grid_sample, align_corners=False)
@@ -475,7 +476,7 @@ class Roads:
         # Distance over that of the horizon, here 7 times as far as the image's lower edge.
         below = (grid[..., 1] - horizon[..., None]).clamp(min=0) / (1 - horizon[..., None])
         depth = 1 / (1 + 6 * below[:, None])
-        return photometry(image, depth, self.noise(graphs), v), labels
+        return photometry(image, depth, self.noise(graphs).to(values), v), labels
 
     def objects(
         self, graphs: Graphs, v: dict[str, Tensor], horizon: Tensor, grid: Tensor
@@ -486,11 +487,11 @@ class Roads:
         the vanishing point, the middle of the horizon, so that it stays on the ground.
         """
         # All is looked up on the CPU and sent at once, so that the device is never waited for.
-        send, asset = partial(torch.Tensor.to, non_blocking=True), graphs.picture[:, 2:]
-        flip, present = send(graphs.flip[:, 2:], grid), send(asset >= 0, grid)
+        send, asset = partial(common.send, device=grid.device), graphs.picture[:, 2:]
+        flip, present = send(graphs.flip[:, 2:]).to(grid), send(asset >= 0).to(grid)
         asset = asset.clamp(min=0)
-        box = send(self.cut_outs.box[asset], grid)  # [B,K,4]
-        pictures = send(self.cut_outs.rgba[asset], grid.device)  # uint8 [B,K,4,h,w]
+        box = send(self.cut_outs.box[asset]).to(grid)  # [B,K,4]
+        pictures = send(self.cut_outs.rgba[asset])  # uint8 [B,K,4,h,w]
         near = 2 ** -v["distance"]  # [B,K]
         scale = near * 2 ** v["size"]
         x = flip * box[..., 0] * near + v["lateral"]
@@ -500,7 +501,7 @@ class Roads:
         order = foot.detach().argsort(dim=1, descending=True)  # [B,K]
         layers, rows = [], torch.arange(len(order), device=grid.device)
         canvas, (height, width) = self.cut_outs.rgba.shape[2:], self.size
-        filled = send(torch.tensor([width / canvas[1], height / canvas[0]]), grid)
+        filled = send(torch.tensor([width / canvas[1], height / canvas[0]], dtype=grid.dtype))
         for k in order.unbind(dim=1):
             at = [t[rows, k] for t in (x, y, half, flip, box, v["brightness"], present)]
             cx, cy, sides, mirror, native, brightness, there = at
@@ -513,7 +514,7 @@ class Roads:
             rgba = F.grid_sample(rgba, own, align_corners=False) * there[:, None, None, None]
             light = 2 ** brightness[:, None, None, None]
             layers.append(torch.cat([rgba[:, :3] * light, rgba[:, 3:]], dim=1))
-        classes = send(self.cut_outs.classes[asset], order.device).gather(1, order)
+        classes = send(self.cut_outs.classes[asset]).gather(1, order)
         return layers, classes
 
 
@@ -608,8 +609,12 @@ def measure(images: Tensor) -> dict[str, Tensor]:
     dark = -F.max_pool2d(-images.amin(dim=1, keepdim=True), 5, stride=1, padding=2)
     horizon = slice(images.shape[2] // 3, images.shape[2] * 6 // 10)  # about there
     # A mask that no plane and no straight edge excites (Immerkaer, CVIU 1996).
-    mask = torch.tensor([[[[1.0, -2, 1], [-2, 4, -2], [1, -2, 1]]]]).to(luma, non_blocking=True)
-    noise = F.conv2d(luma, mask).abs().mean(dim=(1, 2, 3)) * math.sqrt(math.pi / 2) / 6
+    mask = torch.tensor([[[[1, -2, 1], [-2, 4, -2], [1, -2, 1]]]], dtype=luma.dtype)
+    noise = (
+        F.conv2d(luma, common.send(mask, luma.device)).abs().mean(dim=(1, 2, 3))
+        * math.sqrt(math.pi / 2)
+        / 6
+    )
     one, two = luma.diff(dim=3).square(), (luma[..., 2:] - luma[..., :-2]).square()
     return {
         **dict(zip(TONE, tone(images).unbind(dim=1), strict=True)),
@@ -716,7 +721,7 @@ def match(
         values, _ = transformer(there)
         images, _ = world.render(graphs, values)
         chosen = torch.randperm(len(features.photos[0]), generator=rng)[: args.match_photos]
-        chosen = chosen.to(world.device, non_blocking=True)
+        chosen = common.send(chosen, world.device)
         pairs = zip(features(images), features.photos, strict=True)
         losses = [mmd2(x, y[chosen], args.bandwidths) for x, y in pairs]
         mmd = sum(losses)
@@ -961,8 +966,7 @@ class Digits:
         middle = values.new_full((1, 1), self.size / 2)
         v = {"x": middle, "y": middle}
         v = {name: value[:, 0] for name, value in {**v, **self.grammar.read(values)}.items()}
-        index = graphs.picture[:, 1].to(self.device, non_blocking=True)
-        pictures = self.pictures[index].to(values)
+        pictures = self.pictures[common.send(graphs.picture[:, 1], self.device)].to(values)
         angle, ratio = torch.deg2rad(v["yaw"]), self.size / pictures.shape[3]
         x, y = (2 * v[name].expand_as(angle) / self.size - 1 for name in "xy")
         cos, sin = ratio * angle.cos(), ratio * angle.sin()
@@ -989,7 +993,7 @@ def digit_accuracy(world: Digits, transformer: Any, images: Tensor, truth: Tenso
     optimizer = torch.optim.AdamW(net.parameters())
     scenes = rendered(world, transformer, 16 * args.digit_steps, args.seed)
     for step, (x, y, _) in enumerate(scenes, start=1):
-        loss = F.cross_entropy(net(x), y.to(world.device, non_blocking=True))
+        loss = F.cross_entropy(net(x), common.send(y, world.device))
         descend(optimizer, loss, common.learning_rate(2e-3, step, args.digit_steps))
     with torch.no_grad():
         guess = net.eval()(images).argmax(dim=1).cpu()

@@ -122,7 +122,7 @@ REWARDS: dict[str, Reward] = {
 def sample(p: Tensor, rng: torch.Generator) -> Tensor:
     """A label of each pixel, independently, from its probabilities. p [B,H,W,C] -> [B,H,W]."""
     u = torch.rand(*p.shape[:3], 1, generator=rng)  # the same draws on every device
-    u = u.to(p.device, non_blocking=True)
+    u = common.send(u, p.device)
     labels = (p.detach().cumsum(dim=3) < u).sum(dim=3)
     return labels.clamp(max=p.shape[3] - 1)  # where rounding lets the sum end below 1
 
