@@ -1790,7 +1790,7 @@ def main(args_class: type, run: Callable[[Any], Any], doc: str | None) -> None:
         sys.exit(130)
     except BrokenPipeError:  # `| head` has seen enough; Python would complain again at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit("interrupted: nobody reads; the same command goes on from there" if args else 1)
+        sys.exit("nobody reads the output; the same command goes on from there" if args else 1)
     except OSError as error:
         if error.errno not in OUTSIDE:
             raise

@@ -901,7 +901,11 @@ class Args:
 def main() -> None:
     import tyro
 
-    args = tyro.cli(Args, description="\n\n".join(__doc__.split("\n\n")[:2]))
+    try:
+        args = tyro.cli(Args, description="\n\n".join(__doc__.split("\n\n")[:2]))
+    except BrokenPipeError:  # `| head` has seen enough; Python would complain again at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     if args.seed < 0 or not 0 < args.scale <= 1:
         print("error: --seed must be at least 0, --scale in 0 to 1", file=sys.stderr)
         sys.exit(2)

@@ -51,7 +51,9 @@ SCRIPTS = ("datarater", "metasim", "reward_opt", "adversarial_da", "diffusion_br
 @dataclass(frozen=True)
 class Args:
     only: tuple[str, ...] = ()
-    """Lines to measure, by the names of their functions; all where none is given."""
+    """Lines to measure: training, training_on_gpu, input_pipeline, caching, confusion, evaluation,
+    image_operations, datarater_meta_step, reward_gradient, scenes, diffusion, start_up. Default:
+    all."""
     growth: bool = False
     """Instead of the table, how cost grows with the work, as docs/cost_growth.png."""
     memory: bool = False
@@ -575,8 +577,9 @@ def main(args: Args) -> None:
     Console().print(table)
     if args.out:
         lines = [row._asdict() for row in rows]
-        common.write_json(args.out, {"args": asdict(own), "device": name, "rows": lines})
+        settings = {**asdict(args), **asdict(own), "out": args.out}
+        common.write_json(args.out, {"args": settings, "device": name, "rows": lines})
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    main(tyro.cli(Args, description=common.wrapped(__doc__)))

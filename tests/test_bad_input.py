@@ -219,8 +219,9 @@ def test_a_script_ends_with_one_line_and_no_traceback():
         assert ended.stderr.startswith("error: ") and ended.stderr.count("\n") == 1
 
 
-def test_a_reader_that_stops_reading_is_no_fault():
-    command = f"{sys.executable} {ROOT / 'common.py'} --help | head -n 1"
+@pytest.mark.parametrize("name", ["common.py", "miniature.py"])
+def test_a_reader_that_stops_reading_is_no_fault(name: str):
+    command = f"{sys.executable} {ROOT / name} --help | head -n 1"
     ended = subprocess.run(command, shell=True, env=environment(), capture_output=True, text=True)
     assert ended.stdout.startswith("usage:") and ended.stderr == ""
 
