@@ -512,6 +512,7 @@ class Batches:
         places = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
         epochs, offsets = np.divmod(places, len(self.part))
         index = np.array([self._order(int(e))[o] for e, o in zip(epochs, offsets, strict=True)])
+        # Here and not in `send`, so that the reading thread does it.
         pin = torch.Tensor.pin_memory if self.device.type == "cuda" else torch.Tensor.contiguous
         images = pin(torch.from_numpy(self.part.images[index]))
         labels = None if self.part.labels is None else torch.from_numpy(self.part.labels[index])
@@ -985,9 +986,8 @@ def confusion_matrices(prediction: Tensor, labels: Tensor, num_classes: int) -> 
     # Neighbours count in lanes of their own: adding to one cell again and again waits for itself.
     lane = np.add.outer(lanes * np.arange(batch), np.arange(labels.shape[2]) % lanes)  # [B,W]
     offset = torch.from_numpy((lane * (c + 1)).astype(np.int32))[:, None]  # [B,1,W]
-    cells = (
-        labels.to(torch.int32, copy=True).clamp_(max=c).add_(send(offset, labels.device)).mul_(c)
-    )
+    offset = send(offset, labels.device)
+    cells = labels.to(torch.int32, copy=True).clamp_(max=c).add_(offset).mul_(c)
     cells = cells.add_(prediction.to(torch.int32)).view(-1)
     # Not bincount, which on CUDA waits for the largest of the cells.
     counts = torch.zeros(batch * lanes * (c + 1) * c, dtype=torch.int64, device=labels.device)

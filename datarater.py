@@ -217,6 +217,13 @@ class Inner(NamedTuple):
     step: int  # updates so far
 
 
+def newborn(net: nn.Module, optimizer: str) -> Inner:
+    """A network before its first update."""
+    theta = torch.cat([p.detach().flatten() for p in net.parameters()])
+    state = tuple(theta.new_zeros(OPTIMIZERS[optimizer].vectors, len(theta)))
+    return Inner(theta, state, {name: b.clone() for name, b in net.named_buffers()}, 0)
+
+
 class BatchNorm(nn.BatchNorm2d):
     """Batch normalisation with a forward-mode derivative that can be differentiated again: torch's
     own takes the batch's mean and variance for constants there (torch 2.15)."""
@@ -377,11 +384,7 @@ class Population:
         self.adams = [(torch.zeros_like(phi), torch.zeros_like(phi)) for _ in self.members]
 
     def born(self) -> Inner:
-        net = self.run.network()
-        theta = torch.cat([p.detach().flatten() for p in net.parameters()])
-        count = OPTIMIZERS[self.run.args.inner_optimizer].vectors
-        buffers = {name: b.clone() for name, b in net.named_buffers()}
-        return Inner(theta, tuple(theta.new_zeros(count, len(theta))), buffers, 0)
+        return newborn(self.run.network(), self.run.args.inner_optimizer)
 
     def renew(self, step: int) -> None:
         """The members start anew in turns, each after its lifetime."""

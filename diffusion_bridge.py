@@ -570,8 +570,7 @@ def both(run: Run, source: Part, photos: Part, salt: int) -> Callable[[int], tup
         a, b = one(step), other(step)
         images, labels = torch.cat([a.images, b.images]), torch.cat([a.labels, b.labels])
         rng = common.generator(args.seed, step, salt)
-        flip = torch.rand(len(images), generator=rng) < 0.5
-        flip = common.send(flip, images.device)
+        flip = common.send(torch.rand(len(images), generator=rng) < 0.5, images.device)
         images = torch.where(flip[:, None, None, None], images.flip(3), images)
         return images, torch.where(flip[:, None, None], labels.flip(2), labels), domain
 

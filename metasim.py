@@ -397,6 +397,12 @@ def photometry(image: Tensor, depth: Tensor, noise: Tensor, v: dict[str, Tensor]
     return (blurred(image, p["blur"]) + 2 ** p["noise"] * noise).clamp(0, 1)
 
 
+def images_of(part: Part, device: torch.device) -> Iterator[Tensor]:
+    """All images of a part, 64 at most at a time. -> [B,3,H,W] each."""
+    for some in np.array_split(part.images, math.ceil(len(part) / 64)):
+        yield common.to_tensor(some, device)
+
+
 class Roads:
     """Road scenes: the grammar's graphs over the source images, and their renderer."""
 
@@ -410,15 +416,10 @@ class Roads:
         kinds = {**ROADS, "object": ROADS["object"]._replace(at_most=args.objects)}
         self.grammar = Grammar(kinds, device)
         self.classes = 3 + len(names)  # empty, scene, camera, one of each object
-        tones = torch.cat([tone(x) for x in self.pictures(np.arange(len(part)))])  # [N,5]
+        tones = torch.cat([tone(x) for x in images_of(part, torch.device("cpu"))])  # [N,5]
         mean, scale = (t[0, : len(TONE)].cpu() for t in (self.grammar.mean, self.grammar.scale))
         self.tones = (tones - mean) / scale
         self.fixed = 4  # immutable numbers: an object's place in its image, a scene's horizon
-
-    def pictures(self, index: np.ndarray) -> Iterator[Tensor]:
-        """Source images in batches, float [B,3,H,W] on the CPU."""
-        for some in np.array_split(index, math.ceil(len(index) / 64)):
-            yield torch.from_numpy(np.array(self.part.images[some])).permute(0, 3, 1, 2) / 255
 
     def sample(self, count: int, rng: torch.Generator) -> Graphs:
         """Scene graphs from the prior, on the CPU."""
@@ -610,11 +611,8 @@ def measure(images: Tensor) -> dict[str, Tensor]:
     horizon = slice(images.shape[2] // 3, images.shape[2] * 6 // 10)  # about there
     # A mask that no plane and no straight edge excites (Immerkaer, CVIU 1996).
     mask = torch.tensor([[[[1, -2, 1], [-2, 4, -2], [1, -2, 1]]]], dtype=luma.dtype)
-    noise = (
-        F.conv2d(luma, common.send(mask, luma.device)).abs().mean(dim=(1, 2, 3))
-        * math.sqrt(math.pi / 2)
-        / 6
-    )
+    mask = common.send(mask, luma.device)
+    noise = F.conv2d(luma, mask).abs().mean(dim=(1, 2, 3)) * math.sqrt(math.pi / 2) / 6
     one, two = luma.diff(dim=3).square(), (luma[..., 2:] - luma[..., :-2]).square()
     return {
         **dict(zip(TONE, tone(images).unbind(dim=1), strict=True)),
@@ -841,12 +839,8 @@ def learn(run: Run, roads: Roads, photos: Part) -> Transformer:
         seen = torch.stack([*measure(images).values()], dim=1)  # [B,8]
         return [seen, colour_statistics(images), network_statistics(net, images)]
 
-    def real() -> Iterator[Tensor]:
-        for some in np.array_split(np.arange(len(photos)), math.ceil(len(photos) / 64)):
-            yield common.to_tensor(photos.images[some], device)
-
     prior = (images for images, *_ in rendered(roads, None, 256, args.seed))
-    features = Features(groups, prior, real())
+    features = Features(groups, prior, images_of(photos, device))
     transformer = Transformer(roads.grammar, roads.classes, roads.fixed, args).to(device)
     for stage, steps in (("reconstruct", args.reconstruct_steps), ("match", args.match_steps)):
         optimizer = torch.optim.Adam(transformer.parameters())

@@ -350,10 +350,7 @@ def meta_problem(b: Bench, updates: int, **changes: Any) -> tuple:
     """Arguments of `datarater.mixed` and `unroll`: an inner network before its first update."""
     args = datarater.settled(b.of(datarater, inner_updates=updates, **changes))
     net = common.Network(args.net, b.classes).to(b.device).train()
-    theta = nn.utils.parameters_to_vector(net.parameters()).detach()
-    count = datarater.OPTIMIZERS[args.inner_optimizer].vectors
-    buffers = {name: value.clone() for name, value in net.named_buffers()}
-    inner = datarater.Inner(theta, tuple(theta.new_zeros(count, len(theta))), buffers, 0)
+    inner = datarater.newborn(net, args.inner_optimizer)
     batches, rng = common.Batches(b.source, args.inner_batch, 0, b.device), common.generator(0)
     few = common.Batches(b.few, args.batch_size, 0, b.device)(0)
 

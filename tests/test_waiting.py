@@ -135,7 +135,6 @@ class Given(NamedTuple):
     source: common.Part
     few: common.Part
     photos: common.Part
-    device: torch.device
 
 
 def given(args: common.Args, device: torch.device, method: Any, **own: Any) -> Given:
@@ -143,7 +142,7 @@ def given(args: common.Args, device: torch.device, method: Any, **own: Any) -> G
     args = common.resolve(like(args, method.Args if method else common.Args, **own), "test")
     roles = ("source", "target_few", "target_unlabelled")
     parts = [common.load(args, role) for role in roles]
-    return Given(Watched(dataclasses.replace(args, device=str(device))), *parts, device)
+    return Given(Watched(dataclasses.replace(args, device=str(device))), *parts)
 
 
 # ---- The stages ---------------------------------------------------------------------------------
@@ -174,13 +173,13 @@ def rater(*where: Any, damaged: bool = False, **own: Any) -> None:
     g = given(*where, datarater, **short, **own)
     g.run.args = datarater.settled(g.run.args)
     source, amount = datarater.corrupted(g.source, 0.5, 0) if damaged else (g.source, None)
-    datarater.meta_train(g.run, datarater.Rater().to(g.device), source, g.few, amount)
+    datarater.meta_train(g.run, datarater.Rater().to(g.run.device), source, g.few, amount)
 
 
 def bridge(*where: Any, latent: int) -> None:
     g = given(*where, diffusion_bridge, unet_steps=3, latent_steps=3, width=8)
     config = {"patch": 2, "latent": latent, "width": 8, "size": [32, 64], "classes": g.run.classes}
-    model = diffusion_bridge.Bridge(config, len(g.few)).to(g.device)
+    model = diffusion_bridge.Bridge(config, len(g.few)).to(g.run.device)
     if latent:
         diffusion_bridge.train_autoencoder(g.run, model.space, g.source, g.few)
     diffusion_bridge.train_unet(g.run, model, g.source, g.few)
@@ -189,7 +188,7 @@ def bridge(*where: Any, latent: int) -> None:
 def scenes(*where: Any) -> None:
     own = {"match_batch": 4, "match_photos": 2, "reconstruct_steps": 3, "match_steps": 3}
     g = given(*where, metasim, objects=2, assets=40, **own)
-    run, args, device, cpu = g.run, g.run.args, g.device, torch.device("cpu")
+    run, args, device, cpu = g.run, g.run.args, g.run.device, torch.device("cpu")
     net = common.Network("tiny", len(run.classes)).eval()
 
     def groups(images: Tensor) -> list[Tensor]:
