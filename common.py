@@ -1777,7 +1777,9 @@ def main(args_class: type, run: Callable[[Any], Any], doc: str | None) -> None:
 
     args = None
     try:
-        args = tyro.cli(args_class, description=wrapped(doc or ""))
+        # By its name alone: a long path before it would make the usage too wide for a terminal.
+        script = Path(sys.argv[0]).name
+        args = tyro.cli(args_class, prog=script, description=wrapped(doc or ""))
         result = run(args)
         if isinstance(result, Result) and world()[0] == 0:
             found = f"{result.benchmark} {result.method} seed {result.seed}"

@@ -1387,7 +1387,7 @@ def main() -> None:
     command = sys.argv[1] if len(sys.argv) > 1 else ""
     if command not in ("train", "translate"):
         return common.main(Args, run, __doc__)
-    del sys.argv[1]
+    sys.argv[:2] = [" ".join(sys.argv[:2])]  # as --help calls it
     if command == "train":
         return common.main(Args, train, __doc__)
     try:

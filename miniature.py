@@ -902,7 +902,8 @@ def main() -> None:
     import tyro
 
     try:
-        args = tyro.cli(Args, description="\n\n".join(__doc__.split("\n\n")[:2]))
+        first_two = "\n\n".join(__doc__.split("\n\n")[:2])
+        args = tyro.cli(Args, prog=Path(sys.argv[0]).name, description=first_two)
     except BrokenPipeError:  # `| head` has seen enough; Python would complain again at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

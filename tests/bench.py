@@ -579,4 +579,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=common.wrapped(__doc__)))
+    main(tyro.cli(Args, prog=Path(__file__).name, description=common.wrapped(__doc__)))
