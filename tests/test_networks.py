@@ -151,6 +151,23 @@ def test_the_evaluator_equals_the_plain_way_to_the_pixel(tmp_path: Path):
             np.testing.assert_array_equal(found[i], expected[:19])
 
 
+@pytest.mark.parametrize("size", [(8, 12), (16, 24), (31, 50), (24, 12), (5, 7), (8, 100)])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_label_maps_are_those_of_upsampled_logits(size: tuple[int, int], channels_last: bool):
+    """Of noise, whose neighbours all differ, of smooth maps, whose hardly do, and of one class."""
+    rng = torch.Generator().manual_seed(0)
+    noise = torch.randn(2, 5, 8, 12, generator=rng)
+    smooth = common.upsample(torch.randn(2, 5, 2, 3, generator=rng), (8, 12))
+    for logits in (noise, smooth, torch.ones(2, 5, 8, 12), noise.half()):
+        if channels_last:
+            logits = logits.contiguous(memory_format=torch.channels_last)
+        large = common.upsample(logits.float(), size)
+        maps = common.label_maps(logits, size)
+        assert maps.shape == (2, *size) and maps.dtype == torch.uint8
+        chosen = large.gather(1, maps.long()[:, None])[:, 0]
+        assert (chosen > large.amax(dim=1) - 1e-5).all()  # rounding may decide between equals
+
+
 def test_a_label_of_the_test_set_is_decoded_once(
     args: common.Args, monkeypatch: pytest.MonkeyPatch
 ):
