@@ -38,7 +38,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import common
-from common import IGNORE, Network, Part, Result, Run, UserError
+from common import Network, Part, Result, Run, UserError
 
 
 @dataclass(frozen=True)
@@ -198,7 +198,7 @@ class Graphs(NamedTuple):
     fixed: Tensor  # [B,V,F] immutable attributes that the transformer sees
     picture: Tensor  # [B,V] int64, which source image, cut-out or digit; -1 for none
     flip: Tensor  # [B,V] 1 or -1, of objects
-    seed: Tensor  # [B] int64, of the sensor noise: a batch's is its first scene's
+    seed: Tensor  # [B] int64, of the sensor noise
 
     def to(self, device: torch.device) -> "Graphs":
         """From the CPU, on which graphs are drawn."""
@@ -284,7 +284,7 @@ def horizons(labels: np.ndarray, ground: Sequence[int]) -> np.ndarray:
 class CutOuts(NamedTuple):
     """Objects of the source images at their own resolution, in a corner of a common canvas."""
 
-    rgba: Tensor  # uint8 [A,4,h,w]
+    rgba: Tensor  # uint8 [A,4,h,w], premultiplied: black where the object is not
     classes: Tensor  # int64 [A]
     box: Tensor  # [A,4] centre x, centre y below the horizon, half width, half height
 
@@ -320,7 +320,8 @@ def cut_out(part: Part, horizon: np.ndarray, count: int, seed: int) -> CutOuts:
             rgba = np.zeros((*canvas, 4), np.uint8)
             inside = np.s_[top:bottom, left:right]
             rgba[: bottom - top, : right - left, :3] = part.images[n][inside]
-            rgba[: bottom - top, : right - left, 3] = 255 * (regions[inside] == number)
+            rgba[: bottom - top, : right - left, 3] = 255
+            rgba[: bottom - top, : right - left][regions[inside] != number] = 0
             middle = (top + bottom) / height - 1 - horizon[n]
             box = [(left + right) / width - 1, middle]
             found.append((rgba, c, [*box, (right - left) / width, (bottom - top) / height]))
@@ -332,28 +333,42 @@ def cut_out(part: Part, horizon: np.ndarray, count: int, seed: int) -> CutOuts:
 
 
 # ---- Differentiable renderer --------------------------------------------------------------------
+# Some forty passes over the images, which is what a scene costs: an operation more is felt.
 def blend(layers: Sequence[Tensor], base: Tensor) -> tuple[Tensor, Tensor]:
     """Soft compositing of layers, the nearest first, over the base.
 
     layers: premultiplied RGBA, [B,4,H,W] each; base [B,3,H,W] -> image [B,3,H,W], and every layer's
     share of a pixel's colour, the base's last, [B,K+1,H,W], which sums to 1.
     """
-    image, clear, shares = torch.zeros_like(base), torch.ones_like(base[:, :1]), []
+    image, clear, shares = base, torch.ones_like(base[:, :1]), []
+    for layer in reversed(layers):
+        image = torch.addcmul(layer[:, :3], 1 - layer[:, 3:], image)
     for layer in layers:
-        image = image + clear * layer[:, :3]
         shares.append(clear * layer[:, 3:])
-        clear = clear * (1 - layer[:, 3:])
-    return image + clear * base, torch.cat([*shares, clear], dim=1)
+        clear = clear - shares[-1]
+    return image, torch.cat([*shares, clear], dim=1)
 
 
-def blurred(images: Tensor, share: Tensor) -> Tensor:
-    """images [B,3,H,W], mixed with their Gaussian blur of 1 px by `share` [B,1,1,1]."""
-    kernel = (-(torch.arange(-3, 4) ** 2) / 2).softmax(dim=0).tolist()
-    smooth = F.pad(images, (3,) * 4, mode="replicate")
+BLUR = (1 / 16, 4 / 16, 6 / 16, 4 / 16, 1 / 16)  # binomial, of a standard deviation of 1 px
+
+
+def blurred(images: Tensor, share: Tensor | float) -> Tensor:
+    """images [B,3,H,W], mixed with their blur of 1 px by `share`, a number or [B,1,1,1]."""
+    smooth = F.pad(images, (2,) * 4, mode="replicate")
     for axis in (2, 3):  # sums of shifted images: much faster on CPUs than grouped convolutions
-        taps = [smooth.narrow(axis, k, images.shape[axis]) for k in range(7)]
-        smooth = sum(weight * tap for weight, tap in zip(kernel, taps, strict=True))
-    return images + share * (smooth - images)
+        first, *others = (smooth.narrow(axis, k, images.shape[axis]) for k in range(len(BLUR)))
+        smooth = first * BLUR[0]
+        for weight, tap in zip(BLUR[1:], others, strict=True):
+            smooth = smooth.add(tap, alpha=weight)
+    return torch.lerp(images, smooth, share)
+
+
+def moments(images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """[B,3,H,W] -> mean colour [B,3,1], differences from it [B,3,HW], their covariance [B,3,3]."""
+    flat = images.flatten(2)
+    mean = flat.mean(dim=2, keepdim=True)
+    centred = flat - mean
+    return mean, centred, centred @ centred.mT / (flat.shape[2] - 1)
 
 
 def tone(images: Tensor) -> Tensor:
@@ -361,40 +376,60 @@ def tone(images: Tensor) -> Tensor:
 
     [B,3,H,W] -> [B,5]. With chroma the difference from luma, and luma the mean of the channels.
     """
-    red, green, blue = images.mean(dim=(2, 3)).clamp(min=1e-3).unbind(dim=1)
-    luma = images.mean(dim=1, keepdim=True)
-    illumination = luma.mean(dim=(1, 2, 3)).clamp(min=1e-3)
-    chroma = (images - luma).var(dim=(2, 3)).mean(dim=1)
+    mean, _, covariance = moments(images)
+    return tone_of(mean, covariance)
+
+
+def tone_of(mean: Tensor, covariance: Tensor) -> Tensor:
+    """`tone` from the moments of an image: luma's variance is the mean of the covariances, and that
+    of a channel is luma's and chroma's. [B,3,1], [B,3,3] -> [B,5]."""
+    red, green, blue = mean[..., 0].clamp(min=1e-3).unbind(dim=1)
+    illumination = mean.mean(dim=(1, 2)).clamp(min=1e-3)
+    luma = covariance.mean(dim=(1, 2))
+    chroma = covariance.diagonal(dim1=1, dim2=2).mean(dim=1) - luma
     warm, tint = red / blue, green / (red * blue).sqrt()
-    contrast = luma.var(dim=(1, 2, 3)).clamp(min=1e-6).sqrt()
-    saturation = chroma.clamp(min=1e-6).sqrt()
+    contrast, saturation = (variance.clamp(min=1e-6).sqrt() for variance in (luma, chroma))
     return torch.stack([illumination, warm, tint, contrast, saturation], dim=1).log2()
 
 
 def retone(images: Tensor, wanted: Tensor) -> Tensor:
     """Images of that tone, by the affine map of luma and chroma. [B,3,H,W], [B,5] -> [B,3,H,W]."""
-    scale = 2 ** (wanted - tone(images))[..., None, None]  # [B,5,1,1]
+    mean, centred, covariance = moments(images)
+    scale = 2 ** (wanted - tone_of(mean, covariance))[:, 3:, None, None]  # [B,2,1,1]
     illumination, warm, tint = (2 ** wanted[:, :3]).unbind(dim=1)
     shares = torch.stack([warm.sqrt(), tint, 1 / warm.sqrt()], dim=1)  # red, green, blue
-    mean = illumination[:, None] * shares / shares.mean(dim=1, keepdim=True)  # [B,3]
-    centred = images - images.mean(dim=(2, 3), keepdim=True)
-    luma = centred.mean(dim=1, keepdim=True)
-    return mean[..., None, None] + scale[:, 3:4] * luma + scale[:, 4:] * (centred - luma)
+    new_mean = illumination[:, None] * shares / shares.mean(dim=1, keepdim=True)  # [B,3]
+    eye = torch.eye(3, device=images.device, dtype=images.dtype)
+    third = torch.full_like(eye, 1 / 3)  # takes luma of a colour, the rest takes chroma
+    matrix = scale[:, 0] * third + scale[:, 1] * (eye - third)  # [B,3,3]
+    return torch.baddbmm(new_mean[..., None], matrix, centred).view_as(images)
 
 
 def photometry(image: Tensor, depth: Tensor, noise: Tensor, v: dict[str, Tensor]) -> Tensor:
     """Haze, tone, blur and sensor noise, in this order.
 
-    image, noise [B,3,H,W]; depth [B,1,H,W] relative to the horizon's; v: the scene's attributes,
-    [B,1] each -> [B,3,H,W] in [0,1].
+    image [B,3,H,W]; depth [B,1,H,W] relative to the horizon's; noise [2,B,3,H,W], white and the
+    same blurred; v: the scene's attributes, [B,1] each -> [B,3,H,W] in [0,1].
     """
     p = {name: value[..., None, None] for name, value in v.items()}  # [B,1,1,1]
     clear = torch.exp(-p["haze"] * depth)  # Koschmieder's law
-    image = clear * image + (1 - clear) * 2 ** p["airlight"]
+    image = torch.lerp(2 ** p["airlight"], image, clear)
     image = retone(image, torch.cat([v[name] for name in TONE], dim=1))
-    noise = blurred(noise, p["grain"])
-    noise = noise / noise.std(dim=(1, 2, 3), keepdim=True)
-    return (blurred(image, p["blur"]) + 2 ** p["noise"] * noise).clamp(0, 1)
+    image = blurred(image, p["blur"])
+    # A mixture of delta and blur kernel, whose sum of squares is the variance of the mixed noise.
+    middle, squares, grain = BLUR[2] ** 2, sum(k * k for k in BLUR) ** 2, p["grain"]
+    variance = (1 - grain) ** 2 + 2 * middle * grain * (1 - grain) + squares * grain**2
+    amount = 2 ** p["noise"] / variance.sqrt()
+    image = torch.addcmul(image, amount * (1 - grain), noise[0])
+    return torch.addcmul(image, amount * grain, noise[1]).clamp(0, 1)
+
+
+def sampling_grid(theta: Tensor, size: Sequence[int]) -> Tensor:
+    """F.affine_grid, as a sum of rows and columns. [B,2,3] -> [B,H,W,2]."""
+    y, x = (((torch.arange(n, device=theta.device) + 0.5) * 2 / n - 1).to(theta) for n in size)
+    ours = theta[:, None, None]  # [B,1,1,2,3]
+    across = ours[..., 0] * x[:, None]  # [B,1,W,2]
+    return across + (ours[..., 1] * y[:, None, None] + ours[..., 2])
 
 
 def images_of(part: Part, device: torch.device) -> Iterator[Tensor]:
@@ -420,6 +455,11 @@ class Roads:
         mean, scale = (t[0, : len(TONE)].cpu() for t in (self.grammar.mean, self.grammar.scale))
         self.tones = (tones - mean) / scale
         self.fixed = 4  # immutable numbers: an object's place in its image, a scene's horizon
+        # A store of noise, four times a scene's: numbers of its own for every scene take longer to
+        # draw than all else of it.
+        white = torch.randn(1, 3, 2 * args.size[0], 2 * args.size[1],
+                            generator=common.generator(args.seed, 13))  # fmt: skip
+        self.store = torch.cat([white, blurred(white, 1.0)]).to(device)  # [2,3,2H,2W]
 
     def sample(self, count: int, rng: torch.Generator) -> Graphs:
         """Scene graphs from the prior, on the CPU."""
@@ -446,10 +486,10 @@ class Roads:
         return Graphs(values, classes, fixed, picture, flip, seed)
 
     def noise(self, graphs: Graphs) -> Tensor:
-        """Standard normal sensor noise of each scene. -> [B,3,H,W]."""
-        rng = common.generator(int(graphs.seed[0]))
-        noise = torch.randn(len(graphs.seed), 3, *self.size, generator=rng)
-        return common.send(noise, self.device)
+        """Sensor noise of each scene, white and blurred: a window of the store. -> [2,B,3,H,W]."""
+        h, w = self.size
+        corners = [divmod(seed % (h * w), w) for seed in graphs.seed.tolist()]
+        return torch.stack([self.store[..., y : y + h, x : x + w] for y, x in corners], dim=1)
 
     def render(self, graphs: Graphs, values: Tensor) -> tuple[Tensor, Tensor]:
         """Images and label maps of scene graphs with these mutable attributes.
@@ -457,41 +497,42 @@ class Roads:
         graphs on the CPU, values [B,V,M] -> [B,3,H,W] in [0,1], int64 [B,H,W]. The label is that of
         the layer with the greatest share of the pixel's colour.
         """
-        index = graphs.picture[:, 0].numpy()
+        index, sample = graphs.picture[:, 0].numpy(), partial(F.grid_sample, align_corners=False)
         base = common.to_tensor(self.part.images[index], self.device).to(values)  # [B,3,H,W]
-        labels = common.send(torch.from_numpy(np.array(self.part.labels[index])), self.device)
+        under = common.send(torch.from_numpy(np.array(self.part.labels[index])), self.device)
         horizon = common.send(self.horizon[index, None], self.device).to(values)  # [B,1]
         v = self.grammar.read(values)
-        grid = camera_grid(v, base.shape)  # [B,H,W,2] where each pixel looks in the source image
-        sample = partial(F.grid_sample, align_corners=False)
+        theta = camera(v, self.size)  # from the frame into the source image
+        grid = sampling_grid(theta, self.size)  # [B,H,W,2]
         base = sample(base, grid, padding_mode="border")
-        under = sample(labels[:, None].to(values), grid, mode="nearest", padding_mode="border")
-        outside = grid.abs().amax(dim=3) > 1
-        under = under[:, 0].round().long().masked_fill(outside, IGNORE)
-        layers, classes = self.objects(graphs, v, horizon, grid)
+        # One more, since beyond the edge is 0: as a byte it becomes IGNORE, and so does IGNORE.
+        under = sample((under + 1)[:, None].to(values), grid, mode="nearest")
+        labels = under[:, 0].byte() - 1  # [B,H,W]
+        layers, classes = self.objects(graphs, v, horizon, theta, self.size)
         image, shares = blend(layers, base)
-        classes = torch.cat([classes[..., None, None].expand(-1, -1, *self.size),
-                             under[:, None]], dim=1)  # fmt: skip
-        # max is far faster than argmax on the CPU.
-        labels = classes.gather(1, shares.max(dim=1, keepdim=True).indices)[:, 0]
+        *shares, most = shares.detach().unbind(dim=1)  # [B,H,W] each
+        for share, kind in zip(shares[::-1], classes.unbind(dim=1)[::-1], strict=True):
+            labels = torch.where(share >= most, kind[:, None, None], labels)
+            most = torch.maximum(share, most)
         # Distance over that of the horizon, here 7 times as far as the image's lower edge.
-        below = (grid[..., 1] - horizon[..., None]).clamp(min=0) / (1 - horizon[..., None])
-        depth = 1 / (1 + 6 * below[:, None])
-        return photometry(image, depth, self.noise(graphs).to(values), v), labels
+        below = (grid[..., 1] - horizon[..., None]) * (6 / (1 - horizon[..., None]))
+        depth = 1 / (1 + below.clamp(min=0))[:, None]
+        return photometry(image, depth, self.noise(graphs).to(values), v), labels.long()
 
     def objects(
-        self, graphs: Graphs, v: dict[str, Tensor], horizon: Tensor, grid: Tensor
-    ) -> tuple[list[Tensor], Tensor]:
-        """The objects as layers, the nearest first, and their classes.
+        self, graphs: Graphs, v: dict[str, Tensor], horizon: Tensor, theta: Tensor,
+        size: Sequence[int],
+    ) -> tuple[Sequence[Tensor], Tensor]:  # fmt: skip
+        """The objects as layers, the nearest first, and their classes, seen by the camera `theta`.
 
-        -> premultiplied RGBA [B,4,H,W] each, int64 [B,K]. An object that comes nearer grows about
-        the vanishing point, the middle of the horizon, so that it stays on the ground.
+        -> premultiplied RGBA [B,4,H,W] of `size` each, uint8 [B,K]. An object that comes nearer
+        grows about the vanishing point, the middle of the horizon, so that it stays on the ground.
         """
         # All is looked up on the CPU and sent at once, so that the device is never waited for.
-        send, asset = partial(common.send, device=grid.device), graphs.picture[:, 2:]
-        flip, present = send(graphs.flip[:, 2:]).to(grid), send(asset >= 0).to(grid)
+        send, asset = partial(common.send, device=theta.device), graphs.picture[:, 2:]
+        flip, present = send(graphs.flip[:, 2:]).to(theta), send(asset >= 0).to(theta)
         asset = asset.clamp(min=0)
-        box = send(self.cut_outs.box[asset]).to(grid)  # [B,K,4]
+        box = send(self.cut_outs.box[asset]).to(theta)  # [B,K,4]
         pictures = send(self.cut_outs.rgba[asset])  # uint8 [B,K,4,h,w]
         near = 2 ** -v["distance"]  # [B,K]
         scale = near * 2 ** v["size"]
@@ -499,35 +540,34 @@ class Roads:
         foot = horizon + (box[..., 1] + box[..., 3]) * near  # below the object
         y = foot - box[..., 3] * scale
         half = box[..., 2:] * scale[..., None]  # [B,K,2] half sides
+        # From the source image into the object, -1 to 1 across its box, mirrored or not; then onto
+        # the canvas, whose corner the box fills: own = stretch * place + shift.
+        (h, w), (height, width) = self.cut_outs.rgba.shape[2:], self.size
+        filled = box[..., 2:] * send(torch.tensor([width / w, height / h], dtype=box.dtype))
+        stretch = torch.stack([flip, torch.ones_like(flip)], dim=2) * filled / half
+        shift = filled - 1 - stretch * torch.stack([x, y], dim=2)
+        own = stretch[..., None] * theta[:, None] + F.pad(shift[..., None], (2, 0))  # [B,K,2,3]
+        light = torch.stack([2 ** v["brightness"]] * 3 + [torch.ones_like(near)], dim=2)
+        gain = light * present[..., None] / 255  # [B,K,4]
         order = foot.detach().argsort(dim=1, descending=True)  # [B,K]
-        layers, rows = [], torch.arange(len(order), device=grid.device)
-        canvas, (height, width) = self.cut_outs.rgba.shape[2:], self.size
-        filled = send(torch.tensor([width / canvas[1], height / canvas[0]], dtype=grid.dtype))
+        rows = torch.arange(len(order), device=theta.device)
+        layers = []
         for k in order.unbind(dim=1):
-            at = [t[rows, k] for t in (x, y, half, flip, box, v["brightness"], present)]
-            cx, cy, sides, mirror, native, brightness, there = at
-            # In the object: -1 to 1 across its box; then on the canvas, whose corner it fills.
-            own = (grid - torch.stack([cx, cy], dim=1)[:, None, None]) / sides[:, None, None]
-            own = own * torch.stack([mirror, torch.ones_like(mirror)], dim=1)[:, None, None]
-            own = (own + 1) * (native[:, 2:] * filled)[:, None, None] - 1
-            rgba = pictures[rows, k].to(grid) / 255  # [B,4,h,w]
-            rgba = torch.cat([rgba[:, :3] * rgba[:, 3:], rgba[:, 3:]], dim=1)
-            rgba = F.grid_sample(rgba, own, align_corners=False) * there[:, None, None, None]
-            light = 2 ** brightness[:, None, None, None]
-            layers.append(torch.cat([rgba[:, :3] * light, rgba[:, 3:]], dim=1))
-        classes = send(self.cut_outs.classes[asset]).gather(1, order)
-        return layers, classes
+            rgba = pictures[rows, k] * gain[rows, k][..., None, None]  # [B,4,h,w]
+            grid = sampling_grid(own[rows, k], size)
+            layers.append(F.grid_sample(rgba, grid, align_corners=False))
+        return layers, send(self.cut_outs.classes[asset].byte()).gather(1, order)
 
 
-def camera_grid(v: dict[str, Tensor], shape: torch.Size) -> Tensor:
-    """Where each pixel of the rendered image lies in the source image. -> [B,H,W,2], (x, y)."""
+def camera(v: dict[str, Tensor], size: Sequence[int]) -> Tensor:
+    """Where in the source image a place in the rendered one lies: an affine map. -> [B,2,3]."""
     angle, zoom = torch.deg2rad(v["roll"]), 2 ** -v["zoom"]
-    aspect = shape[3] / shape[2]
+    aspect = size[1] / size[0]
     rows = [
         torch.cat([zoom * angle.cos(), -zoom * angle.sin() / aspect, v["shift_x"]], dim=1),
         torch.cat([zoom * angle.sin() * aspect, zoom * angle.cos(), v["shift_y"]], dim=1),
     ]
-    return F.affine_grid(torch.stack(rows, dim=1), list(shape), align_corners=False)
+    return torch.stack(rows, dim=1)
 
 
 # ---- Distribution transformer -------------------------------------------------------------------
@@ -820,7 +860,7 @@ def training_set(run: Run, roads: Roads, transformer: Transformer | None) -> Par
     args, part = run.args, roads.part
     images = np.empty((args.scenes, *args.size, 3), np.uint8)
     labels, names = np.empty((args.scenes, *args.size), np.uint8), []
-    for x, y, graphs in rendered(roads, transformer, args.scenes, args.seed, 1):
+    for x, y, graphs in rendered(roads, transformer, args.scenes, args.seed, 1, batch=32):
         place = slice(len(names), len(names) + len(x))
         images[place], labels[place] = to_bytes(x), y.byte().cpu().numpy()
         names += [part.names[n] for n in graphs.picture[:, 0]]

@@ -210,7 +210,7 @@ class Bench:
 
 
 # ---- The lines of the table ---------------------------------------------------------------------
-def training(b: Bench, steps: int = 10, least: float = 0.92, what: str = "") -> Iterator[Row]:
+def training(b: Bench, steps: int = 30, least: float = 0.92, what: str = "") -> Iterator[Row]:
     """The recipe, with cache, augmentation, schedule and log, against one resident batch."""
     optimizer = torch.optim.AdamW(b.net.parameters(), lr=b.args.lr, fused=True)
 
@@ -492,7 +492,7 @@ def composed(roads: metasim.Roads, graphs: Any, v: dict[str, Tensor], n: int) ->
 
 
 def scenes(b: Bench) -> Iterator[Row]:
-    args, count = b.of(metasim), 16  # as many as it renders at a time
+    args, count = b.of(metasim), 32  # as many as it renders at a time
     roads = metasim.Roads(b.source, args, b.device)
     graphs = roads.sample(count, common.generator(0))
     values = graphs.values.to(b.device)

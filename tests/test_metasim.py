@@ -164,7 +164,8 @@ def test_labels_are_exactly_where_an_object_shows(
     graphs.picture[:, 2] = one[torch.arange(40) % len(one)]
     graphs.picture[:, 3] = two[torch.arange(40) % len(two)]
     roads.cut_outs.rgba[:, :3] = 0
-    roads.cut_outs.rgba[one, 1] = roads.cut_outs.rgba[two, 2] = 255
+    for some, channel in ((one, 1), (two, 2)):
+        roads.cut_outs.rgba[some, channel] = roads.cut_outs.rgba[some, 3]
     monkeypatch.setattr(metasim, "photometry", lambda image, *_: image)
     images, labels = roads.render(graphs, values)
     torch.testing.assert_close(images.sum(dim=1), torch.ones_like(images[:, 0]))
@@ -199,8 +200,8 @@ def test_a_nearer_object_grows_about_the_vanishing_point(roads: metasim.Roads):
     values[:, 2] = 0
     values[1, 2, 1] = -1 / roads.grammar.scale[2, 1]
     v = roads.grammar.read(values)
-    grid = metasim.camera_grid(v, torch.Size([2, 3, 512, 512]))
-    layers, _ = roads.objects(graphs, v, torch.zeros(2, 1), grid)
+    theta = metasim.camera(v, (512, 512))
+    layers, _ = roads.objects(graphs, v, torch.zeros(2, 1), theta, (512, 512))
     near = sum(layer[:, 3] for layer in layers) > 0.5
     assert near.flatten(1).any(dim=1).all(), (box[0], roads.cut_outs.box[fitting], near.sum((1, 2)))
     rows = [(one.any(dim=1).nonzero().float() + 0.5) / 256 - 1 for one in near]
@@ -215,8 +216,8 @@ def test_a_flip_mirrors_an_object_about_the_middle(roads: metasim.Roads):
     values = plain(roads, graphs)
     values[:, 2] = 0
     v = roads.grammar.read(values)
-    grid = metasim.camera_grid(v, torch.Size([2, 3, *roads.size]))
-    layers, _ = roads.objects(graphs, v, torch.zeros(2, 1), grid)
+    theta = metasim.camera(v, roads.size)
+    layers, _ = roads.objects(graphs, v, torch.zeros(2, 1), theta, roads.size)
     layer = sum(layers)
     assert layer[:, 3].sum() > 5
     torch.testing.assert_close(layer[1].flip(2), layer[0], atol=1e-4, rtol=0)
@@ -229,6 +230,41 @@ def test_blur_keeps_the_mean_and_has_its_deviation():
     assert blurred.sum() == pytest.approx(1, abs=1e-5)
     x = torch.arange(21.0) - 10
     assert (blurred.sum(dim=0) * x**2).sum().sqrt() == pytest.approx(1, abs=0.02)
+
+
+@pytest.mark.parametrize("grain", [-0.5, 0.0, 0.3, 1.0])
+def test_noise_of_any_grain_has_its_deviation(roads: metasim.Roads, grain: float):
+    """The same image with it and without: apart by 2^-5; with grain neighbours are more alike."""
+    graphs, image = roads.sample(32, common.generator(0)), torch.full((32, 3, *roads.size), 0.5)
+    image[..., ::2] = 0.4
+    attributes = dict.fromkeys(("haze", "airlight", "blur"), torch.zeros(32, 1))
+    attributes |= dict(zip(metasim.TONE, metasim.tone(image).split(1, dim=1), strict=True))
+    attributes["grain"] = torch.full((32, 1), grain)
+    rendered = []
+    for deviation in (-5.0, -60.0):
+        attributes["noise"] = torch.full((32, 1), deviation)
+        depth = torch.ones(32, 1, *roads.size)
+        rendered.append(metasim.photometry(image, depth, roads.noise(graphs), attributes))
+    noise = (rendered[0] - rendered[1]) * 2**5
+    assert noise.std().item() == pytest.approx(1, abs=0.03)
+    alike = (noise[..., 1:] * noise[..., :-1]).mean().item()
+    assert alike / grain > 0.05 if grain else abs(alike) < 0.02
+
+
+def test_a_scene_does_not_depend_on_those_beside_it(roads: metasim.Roads):
+    graphs = roads.sample(5, common.generator(1))
+    images, labels = roads.render(graphs, graphs.values)
+    for n in range(5):
+        one = metasim.Graphs(*(tensor[n : n + 1] for tensor in graphs))
+        image, label = roads.render(one, one.values)
+        torch.testing.assert_close(image[0], images[n], atol=1e-5, rtol=0)
+        assert torch.equal(label[0], labels[n])
+
+
+def test_sampling_grid_equals_affine_grid():
+    theta = torch.randn(3, 2, 3, generator=common.generator(0))
+    expected = torch.nn.functional.affine_grid(theta, [3, 1, 5, 8], align_corners=False)
+    torch.testing.assert_close(metasim.sampling_grid(theta, (5, 8)), expected)
 
 
 def test_retone_gives_an_image_the_tone():

@@ -204,6 +204,7 @@ def scenes(*where: Any) -> None:
     features.scaling = [(mean.to(device), std.to(device)) for mean, std in features.scaling]
     roads = metasim.Roads(g.source, args, cpu)
     roads.device, roads.grammar = device, metasim.Grammar(roads.grammar.kinds, device)
+    roads.store = roads.store.to(device)
     transformer = metasim.Transformer(roads.grammar, roads.classes, roads.fixed, args).to(device)
     optimizer = torch.optim.Adam(transformer.parameters())
     world = (roads, transformer, optimizer)
