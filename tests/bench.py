@@ -37,6 +37,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import common
 import datarater
@@ -116,6 +117,21 @@ def cost(bench: "Bench", figure: Callable[[], Any], yardstick: Callable[[], Any]
     """How many times as long as its yardstick the figure takes."""
     mine, other = measure(bench, figure, yardstick).T
     return median(mine / other)
+
+
+def of_peak(bench: "Bench", what: str, function: Callable[[], Any]) -> Row:
+    """Floating-point operations a second of a function, beside those of a large matrix product in
+    the precision that it computes in: about what the machine can do."""
+    cuda = bench.device.type == "cuda"
+    n, dtype = (8192, torch.bfloat16) if cuda and bench.args.amp else (2048, torch.float32)
+    factor = torch.randn(n, n, dtype=dtype, device=bench.device)
+    with FlopCounterMode(display=False) as counter:
+        function()
+    operations = counter.get_total_flops()
+    mine, product = measure(bench, function, lambda: factor @ factor).T
+    share = median(operations / mine / (2 * n**3 / product))
+    rate = operations / median(mine) / 1e9
+    return Row(f"{what}, {rate:,.0f} GFLOP/s", "matrix product", share)
 
 
 def peak_memory(bench: "Bench", function: Callable[[], Any]) -> float:
@@ -227,6 +243,7 @@ def training(b: Bench, steps: int = 30, least: float = 0.92, what: str = "") -> 
     rate = steps * b.args.batch_size / median(mine)
     what = what or f"supervised training, {rate:.0f} images/s"
     yield judged(what.format(rate), "bare step", median(other / mine), least=least)
+    yield of_peak(b, "its forward-backward", b.forward_backward)
 
 
 def training_on_gpu(b: Bench) -> Iterator[Row]:
@@ -530,6 +547,7 @@ def diffusion(b: Bench, steps: int = 4) -> Iterator[Row]:
 
     ratio = 1 / cost(b, lambda: db.train_unet(run, bridge, b.source, photos), bare_training)
     yield judged("diffusion training step", "bare U-Net step", ratio, least=0.9)
+    yield of_peak(b, "bare U-Net step", bare_training)
     names = [str(n) for n in range(len(x))]
     sampling = partial(bridge.translate, images, labels, names, args, 0)
     ratio = 1 / cost(b, sampling, bare_sampling)
