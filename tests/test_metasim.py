@@ -81,6 +81,7 @@ def test_cut_outs_are_whole_objects_of_the_source(roads: metasim.Roads):
     for rgba, c, box in zip(*roads.cut_outs, strict=True):
         assert names[c] in metasim.OBJECTS
         mask = rgba[3].numpy() > 0
+        assert not rgba[:3, ~mask].any()  # premultiplied
         w, h = round(float(box[2] * width)), round(float(box[3] * height))
         left = round(float((box[0] + 1) * width - w) / 2)
         assert mask[:h, :w].any(axis=0).all() and mask[:h, :w].any(axis=1).all()
@@ -143,6 +144,64 @@ def test_gradients_equal_central_differences_for_every_attribute(roads: metasim.
             difference = (total(values + step) - total(values - step)) / (2 * eps)
         assert (gradient[:, v, m].abs() > 1e-6).all(), roads.grammar.nodes[v]
         torch.testing.assert_close(gradient[:, v, m], difference, rtol=1e-4, atol=1e-5)
+
+
+def bilinear(picture: np.ndarray, x: np.ndarray, y: np.ndarray, edge: str) -> np.ndarray:
+    """[h,w,C] at places in pixels, whose centres are at halves; beyond it `edge` or zeros."""
+    padded = np.pad(picture, ((1, 1), (1, 1), (0, 0)), mode=edge)
+    (h, w, _), last = picture.shape, 1 - 1e-9
+    x, y = np.clip(x + 0.5, 0, w + last), np.clip(y + 0.5, 0, h + last)
+    left, top = x.astype(int), y.astype(int)
+    u, t = (x - left)[..., None], (y - top)[..., None]
+    upper = (1 - u) * padded[top, left] + u * padded[top, left + 1]
+    return (1 - t) * upper + t * ((1 - u) * padded[top + 1, left] + u * padded[top + 1, left + 1])
+
+
+def test_a_scene_equals_plain_compositing(roads: metasim.Roads, monkeypatch: pytest.MonkeyPatch):
+    """Each object by itself, in pixels, the farthest first; cameras that see beyond the image."""
+    monkeypatch.setattr(metasim, "photometry", lambda image, *_: image)
+    graphs = roads.sample(12, common.generator(3))
+    assets = torch.randint(len(roads.cut_outs.rgba), (12, 2), generator=common.generator(5))
+    graphs.picture[:10, 2:], graphs.picture[9, 3] = assets[:10], -1
+    values = 2 * graphs.values.double()  # far from the prior's mean
+    values[:, 2:, 1] = torch.linspace(-1, 1, 24).view(12, 2)  # distance, so that both orders occur
+    values[::2, 2:, 1] *= -1
+    images, labels = roads.render(graphs, values)
+    v = {name: value.numpy() for name, value in roads.grammar.read(values).items()}
+    (h, w), seen = roads.size, []
+    y, x = (np.mgrid[:h, :w] + 0.5) - np.array([h, w])[:, None, None] / 2  # px from the middle
+    for n in range(12):
+        p = {name: value[n] for name, value in v.items()}
+        angle, zoom, base = math.radians(p["roll"][0]), 2 ** -p["zoom"][0], graphs.picture[n, 0]
+        sx = zoom * (math.cos(angle) * x - math.sin(angle) * y) + (1 + p["shift_x"][0]) * w / 2
+        sy = zoom * (math.sin(angle) * x + math.cos(angle) * y) + (1 + p["shift_y"][0]) * h / 2
+        picture = bilinear(roads.part.images[base] / 255, sx, sy, "edge")
+        inside = (sx > 0) & (sx < w) & (sy > 0) & (sy < h)
+        at = np.clip(sy.astype(int), 0, h - 1), np.clip(sx.astype(int), 0, w - 1)
+        layers = [(np.where(inside, roads.part.labels[base][at], IGNORE), np.ones((h, w)))]
+        objects, horizon = [], (1 + float(roads.horizon[base])) * h / 2
+        for k in range(2):
+            if (asset := graphs.picture[n, 2 + k]) < 0:
+                continue
+            rgba, c, box = (t[asset].double().numpy() for t in roads.cut_outs)
+            middle, below, width, height = box[0] * w / 2, box[1] * h / 2, box[2] * w, box[3] * h
+            near, flip = 2 ** -p["distance"][k], float(graphs.flip[n, 2 + k])
+            scale, foot = near * 2 ** p["size"][k], horizon + near * (below + height / 2)
+            middle = w / 2 + flip * middle * near + p["lateral"][k] * w / 2
+            column, row = flip * (sx - middle) / scale + width / 2, (sy - foot) / scale + height
+            cut = bilinear(rgba.transpose(1, 2, 0) / 255, column, row, "constant")
+            objects.append((foot, cut[..., :3] * 2 ** p["brightness"][k], cut[..., 3], c))
+        for _, colour, alpha, c in sorted(objects, key=lambda one: one[0]):
+            picture = colour + (1 - alpha[..., None]) * picture
+            layers = [(label, share * (1 - alpha)) for label, share in layers]
+            layers.append((np.full((h, w), c), alpha))
+        np.testing.assert_allclose(images[n].permute(1, 2, 0), picture, atol=1e-9)
+        kinds, shares = map(np.stack, zip(*layers, strict=True))
+        clear = np.sort(shares, axis=0)[-1] > 0.5 + 1e-9
+        expected = np.take_along_axis(kinds, shares.argmax(axis=0)[None], axis=0)[0]
+        np.testing.assert_array_equal(labels[n].numpy()[clear], expected[clear])
+        seen.append((len(objects), (expected == IGNORE).any()))
+    assert {2, 1} <= {count for count, _ in seen} and any(beyond for _, beyond in seen)
 
 
 def test_labels_are_exactly_where_an_object_shows(
@@ -259,6 +318,14 @@ def test_a_scene_does_not_depend_on_those_beside_it(roads: metasim.Roads):
         image, label = roads.render(one, one.values)
         torch.testing.assert_close(image[0], images[n], atol=1e-5, rtol=0)
         assert torch.equal(label[0], labels[n])
+
+
+def test_noise_is_a_window_of_the_store_that_the_seed_chooses(roads: metasim.Roads):
+    (h, w), graphs = roads.size, roads.sample(3, common.generator(1))
+    corners = (0, 0), (5, 7), (h - 1, w - 1)
+    graphs.seed[:] = torch.tensor([0, 5 * w + 7, 3 * h * w + h * w - 1])
+    for noise, (y, x) in zip(roads.noise(graphs).unbind(dim=1), corners, strict=True):
+        assert torch.equal(noise, roads.store[..., y : y + h, x : x + w])
 
 
 def test_sampling_grid_equals_affine_grid():
