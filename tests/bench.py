@@ -58,8 +58,9 @@ class Args:
     growth: bool = False
     """Instead of the table, how cost grows with the work, as docs/cost_growth.png."""
     memory: bool = False
-    """Instead of the table, peak memory of every row at the full presets. Of the other flags only
-    --device counts."""
+    """Instead of the table, peak memory of every row at the full presets: on a CPU minutes a row,
+    hours in all where it has no instructions for bfloat16. Of the other flags only --device
+    counts."""
     out: Path | None = None
     """Write the table as JSON too."""
     data: str = "mini"
@@ -98,18 +99,16 @@ def judged(what: str, against: str, ratio: float, *, least: float = 0, most: flo
     return Row(what, against, float(ratio), asked, bool(met))
 
 
-def measure(
-    bench: "Bench", *functions: Callable[[], Any], clock: Callable[[], float] = time.perf_counter
-) -> np.ndarray:
+def measure(bench: "Bench", *functions: Callable[[], Any]) -> np.ndarray:
     """Seconds of each function in each round; they take turns. -> [rounds, functions]."""
     times = np.zeros((bench.repeat + 1, len(functions)))
     for row in times:  # the first round warms up
         for k, function in enumerate(functions):
-            begin = clock()
+            begin = time.perf_counter()
             function()
             if bench.device.type == "cuda":
                 torch.cuda.synchronize(bench.device)
-            row[k] = clock() - begin
+            row[k] = time.perf_counter() - begin
     return times[1:]
 
 

@@ -1,6 +1,5 @@
 """How time and memory grow with the work: `python tests/bench.py --growth` draws it."""
 
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -88,8 +87,6 @@ def draw(b: Bench, path: Path) -> None:
     """Time and memory against amounts of work, with their exponents over the three greatest."""
     from matplotlib.figure import Figure
 
-    # Nothing else stands beside these, so on a CPU its own time, whatever else the machine does.
-    clock = time.perf_counter if b.device.type == "cuda" else time.process_time
     found = curves(b)
     figure = Figure(figsize=(3 * len(found), 6), layout="constrained")
     axes = figure.subplots(2, len(found))
@@ -97,7 +94,7 @@ def draw(b: Bench, path: Path) -> None:
     for column, (amount, lines) in enumerate(found.items()):
         for name, (x, make) in lines.items():
             functions = [make(n) for n in x]
-            seconds = measure(b, *functions, clock=clock).min(axis=0)
+            seconds = measure(b, *functions).min(axis=0)  # the quietest round
             memory = [peak_memory(b, function) / 2**20 for function in functions]
             exponents = []
             for axis, y in zip(axes[:, column], (seconds, memory), strict=True):
