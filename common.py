@@ -301,7 +301,7 @@ def build_cache(
     blocks = [files[start : start + 8] for start in range(0, len(files), 8)]
 
     def read_block(block: Sequence[Any]) -> np.ndarray:
-        return np.stack([read(file) for file in block])
+        return np.ascontiguousarray(np.stack([read(file) for file in block]))
 
     # Written in order through a file, not a writable map: on a full disk a map dies of SIGBUS.
     with (

@@ -143,6 +143,17 @@ def test_the_cache_follows_its_files(tmp_path: Path):
     assert common.cached("x", files[:2], (4, 4, 3), read).shape == (2, 4, 4, 3)
 
 
+def test_the_cache_takes_arrays_of_any_order(tmp_path: Path):
+    """Such as a permuted tensor is; ten of them, more than are handed over at a time."""
+    files, rng = [tmp_path / str(i) for i in range(10)], np.random.default_rng(0)
+    arrays = {file: rng.integers(256, size=(3, 4, 5), dtype=np.uint8) for file in files}
+    for file in files:
+        file.touch()
+    found = common.cached("x", files, (4, 5, 3), lambda file: arrays[file].transpose(1, 2, 0))
+    for file, array in zip(files, found, strict=True):
+        np.testing.assert_array_equal(array, arrays[file].transpose(1, 2, 0))
+
+
 def test_a_failed_read_leaves_no_cache_behind(tmp_path: Path):
     (tmp_path / "a.png").write_bytes(b"not a picture")
     with pytest.raises(UserError, match=r"a\.png"):
