@@ -1064,7 +1064,7 @@ def label_maps(logits: Tensor, size: tuple[int, int]) -> Tensor:
     (rows, down), (columns, across) = ([send(t, logits.device) for t in axis] for axis in axes)
     maps = known.index_select(1, rows[0]).index_select(2, columns[0])  # [B,H,W]
     pixels = logits.permute(0, 2, 3, 1).flatten(0, 2).float()  # [B*h*w,C]
-    for some in (maps == mixed).nonzero().split(2**20):  # [P,3], few enough for any memory
+    for some in (maps == mixed).nonzero().split(2**20):  # [P,3], a part at a time
         n, i, j = some.T.contiguous()
         corners = (n * h + rows[:, i])[:, None] * w + columns[:, j]  # [2,2,P]
         weights = down[:, i][:, None] * across[:, j]
