@@ -455,8 +455,8 @@ class Roads:
         mean, scale = (t[0, : len(TONE)].cpu() for t in (self.grammar.mean, self.grammar.scale))
         self.tones = (tones - mean) / scale
         self.fixed = 4  # immutable numbers: an object's place in its image, a scene's horizon
-        # A store of noise, four times a scene's: to draw numbers of its own for every scene would be
-        # a quarter of its time.
+        # A store of noise, four times a scene's: to draw numbers for every scene would be a quarter
+        # of its time.
         white = torch.randn(1, 3, 2 * args.size[0], 2 * args.size[1],
                             generator=common.generator(args.seed, 13))  # fmt: skip
         self.store = torch.cat([white, blurred(white, 1.0)]).to(device)  # [2,3,2H,2W]
