@@ -1053,7 +1053,7 @@ def label_maps(logits: Tensor, size: tuple[int, int]) -> Tensor:
 
     Equal to `upsample(logits, size).argmax(dim=1)` but for rounding, without the large logits:
     where four neighbours agree about the class, so does every mean of them, and only the pixels
-    between others, a few in a hundred, are interpolated.
+    between others, a few in a hundred of a trained network's, are interpolated.
     """
     (h, w), mixed = logits.shape[2:], 255
     # max is far faster than argmax on the CPU. Of four neighbours the first is at the same place.
@@ -1063,14 +1063,14 @@ def label_maps(logits: Tensor, size: tuple[int, int]) -> Tensor:
     axes = [between(*sides) for sides in zip(size, (h, w), strict=True)]
     (rows, down), (columns, across) = ([send(t, logits.device) for t in axis] for axis in axes)
     maps = known.index_select(1, rows[0]).index_select(2, columns[0])  # [B,H,W]
-    pixels = logits.permute(0, 2, 3, 1).flatten(0, 2).float()  # [B*h*w,C]
-    for some in (maps == mixed).nonzero().split(2**20):  # [P,3], a part at a time
-        n, i, j = some.T.contiguous()
-        corners = (n * h + rows[:, i])[:, None] * w + columns[:, j]  # [2,2,P]
-        weights = down[:, i][:, None] * across[:, j]
+    pixels = logits.permute(0, 2, 3, 1).flatten(1, 2).float()  # [B,h*w,C]
+    for found, own in zip(maps, pixels, strict=True):  # one at a time: a bad network's are many
+        i, j = (found == mixed).nonzero().T.contiguous()  # [P] each
+        corners = rows[:, None, i] * w + columns[:, j]  # [2,2,P]
+        weights = down[:, None, i] * across[:, j]
         corners, weights = (t.flatten(0, 1).T for t in (corners, weights))  # [P,4]
-        means = F.embedding_bag(corners, pixels, per_sample_weights=weights, mode="sum")  # [P,C]
-        maps[n, i, j] = means.max(dim=1).indices.byte()
+        means = F.embedding_bag(corners, own, per_sample_weights=weights, mode="sum")  # [P,C]
+        found[i, j] = means.max(dim=1).indices.byte()
     return maps
 
 

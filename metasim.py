@@ -333,7 +333,7 @@ def cut_out(part: Part, horizon: np.ndarray, count: int, seed: int) -> CutOuts:
 
 
 # ---- Differentiable renderer --------------------------------------------------------------------
-# Some forty passes over the images, which is what a scene costs: an operation more is felt.
+# A scene costs some fifty passes over its image, so every further operation shows.
 def blend(layers: Sequence[Tensor], base: Tensor) -> tuple[Tensor, Tensor]:
     """Soft compositing of layers, the nearest first, over the base.
 
@@ -363,12 +363,18 @@ def blurred(images: Tensor, share: Tensor | float) -> Tensor:
     return torch.lerp(images, smooth, share)
 
 
-def moments(images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """[B,3,H,W] -> mean colour [B,3,1], differences from it [B,3,HW], their covariance [B,3,3]."""
-    flat = images.flatten(2)
+# Of a colour: luma, times the root of 3, and two of chroma. Orthonormal, so that no variance is a
+# small difference of large ones, which float32 would not bear.
+AXES = F.normalize(torch.tensor([[1.0, 1, 1], [1, -1, 0], [1, 1, -2]], dtype=torch.float64))
+
+
+def moments(images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """[B,3,H,W] -> AXES like the images, [3,3]; mean colour [B,3,1]; differences from it along the
+    axes [B,3,HW]; their variances [B,3]."""
+    axes, flat = common.send(AXES, images.device).to(images.dtype), images.flatten(2)
     mean = flat.mean(dim=2, keepdim=True)
-    centred = flat - mean
-    return mean, centred, centred @ centred.mT / (flat.shape[2] - 1)
+    turned = torch.baddbmm(-(axes @ mean), axes.expand(len(flat), 3, 3), flat)
+    return axes, mean, turned, turned.square().sum(dim=2) / (flat.shape[2] - 1)
 
 
 def tone(images: Tensor) -> Tensor:
@@ -376,33 +382,29 @@ def tone(images: Tensor) -> Tensor:
 
     [B,3,H,W] -> [B,5]. With chroma the difference from luma, and luma the mean of the channels.
     """
-    mean, _, covariance = moments(images)
-    return tone_of(mean, covariance)
+    _, mean, _, variance = moments(images)
+    return tone_of(mean, variance)
 
 
-def tone_of(mean: Tensor, covariance: Tensor) -> Tensor:
-    """`tone` from the moments of an image: luma's variance is the mean of the covariances, and that
-    of a channel is luma's and chroma's. [B,3,1], [B,3,3] -> [B,5]."""
+def tone_of(mean: Tensor, variance: Tensor) -> Tensor:
+    """`tone` from an image's `moments`. [B,3,1], [B,3] -> [B,5]."""
     red, green, blue = mean[..., 0].clamp(min=1e-3).unbind(dim=1)
     illumination = mean.mean(dim=(1, 2)).clamp(min=1e-3)
-    luma = covariance.mean(dim=(1, 2))
-    chroma = covariance.diagonal(dim1=1, dim2=2).mean(dim=1) - luma
+    luma, chroma = variance[:, 0] / 3, variance[:, 1:].sum(dim=1) / 3  # means over the channels
     warm, tint = red / blue, green / (red * blue).sqrt()
-    contrast, saturation = (variance.clamp(min=1e-6).sqrt() for variance in (luma, chroma))
+    contrast, saturation = (v.clamp(min=1e-6).sqrt() for v in (luma, chroma))
     return torch.stack([illumination, warm, tint, contrast, saturation], dim=1).log2()
 
 
 def retone(images: Tensor, wanted: Tensor) -> Tensor:
     """Images of that tone, by the affine map of luma and chroma. [B,3,H,W], [B,5] -> [B,3,H,W]."""
-    mean, centred, covariance = moments(images)
-    scale = 2 ** (wanted - tone_of(mean, covariance))[:, 3:, None, None]  # [B,2,1,1]
+    axes, mean, turned, variance = moments(images)
+    contrast, saturation = (2 ** (wanted - tone_of(mean, variance)))[:, 3:].unbind(dim=1)
+    scale = torch.stack([contrast, saturation, saturation], dim=1)[:, None]  # [B,1,3] by axis
     illumination, warm, tint = (2 ** wanted[:, :3]).unbind(dim=1)
     shares = torch.stack([warm.sqrt(), tint, 1 / warm.sqrt()], dim=1)  # red, green, blue
     new_mean = illumination[:, None] * shares / shares.mean(dim=1, keepdim=True)  # [B,3]
-    eye = torch.eye(3, device=images.device, dtype=images.dtype)
-    third = torch.full_like(eye, 1 / 3)  # takes luma of a colour, the rest takes chroma
-    matrix = scale[:, 0] * third + scale[:, 1] * (eye - third)  # [B,3,3]
-    return torch.baddbmm(new_mean[..., None], matrix, centred).view_as(images)
+    return torch.baddbmm(new_mean[..., None], axes.T * scale, turned).view_as(images)
 
 
 def photometry(image: Tensor, depth: Tensor, noise: Tensor, v: dict[str, Tensor]) -> Tensor:
@@ -505,7 +507,7 @@ class Roads:
         theta = camera(v, self.size)  # from the frame into the source image
         grid = sampling_grid(theta, self.size)  # [B,H,W,2]
         base = sample(base, grid, padding_mode="border")
-        # One more, since beyond the edge is 0: as a byte it becomes IGNORE, and so does IGNORE.
+        # Bytes turn over: IGNORE + 1 is 0, as is what lies beyond the edge, and 0 - 1 is IGNORE.
         under = sample((under + 1)[:, None].to(values), grid, mode="nearest")
         labels = under[:, 0].byte() - 1  # [B,H,W]
         layers, classes = self.objects(graphs, v, horizon, theta, self.size)

@@ -340,6 +340,39 @@ def test_retone_gives_an_image_the_tone():
     torch.testing.assert_close(metasim.tone(toned), wanted, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_tone_is_exact_in_single_precision(layout: torch.memory_format):
+    """Of a large image that is almost grey."""
+    image = torch.rand(2, 3, 32, 64, generator=common.generator(0))
+    image = common.upsample(0.95 * image.mean(dim=1, keepdim=True) + 0.05 * image, (256, 512))
+    image = image.contiguous(memory_format=layout)
+    torch.testing.assert_close(
+        metasim.tone(image), metasim.tone(image.double()).float(), atol=1e-5, rtol=0
+    )
+    wanted = torch.tensor([[-1.5, 0, 0, -2.5, -4.5]]).expand(2, 5)
+    toned = metasim.retone(image.double(), wanted.double()).float()
+    torch.testing.assert_close(metasim.retone(image, wanted), toned, atol=1e-4, rtol=0)
+
+
+def test_haze_follows_koschmieder(roads: metasim.Roads, monkeypatch: pytest.MonkeyPatch):
+    """What is at the depth d keeps exp(-haze d) of its light and gets the rest from the air; at the
+    horizon d is 1, at the lower edge of an image seen as it is nearly 1/7."""
+    monkeypatch.setattr(metasim, "retone", lambda image, _: image)
+    image, depth = torch.rand(1, 3, 4, 6), torch.rand(1, 1, 4, 6)
+    v = dict.fromkeys((*metasim.TONE, "blur", "grain"), torch.zeros(1, 1))
+    v |= {"haze": torch.tensor([[0.7]]), "airlight": torch.tensor([[-0.5]])}
+    v["noise"] = torch.tensor([[-60.0]])
+    hazy = metasim.photometry(image, depth, torch.zeros(2, 1, 3, 4, 6), v)
+    clear, scene = np.exp(-0.7 * depth.numpy()), image.numpy()
+    np.testing.assert_allclose(hazy, scene * clear + (1 - clear) * 2**-0.5, atol=1e-6)
+    seen = []
+    monkeypatch.setattr(metasim, "photometry", lambda image, d, *_: seen.append(d) or image)
+    graphs = roads.sample(4, common.generator(0))
+    roads.render(graphs, plain(roads, graphs))
+    assert (seen[0][:, 0, 0] == 1).all()
+    assert (seen[0][:, 0, -1] > 1 / 7).all() and (seen[0][:, 0, -1] < 1 / 6).all()
+
+
 # ---- Distribution transformer -------------------------------------------------------------------
 def test_empty_slots_send_nothing_and_edges_carry_both_ways(roads: metasim.Roads, args):
     torch.manual_seed(0)
