@@ -1,38 +1,30 @@
 """Adapts a segmentation network to unlabelled photos: alignment, image translation, self-training.
 
-AdaptSegNet (arXiv:1802.10349v3), ADVENT (arXiv:1811.12833v2), FDA (arXiv:2004.05498v1), ClassMix
-(arXiv:2007.07936v2) and DACS (arXiv:2007.08702v2), each a switch, alone and together:
+AdaptSegNet (arXiv:1802.10349v3), ADVENT (arXiv:1811.12833v2), FDA (arXiv:2004.05498v1), AdaBN
+(arXiv:1603.04779v4) and DACS (arXiv:2007.08702v2), each a switch, alone and together:
 
-    python adversarial_da.py                                                    (colour transfer)
+    python adversarial_da.py                                                  (colour transfer)
 
-    python adversarial_da.py --self-train                      (colour transfer, then self-training)
+    python adversarial_da.py --self-train                          (colour transfer, then DACS)
 
-    python adversarial_da.py --align output --translate none --statistics target      (AdaptSegNet)
+    python adversarial_da.py --translate none --statistics target                       (AdaBN)
 
-    python adversarial_da.py --align entropy --translate none --statistics target          (ADVENT)
+    python adversarial_da.py --translate none --statistics target --align output  (AdaptSegNet)
 
-    python adversarial_da.py --translate fda                                        (FDA, one band)
+The first takes half a minute on one CPU core and reaches 65 mIoU on the miniature; training on
+the source alone reaches 44. The others take up to a minute and a half. `--translate fda` is FDA,
+`--align entropy` ADVENT. What a discriminator adds is the difference to AdaBN alone.
 
-    python adversarial_da.py --translate fda --bands 0.01 0.05 0.09 --self-train  (FDA, three bands)
+The --steps updates of the segmentation network are divided among up to three stages: training on
+the translated source images, then alignment, then self-training. In the last two stages each
+update sees a batch of source images and a batch of photos. No label of a photo is used.
 
-    python adversarial_da.py --translate none --statistics target                           (AdaBN)
-
-The first takes half a minute on one CPU core and ends at 65 mIoU on the miniature, source-only at
-44; the others take up to a minute and a half. AdaptSegNet and ADVENT run with batch statistics of
-its own for either domain, so the last one, AdaBN, tells what of their gain is the discriminator's.
-On real photos (CamVid, the source the miniature's GTA5) the first reaches 27.6, source-only 22.0.
-
-All stages together take --steps updates of the segmentation network: training on the
-(translated) source, then alignment, then self-training; in the last two each update sees a batch
-of photos beside the one of the source. No label of a photo is used.
-
-A discriminator that wins or loses outright shows in scalars.json: critic_source and critic_target
-are the shares of its right verdicts, both near 1 where it wins, near 0.5 where it cannot tell.
+scalars.json has the discriminator's accuracy: near 1 it wins outright, near 0.5 it loses.
 """
 
 import copy
+import functools
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -40,362 +32,347 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
 
 import common
-from common import Batches, Network, Part, Result, Run, UserError
+from common import Loader, Network, Result, Run, Split, UserError
+
+METHOD = "adversarial_da"
 
 
 @dataclass(frozen=True)
 class Args(common.Args):
     align: Literal["output", "entropy", "none"] = "none"
-    """What a discriminator compares between source and target: softmax maps (output, AdaptSegNet),
-    weighted self-information maps (entropy, ADVENT), nothing."""
+    """What the discriminator compares: softmax maps (output, AdaptSegNet), weighted
+    self-information maps (entropy, ADVENT), or nothing."""
     translate: Literal["fda", "color", "none"] = "color"
-    """How source images get the look of a random photo: mean and covariance of RGB (color), the
-    amplitude of low frequencies (fda), not at all."""
+    """What source images get from a random photo: mean and covariance of RGB (color), the
+    amplitude of low frequencies (fda), or nothing."""
     self_train: bool = False
-    """A last stage on the confident labels that an averaged network gives the photos."""
+    """Add a last stage, in which a student learns the pseudo-labels of its teacher (DACS)."""
     statistics: Literal["joint", "separate", "target"] = "separate"
-    """Batch normalisation of the two domains: over the union of their batches (joint), of each by
-    its own (separate), and that with the photos' in the final network (target, AdaBN)."""
+    """Batch normalisation of two domains. joint: one forward pass for both. separate: one for
+    each, but in training alone, since both update one set of running statistics in turn. target:
+    like separate, but the final running statistics are those of the photos (AdaBN)."""
     align_share: float = 0.75
-    """Share of the steps before self-training that are aligned; the first ones never are."""
+    """Share of the steps before self-training that are aligned. The first steps never are."""
     self_train_share: float = 0.75
-    """Share of --steps with self-training, at the end."""
-    gan: Literal["vanilla", "least_squares"] = "vanilla"
-    """Loss of the discriminator and of those who fool it."""
-    adv_weight: float = 0.01
-    """lambda_adv of the logits. AdaptSegNet and ADVENT: 0.001 at SGD, 0.01 for least_squares."""
-    adv_weight_aux: float = 0.002
-    """lambda_adv of the first auxiliary head, where the network has one. AdaptSegNet: 0.0002."""
-    entropy_weight: float = 0.0
-    """lambda_ent, direct minimisation of the photos' entropy in the alignment stage, with any
-    --align but none. ADVENT's MinEnt: 0.001, and alone with --adv-weight 0."""
-    critic_lr: float = 1e-3
-    """Learning rate of the discriminator's Adam. The papers: 1e-4, for 250,000 steps."""
-    critic_width: int = 16
-    """Channels of the discriminator's first convolution. The papers: 64, which takes half of a step
-    of the tiny network."""
-    bands: tuple[float, ...] = (0.03,)
-    """FDA's beta: half a side of the exchanged band, in cycles/px. The paper: 0.01, 0.05, 0.09.
-    Several: a network each in the first stage, of equal shares of its steps, whose predictions are
-    averaged into labels for self-training."""
-    confidence: float = 0.8
-    """Least probability of a label for self-training. FDA: 0.9; DACS: 0.968."""
+    """Share of --steps that is self-training, at the end."""
+    lambda_adv: float = 0.01
+    """Weight of the adversarial loss. AdaptSegNet and ADVENT: 0.001, with SGD."""
+    lambda_adv_aux: float = 0.002
+    """The same at the first auxiliary head, if the network has one. AdaptSegNet: 0.0002."""
+    lambda_ent: float = 0.0
+    """Weight of the photos' entropy while aligning. ADVENT's MinEnt: 0.001, --lambda-adv 0."""
+    discriminator_lr: float = 1e-3
+    """Initial learning rate of the discriminator's Adam. The papers: 1e-4, for 250,000 steps."""
+    discriminator_width: int = 16
+    """Channels of its first convolution. The papers: 64, too slow beside the tiny network."""
+    beta: float = 0.03
+    """FDA: frequencies below beta are exchanged, in cycles/px. The paper: 0.01, 0.05, 0.09."""
+    confidence_threshold: float = 0.8
+    """Least probability of a pseudo-label. FDA: 0.9; DACS: 0.968."""
     ema: float = 0.99
     """Decay of the teacher's weights at each step. DACS: 0.99; DAFormer: 0.999."""
     augment: bool = False
-    """Self-training: mixed images blurred, colour-jittered or RGB-shifted at random. DACS: yes."""
+    """Self-training: blur, colour-jitter or RGB-shift the mixed images. DACS: yes."""
 
 
 # ---- Image translation --------------------------------------------------------------------------
-def translator(args: Args, part: Part, beta: float) -> Callable[[Tensor, torch.Generator], Tensor]:
-    """An augmentation that gives each source image the look of a random photo of `part`."""
+def fourier_transfer(source: Tensor, target: Tensor, beta: float) -> Tensor:
+    """Source images with the target's amplitude at low frequencies (FDA, eq. 3).
+
+    [B,3,H,W] twice -> [B,3,H,W], not clamped. beta: in cycles/px, for both axes.
+    """
+    h, w = source.shape[2:]
+    spectrum, style = torch.fft.rfft2(source), torch.fft.rfft2(target)  # [B,3,H,W//2+1]
+    # The band is symmetric about frequency 0 at even sizes too, so the image stays real.
+    rows = torch.fft.fftfreq(h, device=source.device).abs() < beta
+    columns = torch.fft.rfftfreq(w, device=source.device).abs() < beta
+    band = rows[:, None] & columns  # M_beta, [H,W//2+1]
+    amplitude = torch.where(band, style.abs(), spectrum.abs())
+    return torch.fft.irfft2(torch.polar(amplitude, spectrum.angle()), s=(h, w))
+
+
+def translate(images: Tensor, rng: torch.Generator, photos: Split, args: Args) -> Tensor:
+    """Source images in the style of random photos. [B,3,H,W] -> [B,3,H,W] in [0,1]."""
     if args.translate == "none":
-        return common.original
-
-    def translate(images: Tensor, rng: torch.Generator) -> Tensor:
-        index = torch.randint(len(part), (len(images),), generator=rng).numpy()
-        style = common.to_tensor(part.images[index], images.device)
-        with torch.autocast(images.device.type, enabled=False):  # bfloat16 has no eigenvectors
-            if args.translate == "color":
-                return common.color_transfer(images, style).clamp(0, 1)
-            return common.fourier_transfer(images, style, beta).clamp(0, 1)
-
-    return translate
+        return images
+    indices = (common.draw(rng, len(images)) * len(photos)).long().numpy()  # [B]
+    style = common.to_tensor(photos.images[indices], images.device)  # [B,3,H,W]
+    if args.translate == "color":
+        return common.color_transfer(images, style).clamp(0, 1)
+    return fourier_transfer(images, style, args.beta).clamp(0, 1)
 
 
 # ---- Alignment ----------------------------------------------------------------------------------
+class Discriminator(nn.Sequential):
+    """Fully convolutional, as in AdaptSegNet. A positive score means source.
+
+    maps [B,C,H,W] -> scores [B,1,H/32,W/32].
+    """
+
+    def __init__(self, num_classes: int, width: int) -> None:
+        layers, channels = [], num_classes
+        for o in (width, 2 * width, 4 * width, 8 * width):
+            layers += [nn.Conv2d(channels, o, 4, 2, 1), nn.LeakyReLU(0.2, inplace=True)]
+            channels = o
+        super().__init__(*layers, nn.Conv2d(channels, 1, 4, 2, 1))
+
+
 def self_information(logits: Tensor) -> Tensor:
     """-p log p of each class and pixel (ADVENT, sec. 3.2). [B,C,H,W] -> [B,C,H,W].
 
-    In units of log C, so that the sum over classes, the pixel's entropy, is in [0, 1].
+    In units of log C, so that the sum over classes, the entropy (eq. 2), is in [0, 1].
     """
     log_p = logits.log_softmax(dim=1)
     return -log_p.exp() * log_p / math.log(logits.shape[1])
 
 
-def view(logits: Tensor, align: str) -> Tensor:
-    """What the discriminator sees of logits. [B,C,H,W] -> [B,C,H,W]."""
+def compared(logits: Tensor, align: str) -> Tensor:
+    """What a discriminator sees of logits, see --align. [B,C,H,W] -> [B,C,H,W]."""
     return self_information(logits) if align == "entropy" else logits.softmax(dim=1)
 
 
-class Critic(nn.Sequential):
-    """Fully convolutional discriminator (AdaptSegNet): positive where it sees source.
+def bce_loss(scores: Tensor, is_source: bool) -> Tensor:
+    """Cross-entropy of scores with this domain as the truth. [B,1,h,w] -> scalar in nats."""
+    truth = torch.full_like(scores, float(is_source))
+    return F.binary_cross_entropy_with_logits(scores, truth)
 
-    [B,C,H,W] -> [B,1,H/32,W/32]. It has no batch normalisation, so it may see the two domains in
-    turn without one leaking into the other.
+
+def adversarial_loss(discriminators: nn.ModuleList, target: list[Tensor], args: Args) -> Tensor:
+    """Small where photos pass for source images (AdaptSegNet, eq. 4 and 5).
+
+    target: logits [B,C,H,W] of every head -> scalar.
     """
-
-    def __init__(self, channels: int, width: int) -> None:
-        layers, i = [], channels
-        for o in (width, 2 * width, 4 * width, 8 * width):
-            layers += [nn.Conv2d(i, o, 4, 2, 1), nn.LeakyReLU(0.2, inplace=True)]
-            i = o
-        super().__init__(*layers, nn.Conv2d(i, 1, 4, 2, 1))
+    weights, loss = (args.lambda_adv, args.lambda_adv_aux), 0.0
+    for weight, discriminator, logits in zip(weights, discriminators, target, strict=False):
+        scores = discriminator(compared(logits, args.align))
+        loss = loss + weight * bce_loss(scores, is_source=True)
+    return loss
 
 
-def verdict_loss(verdict: Tensor, source: bool, gan: str) -> Tensor:
-    """Loss of a verdict that should say source, or target. [B,1,h,w] -> scalar.
+def discriminator_loss(
+    discriminators: list[nn.Module], source: list[Tensor], target: list[Tensor], align: str
+) -> tuple[Tensor, Tensor]:
+    """AdaptSegNet, eq. 2, and the accuracy of the first discriminator.
 
-    vanilla: cross-entropy in nats (AdaptSegNet). least_squares: squared distance to 1 or 0
-    (arXiv:1611.04076v3).
+    source, target: logits [B,C,H,W] of every head -> two scalars.
     """
-    wanted = torch.full_like(verdict, float(source))
-    if gan == "vanilla":
-        return F.binary_cross_entropy_with_logits(verdict, wanted)
-    return F.mse_loss(verdict, wanted)
+    loss, accuracies = 0.0, []
+    for discriminator, *logits in zip(discriminators, source, target, strict=False):
+        maps = compared(torch.cat(logits).detach(), align)  # [2B,C,H,W]
+        on_source, on_target = discriminator(maps).chunk(2)  # [B,1,h,w] each
+        loss_source = bce_loss(on_source, is_source=True)
+        loss_target = bce_loss(on_target, is_source=False)
+        loss = loss + (loss_source + loss_target) / 2
+        accuracies.append(torch.cat([on_source > 0, on_target <= 0]).float().mean())
+    return loss, accuracies[0]
 
 
-def fooling_loss(critics: nn.ModuleList, outputs: list[Tensor], args: Args) -> Tensor:
-    """The target's maps should pass for source (AdaptSegNet), at every level.
-
-    outputs: logits [B,C,H,W] of each level. Its gradient reaches no weight of a discriminator.
-    """
-    critics.requires_grad_(False)
-    weights = (args.adv_weight, args.adv_weight_aux)
-    losses = [
-        weight * verdict_loss(critic(view(output, args.align)), True, args.gan)
-        for weight, critic, output in zip(weights, critics, outputs, strict=False)
-    ]
-    critics.requires_grad_(True)
-    return sum(losses)
-
-
-def critic_losses(
-    critics: nn.ModuleList, source: list[Tensor], target: list[Tensor], args: Args
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The discriminators' loss (AdaptSegNet), and their shares of right verdicts on both domains.
-
-    source, target: logits [B,C,H,W] of each level, detached here. -> scalar, scalars by name.
-    """
-    loss, right = 0.0, {}
-    middle = 0.0 if args.gan == "vanilla" else 0.5
-    for k, critic in enumerate(critics):
-        for domain, outputs in (("source", source), ("target", target)):
-            is_source = domain == "source"
-            verdict = critic(view(outputs[k].detach(), args.align))
-            loss = loss + verdict_loss(verdict, is_source, args.gan) / 2
-            name = f"critic_{domain}" if k == 0 else f"critic_{domain}_aux"
-            right[name] = ((verdict.detach() > middle) == is_source).float().mean()
-    return loss, right
-
-
-def two_domains(
-    net: Network, source: Tensor, target: Tensor, statistics: str
+def forward_both(
+    model: nn.Module, source: Tensor, target: Tensor, statistics: str
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Logits of both domains, in one pass or in two, for --statistics.
+    """One forward pass for both domains, or two, see --statistics.
 
-    [B,3,H,W] twice -> [B,C,H,W] of every head, twice.
+    images [B,3,H,W] of each domain -> logits [B,C,H,W] of every head, for each domain.
     """
     if statistics != "joint":
-        return net(source, aux=True), net(target, aux=True)
-    outputs = net(torch.cat([source, target]), aux=True)
-    halves = [output.split([len(source), len(target)]) for output in outputs]
-    return [half[0] for half in halves], [half[1] for half in halves]
+        return model(source, aux=True), model(target, aux=True)
+    outputs = model(torch.cat([source, target]), aux=True)  # [2B,C,H,W] each
+    return [o[: len(source)] for o in outputs], [o[len(source) :] for o in outputs]
 
 
-def align(run: Run, net: Network, source: Part, photos: Part, steps: int) -> None:
-    """The alignment stage: supervised on the source, adversarial on the photos."""
-    args, device = run.args, run.device
-    batches = Batches(source, args.batch_size, args.seed, device)
-    targets = Batches(photos, args.batch_size, args.seed + 1, device)
-    translate = translator(args, photos, args.bands[0])
-    net.eval()  # so that looking changes no running statistics
-    with torch.no_grad():
-        levels = len(net(torch.zeros(2, 3, *args.size, device=device), aux=True)[:2])
-    critics = nn.ModuleList(Critic(len(run.classes), args.critic_width) for _ in range(levels))
-    critics.to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=args.lr, weight_decay=0.01, fused=True)
-    critic_optimizer = torch.optim.Adam(
-        critics.parameters(), lr=args.critic_lr, betas=(0.9, 0.99), fused=True
-    )
-    state = {"critics": critics, "optimizer": optimizer, "critic_optimizer": critic_optimizer}
+def align(run: Run, net: Network, source: Split, photos: Split, steps: int) -> None:
+    """The alignment stage: supervised on source images, adversarial on photos."""
+    args, seed = run.args, run.args.seed
+    source_loader = Loader(source, args.batch_size, run.device, seed, "align", "source")
+    target_loader = Loader(photos, args.batch_size, run.device, seed, "align", "target")
+    torch.manual_seed(common.seed_of(seed, "discriminators"))
+    # The second one is for the first auxiliary head, in networks that have one.
+    channels, width = len(run.classes), args.discriminator_width
+    discriminators = nn.ModuleList(Discriminator(channels, width) for _ in range(2))
+    discriminators.to(run.device, memory_format=torch.channels_last)
+    model, models_d = common.parallel(net), [common.parallel(d) for d in discriminators]
+    optimizer = common.make_optimizer(net, args.lr)
+    optimizer_d = torch.optim.Adam(discriminators.parameters(), betas=(0.9, 0.99), fused=True)
+    state = {"discriminators": discriminators, "optimizer_d": optimizer_d}
     net.train()
-    for step in run.steps("align", steps, net=net, **state):
-        rng = common.generator(args.seed, step, 1)
-        lr = common.set_rate(optimizer, args.lr, step, steps)
-        common.set_rate(critic_optimizer, args.critic_lr, step, steps)
-        batch = batches(step)
-        images, labels = common.crop_flip(translate(batch.images, rng), batch.labels, rng)
-        x, _ = common.crop_flip(targets(step).images, None, rng)  # [B,3,H,W]
-        # The segmentation network.
+    for step in run.steps("align", steps, net=net, optimizer=optimizer, **state):
+        rng = common.generator(seed, "align", step)
+        lr = common.learning_rate(args.lr, step, steps)
+        common.set_lr(optimizer, lr)
+        common.set_lr(optimizer_d, common.learning_rate(args.discriminator_lr, step, steps))
+        x, y = source_loader(step)  # [B,3,H,W], [B,H,W]
+        x = translate(x, rng, photos, args)
+        x, y = common.crop_flip(x, y, rng)
+        x_target, _ = target_loader(step)  # [B,3,H,W]
+        x_target, _ = common.crop_flip(x_target, None, rng)
+
+        # Step 1: the segmentation network
+        discriminators.requires_grad_(False)
         with run.autocast():
-            on_source, on_target = two_domains(net, images, x, args.statistics)
-            loss = common.segmentation_loss(on_source, labels)
-            fool = fooling_loss(critics, on_target, args)
-            entropy = self_information(on_target[0]).sum(dim=1).mean()  # ADVENT's MinEnt
+            on_source, on_target = forward_both(model, x, x_target, args.statistics)
+            loss = common.segmentation_loss(on_source, y)
+            loss_adv = adversarial_loss(discriminators, on_target, args)
+            entropy = self_information(on_target[0]).sum(dim=1).mean()  # ADVENT, eq. 3
         optimizer.zero_grad()
-        (loss + fool + args.entropy_weight * entropy).backward()
+        (loss + loss_adv + args.lambda_ent * entropy).backward()
         optimizer.step()
-        # The discriminators.
+
+        # Step 2: the discriminators
+        discriminators.requires_grad_(True)
         with run.autocast():
-            critic_loss, right = critic_losses(critics, on_source, on_target, args)
-        critic_optimizer.zero_grad()
-        critic_loss.backward()
-        critic_optimizer.step()
-        scalars = {"fooling_loss": fool, "entropy": entropy, "critic_loss": critic_loss, **right}
+            loss_d, accuracy = discriminator_loss(models_d, on_source, on_target, args.align)
+        optimizer_d.zero_grad()
+        loss_d.backward()
+        optimizer_d.step()
+
+        scalars = {"adversarial_loss": loss_adv, "discriminator_loss": loss_d}
+        scalars |= {"discriminator_accuracy": accuracy, "entropy": entropy}
         run.log(step, loss=loss, lr=lr, **scalars)
-        if step % max(1, steps // 4) == 0 and step < steps:
+        if common.is_quarter(step, steps):
             run.evaluate(net, step)
 
 
 # ---- Self-training ------------------------------------------------------------------------------
-def class_mask(labels: Tensor, num_classes: int, rng: torch.Generator) -> Tensor:
-    """Where a random half of the classes of each label map lies (ClassMix).
-
-    labels [B,H,W] -> bool [B,H,W]; of n classes (n + 1) // 2 are drawn; ignored pixels never are.
-    """
-    batch, c = len(labels), num_classes
-    places = labels.clamp(max=c).flatten(1)  # [B,HW], c where ignored
-    present = torch.zeros(batch, c + 1, device=labels.device).scatter(1, places, 1.0)[:, :c] > 0
-    draw = common.send(torch.rand(batch, c, generator=rng), labels.device)
-    rank = torch.where(present, draw, -1.0).argsort(dim=1, descending=True).argsort(dim=1)
-    chosen = present & (rank < (present.sum(dim=1, keepdim=True) + 1) // 2)  # [B,C]
-    return F.pad(chosen, (0, 1)).gather(1, places).view_as(labels)  # and no ignored pixel
-
-
 @torch.no_grad()
-def pseudo_labels(teachers: list[Network], images: Tensor, confidence: float) -> Tensor:
-    """The likeliest class by the teachers' mean probability (FDA), IGNORE below `confidence`.
+def pseudo_labels(teacher: nn.Module, images: Tensor, threshold: float) -> Tensor:
+    """The likeliest class, IGNORE below the confidence threshold. [B,3,H,W] -> [B,H,W]."""
+    confidence, labels = teacher(images).softmax(dim=1).max(dim=1)  # [B,H,W] each
+    return torch.where(confidence >= threshold, labels, common.IGNORE)
 
-    images [B,3,H,W] -> labels [B,H,W].
+
+def class_mix_mask(labels: Tensor, num_classes: int, rng: torch.Generator) -> Tensor:
+    """The pixels of a random half of each image's classes (ClassMix, arXiv:2007.07936v2).
+
+    labels [B,H,W] -> bool [B,H,W]. Of n classes (n + 1) // 2, and no ignored pixel.
     """
-    p = torch.stack([teacher(images).softmax(dim=1) for teacher in teachers]).mean(dim=0)
-    best, labels = p.max(dim=1)
-    return torch.where(best >= confidence, labels, common.IGNORE)
+    present = [(labels == c).flatten(1).any(dim=1) for c in range(num_classes)]
+    present = torch.stack(present, dim=1)  # [B,C]
+    numbers = common.to_device(common.draw(rng, len(labels), num_classes), labels.device)
+    order = torch.where(present, numbers, -1.0).argsort(dim=1, descending=True)
+    rank = order.argsort(dim=1)  # random, the classes that are present first
+    drawn = present & (rank < (present.sum(dim=1, keepdim=True) + 1) // 2)  # [B,C]
+    drawn = F.pad(drawn, (0, 1))  # a class more, for ignored pixels
+    return drawn.gather(1, labels.clamp(max=num_classes).flatten(1)).view_as(labels)
 
 
-def self_train(
-    run: Run, net: Network, others: list[Network], source: Part, photos: Part, steps: int
-) -> None:
-    """The last stage (DACS): photos with labels of the teacher and source classes pasted.
-
-    `others`: further teachers, of other bands, which stay as they are. Ends with the teacher's
-    weights in `net`.
-    """
-    args, device = run.args, run.device
-    batches = Batches(source, args.batch_size, args.seed + 2, device)
-    targets = Batches(photos, args.batch_size, args.seed + 3, device)
-    translate = translator(args, photos, args.bands[0])
-    optimizer = torch.optim.AdamW(net.parameters(), lr=args.lr, weight_decay=0.01, fused=True)
+def self_train(run: Run, net: Network, source: Split, photos: Split, steps: int) -> None:
+    """The self-training stage (DACS, algorithm 1). At its end `net` gets the teacher's weights."""
+    args, seed = run.args, run.args.seed
+    source_loader = Loader(source, args.batch_size, run.device, seed, "self_train", "source")
+    target_loader = Loader(photos, args.batch_size, run.device, seed, "self_train", "target")
     teacher = copy.deepcopy(net).requires_grad_(False)
-    # It sees photos alone: by its batches' statistics, or by those that it has kept.
-    teacher.train(args.statistics == "target")
+    teacher.train(args.statistics == "target")  # it sees photos alone
+    model, optimizer = common.parallel(net), common.make_optimizer(net, args.lr)
     net.train()
     for step in run.steps("self_train", steps, net=net, teacher=teacher, optimizer=optimizer):
-        rng = common.generator(args.seed, step, 2)
-        lr = common.set_rate(optimizer, args.lr, step, steps)
-        batch = batches(step)
-        images, labels = common.crop_flip(translate(batch.images, rng), batch.labels, rng)
-        x, _ = common.crop_flip(targets(step).images, None, rng)  # [B,3,H,W]
+        rng = common.generator(seed, "self_train", step)
+        lr = common.learning_rate(args.lr, step, steps)
+        common.set_lr(optimizer, lr)
+        x, y = source_loader(step)  # [B,3,H,W], [B,H,W]
+        x = translate(x, rng, photos, args)
+        x, y = common.crop_flip(x, y, rng)
+        x_target, _ = target_loader(step)  # [B,3,H,W]
+        x_target, _ = common.crop_flip(x_target, None, rng)
+
+        # Step 1: pseudo-labels, and half of the source's classes pasted into the photos
         with run.autocast():
-            guess = pseudo_labels([teacher, *others], x, args.confidence)
-        mask = class_mask(labels, len(run.classes), rng)
-        mixed = torch.where(mask[:, None], images, x)
-        mixed_labels = torch.where(mask, labels, guess)
+            y_target = pseudo_labels(teacher, x_target, args.confidence_threshold)
+        mask = class_mix_mask(y, len(run.classes), rng)  # [B,H,W]
+        x_mixed = torch.where(mask[:, None], x, x_target)
+        y_mixed = torch.where(mask, y, y_target)
         if args.augment:
-            mixed = common.random_augmentation(mixed, rng)
+            x_mixed = common.random_augmentation(x_mixed, rng)
+
+        # Step 2: the student. Mixed images count by the photos' share of confident pixels.
+        confident = common.mean_over_processes((y_target != common.IGNORE).float().mean())
         with run.autocast():
-            on_source, on_mixed = two_domains(net, images, mixed, args.statistics)
-            source_loss = common.segmentation_loss(on_source, labels)
-            mixed_loss = common.segmentation_loss(on_mixed, mixed_labels)
-        # DACS: the mixed images count by their share of confident labels.
-        share = (guess != common.IGNORE).float().mean()
-        loss = source_loss + share * mixed_loss
+            on_source, on_mixed = forward_both(model, x, x_mixed, args.statistics)
+            source_loss = common.segmentation_loss(on_source, y)
+            mixed_loss = common.segmentation_loss(on_mixed, y_mixed)
+            loss = source_loss + confident * mixed_loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        common.follow(teacher, net, min(args.ema, 1 - 1 / (step + 1)))
-        run.log(step, loss=loss, lr=lr, mixed_loss=mixed_loss, confident=share)
-        if step % max(1, steps // 4) == 0 and step < steps:
+
+        # Step 3: the teacher, in the first steps the plain mean of all students
+        common.update_ema(teacher, net, min(args.ema, 1 - 1 / (step + 1)))
+
+        run.log(step, loss=loss, lr=lr, mixed_loss=mixed_loss, confident=confident)
+        if common.is_quarter(step, steps):
             run.evaluate(teacher, step)
     net.load_state_dict(teacher.state_dict())
 
 
 # ---- The method ---------------------------------------------------------------------------------
-@torch.no_grad()
-def adapt_statistics(net: Network, photos: Part, device: torch.device, batch_size: int) -> None:
-    """Batch normalisation's mean and variance, measured anew on photos (AdaBN, arXiv:1603.04779v4):
-    the mean over batches of about `batch_size`, in the order of the files."""
-    norms = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
-    momenta = [m.momentum for m in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # a plain mean
-    training = net.training
-    net.train()
-    for index in np.array_split(np.arange(len(photos)), max(1, len(photos) // batch_size)):
-        net(common.to_tensor(photos.images[index], device))
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-    net.train(training)
+def adapt_statistics(net: Network, photos: Split, batch_size: int, device: torch.device) -> None:
+    """AdaBN: running statistics become the means over all photos, in batches of `batch_size`."""
+    batches = np.array_split(np.arange(len(photos)), max(1, len(photos) // batch_size))
+    update_bn((common.to_tensor(photos.images[batch], device) for batch in batches), net)
+
+
+def check(args: Args) -> None:
+    """UserError for a flag without an effect, or out of range."""
+    aligning = ("lambda_adv", "lambda_adv_aux", "lambda_ent", "discriminator_lr")
+    aligning += ("discriminator_width", "align_share")
+    self_training = ("self_train_share", "confidence_threshold", "ema", "augment")
+    needs = dict.fromkeys(aligning, ("--align", args.align != "none"))
+    needs |= dict.fromkeys(self_training, ("--self-train", args.self_train))
+    needs["beta"] = ("--translate fda", args.translate == "fda")
+    for name, (switch, is_on) in needs.items():
+        flag, value = f"--{name.replace('_', '-')}", getattr(args, name)
+        if not is_on and value != getattr(Args, name):
+            raise UserError(f"{flag}: has no effect without {switch}")
+        if name in ("align_share", *self_training) and not 0 <= value <= 1:
+            raise UserError(f"{flag} {value}: expected a number from 0 to 1")
 
 
 def run(args: Args) -> Result:
-    bands = args.bands if args.translate == "fda" else args.bands[:1]
-    for flag in ("align_share", "self_train_share"):
-        if not 0 <= getattr(args, flag) <= 1:
-            raise UserError(f"--{flag.replace('_', '-')}: expected a share from 0 to 1")
-    if len(bands) > 1 and (args.checkpoint or not args.self_train):
-        raise UserError("--bands: several need --self-train and no checkpoint in --init")
-    run = Run(args, "adversarial_da")
+    check(args)
+    adapts = args.align != "none" or args.self_train
+    trained = adapts and args.checkpoint is not None  # --init replaces the first stage
+    stages = (not trained) + (args.align != "none") + args.self_train
+    run = Run(args, METHOD, stages)
     if run.result:
         return run.result
-    args = run.args
+    args, net = run.args, run.network()
     source, photos = common.load(args, "source"), common.load(args, "target_unlabelled")
-    tuned = round(args.steps * args.self_train_share) if args.self_train else 0
-    aligned = round((args.steps - tuned) * args.align_share) if args.align != "none" else 0
-    first = args.steps - tuned - aligned
-    if args.checkpoint and aligned + tuned:
-        first = 0  # it has been trained
+    self_train_steps = round(args.steps * args.self_train_share) if args.self_train else 0
+    steps = args.steps - self_train_steps
+    align_steps = round(steps * args.align_share) if args.align != "none" else 0
+    source_steps = 0 if trained else steps - align_steps
 
-    net, *others = [run.network() for _ in bands]  # the first one is adapted, the others teach it
-    for k, (one, beta) in enumerate(zip([net, *others], bands, strict=True)):
-        steps = first * (k + 1) // len(bands) - first * k // len(bands)
-        if steps:
-            stage, translate = f"source{k or ''}", translator(args, photos, beta)
-            common.train(run, one, source, steps, stage, translate=translate)
-            if args.statistics == "target":
-                adapt_statistics(one, photos, run.device, args.batch_size)
-        one.eval()
-    stages = {"before": copy.deepcopy(net), "after": net} if aligned + tuned else {"": net}
-    if aligned:
-        align(run, net, source, photos, aligned)
-    if tuned:
-        self_train(run, net, others, source, photos, tuned)
-    if args.statistics == "target":
-        adapt_statistics(net, photos, run.device, args.batch_size)
-    draw_adaptation(run, stages, source, photos)
-    beside = f"{aligned} discriminator updates" if aligned else ""
-    return run.finish(net, target_labels=0, steps=first + aligned + tuned, beside=beside)
+    if not trained:
+        style = functools.partial(translate, photos=photos, args=args)
+        common.train(run, net, source, source_steps, "source", translate=style)
+        if args.statistics == "target":
+            adapt_statistics(net, photos, args.batch_size, run.device)
+    before = copy.deepcopy(net)
+    if args.align != "none":
+        align(run, net, source, photos, align_steps)
+    if args.self_train:
+        self_train(run, net, source, photos, self_train_steps)
+    if adapts and args.statistics == "target":
+        adapt_statistics(net, photos, args.batch_size, run.device)
+    if common.rank() == 0:
+        draw_adaptation(run, {"before": before, "after": net} if adapts else {"": net}, photos)
+    updates = f"{align_steps} discriminator updates" if align_steps else ""
+    steps = source_steps + align_steps + self_train_steps
+    return run.finish(net, target_labels=0, steps=steps, other_updates=updates)
 
 
-# ---- Figures ------------------------------------------------------------------------------------
-def draw_adaptation(run: Run, stages: dict[str, Network], source: Part, photos: Part) -> None:
-    """Two figures of unlabelled photos: figures/adaptation.png, with prediction and entropy (black
-    0, white log C) after the first stage and, if others follow, at the end;
-    figures/translation.png, source images, and their translations to the look of those photos."""
-    device = run.device
-    chosen = np.linspace(0, len(photos) - 1, min(4, len(photos))).round().astype(int)
-    columns = {"photo": list(photos.images[chosen])}
-    for name, net in stages.items():
-        logits = common.predict(net.eval(), photos.images[chosen], device)
-        entropy = (255 * self_information(logits).sum(dim=1)).byte().cpu().numpy()  # [B,H,W]
-        columns[name or "prediction"] = list(logits.argmax(dim=1).byte().cpu().numpy())
-        columns[f"entropy {name}".strip()] = [np.repeat(e[..., None], 3, axis=2) for e in entropy]
+def draw_adaptation(run: Run, networks: dict[str, Network], photos: Split) -> None:
+    """figures/adaptation.png: predictions of photos and their entropy (black 0, white log C)."""
+    images = photos.images[common.spaced(len(photos), 4)]  # uint8 [4,H,W,3]
+    columns = {"photo": list(images)}
+    for name, net in networks.items():
+        logits = common.predict(net.eval(), images, run.device)  # [4,C,H,W]
+        entropy = (255 * self_information(logits).sum(dim=1)).byte()  # [4,H,W]
+        columns[f"prediction {name}"] = list(logits.argmax(dim=1).byte().cpu().numpy())
+        columns[f"entropy {name}"] = list(entropy[..., None].expand(-1, -1, -1, 3).cpu().numpy())
     common.draw_sheet(run.out / "figures/adaptation.png", columns, run.classes)
-
-    places = np.linspace(0, len(source) - 1, len(chosen)).round().astype(int)
-    pictures = source.images[places], photos.images[chosen]  # uint8 [4,H,W,3] each
-    x, y = (common.to_tensor(p, device) for p in pictures)
-    columns = {"source": list(pictures[0]), "photo": list(pictures[1])}
-    translations = {"color": common.color_transfer(x, y)}
-    for beta in sorted({0.01, 0.05, 0.09, *run.args.bands}):
-        translations[f"fda {beta:g}"] = common.fourier_transfer(x, y, beta)
-    for name, images in translations.items():
-        columns[name] = list((255 * images.clamp(0, 1)).byte().permute(0, 2, 3, 1).cpu().numpy())
-    common.draw_sheet(run.out / "figures/translation.png", columns, run.classes)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """Learns what synthetic scenes should look like: attributes whose renderings match target photos.
 
-Meta-Sim (arXiv:1904.11621v1). A probabilistic grammar gives scene graphs; a graph network, the
-distribution transformer, rewrites their attributes; a differentiable renderer turns them into
-images; the maximum mean discrepancy between features of these and of unlabelled photos is minimised
-through it. Scenes are recomposed from the labelled source images themselves: a source image with a
-new camera, light and weather, and objects cut out of others.
+Meta-Sim (arXiv:1904.11621v1). A probabilistic grammar draws scene graphs. A graph network, the
+distribution transformer, rewrites their attributes. A differentiable renderer turns them into
+images and labels. The transformer minimises the maximum mean discrepancy (MMD) between features of
+these images and of unlabelled photos. Each scene is a labelled source image with a new camera,
+light and weather, and with objects that are cut out of other source images.
 
     python metasim.py                                            (attributes by MMD, no label used)
 
@@ -12,620 +12,438 @@ new camera, light and weather, and objects cut out of others.
 
     python metasim.py --task-reward                              (REINFORCE on 16 labelled photos)
 
-    python metasim.py --experiment mnist_rotation                (the paper's experiments on digits)
+    python metasim.py digits --experiment bigmnist               (the paper's experiment on digits)
 
-    python metasim.py --experiment bigmnist
-
-The first takes two minutes on one CPU core and ends at 62 mIoU on the miniature, the second at 47,
-source-only at 44. The digits take half a minute and a minute and a half.
+The first takes two minutes on one CPU core and ends at 60 mIoU on the miniature, the second at 47,
+source_only at 44. `python metasim.py digits --help` lists the flags of the digits.
 """
 
 import copy
-import json
+import functools
+import inspect
 import math
-import shutil
+import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields, replace
-from functools import partial
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
+from torch.distributed.nn.functional import all_gather
 
 import common
-from common import Network, Part, Result, Run, UserError
+from common import IGNORE, Network, Result, Run, Split, UserError
 
 
 @dataclass(frozen=True)
 class Args(common.Args):
-    experiment: Literal["segmentation", "mnist_rotation", "bigmnist"] = "segmentation"
-    """Road scenes for segmentation, or the paper's digits: MNIST's where torchvision's files lie
-    under --data, else drawn in the typefaces that come with matplotlib."""
-    attributes: Literal["learned", "prior", "source"] = "learned"
-    """Of the scenes that the network trains on: rewritten by the transformer, as the grammar draws
-    them (control), or the source images as they are (control, equal to source_only)."""
+    attributes: Literal["learned", "prior"] = "learned"
+    """Attributes of the scenes: rewritten by the transformer, or as the grammar draws them."""
     task_reward: bool = False
-    """A third stage: REINFORCE on the mIoU on the labelled photos."""
-    scenes: int = 2000
-    """Scenes rendered for training, each seen as often as --steps ask for."""
+    """Add stage 3: REINFORCE on the mIoU on the labelled photos."""
+    scenes: int | None = None
+    """Scenes that are rendered for training. Default: 5 times --steps, at most 20,000."""
     objects: int = 1
-    """At most so many objects are added to a source image; the number is uniform from 0."""
-    assets: int = 600
+    """Most objects that are added to a source image; their number is uniform from 0."""
+    cut_outs: int = 600
     """Objects to cut out of the source images, in equal parts of all classes."""
     width: int = 64
     """Features of a node in the distribution transformer."""
-    layers: int = 2
-    """Graph layers of its encoder, and as many of its decoder."""
-    reconstruct_steps: int = 300
-    """Updates of stage 1, reconstruction of the prior. The paper: 7 epochs."""
+    feature_steps: int | None = None
+    """Updates of the network whose features are compared. Default: a quarter of --steps."""
+    reconstruct_steps: int | None = None
+    """Updates of stage 1, reconstruction. Default: 3/4 of --steps. The paper: 7 epochs."""
     reconstruct_lr: float = 3e-3
     """Learning rate of stage 1."""
-    match_steps: int = 200
-    """Updates of stage 2, MMD."""
+    match_steps: int | None = None
+    """Updates of stage 2, MMD. Default: half of --steps."""
     match_lr: float = 2e-3
     """Learning rate of stage 2. The paper's code: 1e-3."""
-    prior_weight: float = 0.01
-    """Weight of the mean squared change of the attributes, in the grammar's scales, beside the MMD:
-    what the photos say nothing about stays as it was. The paper, and our digits: 0."""
     match_batch: int = 32
-    """Scenes an update of stage 2. The paper's code: 50."""
+    """Scenes in an update of stages 1 and 2. The paper's code: 50."""
     match_photos: int = 128
-    """Photos an update of stage 2. The paper's code: 200."""
+    """Photos in an update of stage 2. The paper's code: 200."""
     bandwidths: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0)
     """Standard deviations of the Gaussian kernels, as multiples of the median distance."""
-    feature_steps: int = 100
-    """Updates of the network whose features are compared, on the prior's scenes."""
+    lambda_prior: float = 0.01
+    """Weight of the mean squared change of the attributes in stage 2. It keeps attributes at the
+    prior that the photos say nothing about. The paper: 0."""
     reward_rounds: int = 4
     """Updates of stage 3."""
     reward_samples: int = 4
-    """Rewards an update of stage 3, each on a data set of its own."""
-    reward_start: int = 150
-    """Updates on matched scenes of the network that the task network is reset to."""
-    reward_steps: int = 25
-    """Updates of the task network for one reward."""
+    """Rewards in an update of stage 3, at least 2."""
+    reward_steps: int | None = None
+    """Updates of the task network for each reward. It is reset to the network of the features.
+    Default: 1/16 of --steps."""
     reward_sigma: float = 0.2
-    """Standard deviation of the attributes that stage 3 tries out, in the grammar's scales. The
-    paper's code: 0.02."""
+    """Standard deviation of the attributes in stage 3, in scales. The paper's code: 0.02."""
     reward_lr: float = 1e-3
     """Learning rate of stage 3."""
-    digits: int = 6000
-    """Pictures of digits: a third each for the scenes, the target and the test."""
-    digit_match_steps: int = 1000
-    """--match-steps of the digits."""
-    digit_match_lr: float = 2e-4
-    """--match-lr of the digits."""
-    digit_starts: int = 3
-    """Trainings of the digits' transformer from different weights; the one with the lowest MMD is
-    kept, since a digit that turns the wrong way round stops at a local minimum. The paper: 1."""
-    digit_steps: int = 400
-    """Updates of the digits' task network, of 16 scenes each. The paper's code: 2 epochs."""
-
-
-LEAST = {  # of the flags that count something
-    "seed": 0, "scenes": 1, "objects": 0, "assets": 1, "width": 1, "layers": 1,
-    "reconstruct_steps": 0, "match_steps": 0, "match_batch": 2, "match_photos": 2,
-    "feature_steps": 0, "reward_rounds": 0, "reward_samples": 2, "reward_start": 0,
-    "reward_steps": 1, "digits": 30, "digit_match_steps": 0, "digit_starts": 1, "digit_steps": 1,
-}  # fmt: skip
-RATES = ("reconstruct_lr", "match_lr", "reward_lr", "reward_sigma", "digit_match_lr")
-# Of the flags, what the digits heed beside those that are named after them.
-DIGITS_HEED = (
-    "experiment", "data", "out", "seed", "device", "resume", "width", "layers",
-    "reconstruct_steps", "reconstruct_lr", "match_batch", "match_photos", "bandwidths",
-)  # fmt: skip
-
-
-def check_scenes(args: Args) -> None:
-    """UserError for what the flags of this method cannot mean."""
-    roads = args.experiment == "segmentation"
-    for field in fields(args):
-        name, value, flag = field.name, getattr(args, field.name), field.name.replace("_", "-")
-        of_digits = name.startswith("digit")
-        heeded = not of_digits if roads else of_digits or name in DIGITS_HEED
-        if not heeded and value != field.default:
-            raise UserError(f"--{flag}: means nothing to --experiment {args.experiment}")
-        if name in LEAST and value < LEAST[name]:
-            raise UserError(f"--{flag} {value}: expected at least {LEAST[name]}")
-        if name in RATES and not 0 < value < math.inf:
-            raise UserError(f"--{flag} {value}: expected a number above 0")
-    if not (args.bandwidths and all(0 < b < math.inf for b in args.bandwidths)):
-        raise UserError("--bandwidths: expected numbers above 0")
-    if not 0 <= args.prior_weight < math.inf:
-        raise UserError(f"--prior-weight {args.prior_weight}: expected at least 0")
-    if args.task_reward and args.attributes != "learned":
-        raise UserError(f"--task-reward: --attributes {args.attributes} learns nothing from it")
 
 
 # ---- Probabilistic scene grammar ----------------------------------------------------------------
 class Attribute(NamedTuple):
-    """A mutable attribute: its prior N(mean, std), the scale that the transformer counts in."""
+    """A mutable attribute. Its prior is N(mean, std); the transformer counts in units of scale."""
 
     mean: float
     std: float
     scale: float
-    meaning: str  # with its unit
+    unit: str
 
 
-class Kind(NamedTuple):
-    """A kind of node: whose child it is, its mutable attributes, how many there are at most."""
-
-    parent: str | None
-    attributes: dict[str, Attribute]
-    at_most: int = 1
-
-
-# The first five attributes of the scene are those of `tone`, which every source image has: the
-# prior adds its noise to them.
-ROADS = {
-    "scene": Kind(None, {
-        "illumination": Attribute(-1.5, 0.2, 0.5, "log2 of the mean luma"),
-        "temperature": Attribute(0, 0.1, 0.3, "log2 of red / blue"),
-        "tint": Attribute(0, 0.1, 0.3, "log2 of green / sqrt(red blue)"),
-        "contrast": Attribute(-2.5, 0.2, 0.5, "log2 of luma's standard deviation"),
-        "saturation": Attribute(-4.5, 0.2, 0.5, "log2 of chroma's standard deviation"),
-        "haze": Attribute(0, 0.05, 0.5, "optical depth at the horizon"),  # below 0 it clears
-        "airlight": Attribute(-0.5, 0.2, 0.5, "log2 of the haze's brightness"),
-        "blur": Attribute(0, 0.1, 0.5, "share of a blur of 1 px; below 0 sharper"),
-        "noise": Attribute(-7.5, 0.5, 1, "log2 of the standard deviation"),
-        "grain": Attribute(0, 0.1, 0.5, "share of such a blur in the noise"),
-    }),
-    "camera": Kind("scene", {
-        "shift_x": Attribute(0, 0.05, 0.1, "half widths"),
-        "shift_y": Attribute(0, 0.03, 0.1, "half heights"),
-        "zoom": Attribute(0.1, 0.05, 0.2, "log2 of the magnification"),
-        "roll": Attribute(0, 1, 2, "degrees"),
-    }),
-    "object": Kind("scene", {
-        "lateral": Attribute(0, 0.3, 0.3, "half widths right of its own place"),
-        "distance": Attribute(0, 0.4, 0.5, "log2 of how much farther than there"),
-        "size": Attribute(0, 0.1, 0.2, "log2 of the gain"),
-        "brightness": Attribute(0, 0.2, 0.3, "log2 of the gain"),
-    }),  # as many as --objects
-}  # fmt: skip
-TONE = ("illumination", "temperature", "tint", "contrast", "saturation")
+# Every source image has a tone of its own, to which the prior adds N(0, std).
+TONE = {
+    "illumination": Attribute(-1.5, 0.2, 0.5, "log2 of the mean luma"),
+    "temperature": Attribute(0, 0.1, 0.3, "log2 of red / blue"),
+    "tint": Attribute(0, 0.1, 0.3, "log2 of green / sqrt(red blue)"),
+    "contrast": Attribute(-2.5, 0.2, 0.5, "log2 of luma's standard deviation"),
+    "saturation": Attribute(-4.5, 0.2, 0.5, "log2 of chroma's standard deviation"),
+}
+WEATHER = {
+    "haze": Attribute(0, 0.05, 0.5, "optical depth at the horizon; below 0: clearer"),
+    "airlight": Attribute(-0.5, 0.2, 0.5, "log2 of the haze's brightness"),
+    "blur": Attribute(0, 0.1, 0.5, "share of a blur of 1 px; below 0: sharper"),
+    "noise": Attribute(-7.5, 0.5, 1, "log2 of the standard deviation"),
+    "grain": Attribute(0, 0.1, 0.5, "share of a blur of 1 px in the noise"),
+}
+CAMERA = {
+    "shift_x": Attribute(0, 0.05, 0.1, "half widths"),
+    "shift_y": Attribute(0, 0.03, 0.1, "half heights"),
+    "zoom": Attribute(0.1, 0.05, 0.2, "log2 of the magnification"),
+    "roll": Attribute(0, 1, 2, "degrees"),
+}
+OBJECT = {
+    "lateral": Attribute(0, 0.3, 0.3, "half widths right of its own place"),
+    "distance": Attribute(0, 0.4, 0.5, "log2 of the gain over its own distance"),
+    "size": Attribute(0, 0.1, 0.2, "log2 of the gain"),
+    "brightness": Attribute(0, 0.2, 0.3, "log2 of the gain"),
+}
 
 
 class Graphs(NamedTuple):
-    """A batch of scene graphs, one tree for all: nodes are the kinds' slots, some of them empty."""
+    """A batch of scene graphs with V nodes each. Node 0 is the root, all others its children."""
 
-    values: Tensor  # [B,V,M] mutable attributes, (value - mean) / scale, 0 where a kind has fewer
-    classes: Tensor  # [B,V] int64, the grammar's classes of nodes; 0 for an empty slot
+    values: Tensor  # [B,V,M] mutable attributes, (value - mean) / scale, 0 where a node has fewer
+    classes: Tensor  # int64 [B,V] classes of the nodes; 0 for an empty node
     fixed: Tensor  # [B,V,F] immutable attributes that the transformer sees
-    picture: Tensor  # [B,V] int64, which source image, cut-out or digit; -1 for none
-    flip: Tensor  # [B,V] 1 or -1, of objects
-    seed: Tensor  # [B] int64, of the sensor noise
+    picture: Tensor  # int64 [B,V] index of the source image, cut-out or digit; -1 for none
+    seed: Tensor  # int64 [B] of the sensor noise
 
     def to(self, device: torch.device) -> "Graphs":
-        """From the CPU, on which graphs are drawn."""
-        return Graphs(*(common.send(tensor, device) for tensor in self))
+        return Graphs(*(common.to_device(tensor, device) for tensor in self))
+
+    def share(self) -> "Graphs":
+        """The scenes of this process, under torchrun."""
+        return Graphs(*(t.tensor_split(common.world_size())[common.rank()] for t in self))
 
 
 class Grammar:
-    """The slots of a grammar's kinds in order, V nodes of M attributes at most."""
+    """The mutable attributes of V nodes, at most M for each node. kinds: attributes of the nodes of
+    each kind, and the number of these nodes."""
 
-    def __init__(self, kinds: dict[str, Kind], device: torch.device) -> None:
-        self.kinds = kinds
-        self.nodes = [name for name, kind in kinds.items() for _ in range(kind.at_most)]
-        first = {name: self.nodes.index(name) for name in self.nodes}
-        parents = [kinds[name].parent for name in self.nodes]
-        edges = [(v, first[parent]) for v, parent in enumerate(parents) if parent]
-        self.child, self.parent = torch.tensor(edges, device=device).unbind(dim=1)  # [E] each
-        most = max(len(kind.attributes) for kind in kinds.values())
-        rows = [[a[:3] for a in kinds[name].attributes.values()] for name in self.nodes]
-        rows = [row + [(0, 0, 0)] * (most - len(row)) for row in rows]
-        # Each [V,M]: the prior's mean and standard deviation, and the scale, 0 where there is none.
-        mean, std, scale = torch.tensor(rows).unbind(dim=2)
-        self.spread = std / scale.where(scale > 0, 1)  # of the prior in scales, on the CPU
-        self.mean, self.scale = mean.to(device), scale.to(device)
+    def __init__(self, kinds: Sequence[tuple[dict[str, Attribute], int]]) -> None:
+        self.kinds, rows = kinds, []
+        most = max(len(attributes) for attributes, _ in kinds)
+        for attributes, count in kinds:
+            row = [attribute[:3] for attribute in attributes.values()]
+            rows += [row + [(0.0, 0.0, 0.0)] * (most - len(row))] * count
+        # Each [V,M]. The scale is 0 where there is no attribute.
+        self.mean, std, self.scale = torch.tensor(rows).unbind(dim=2)
+        self.prior_std = std / self.scale.where(self.scale > 0, 1)
         self.mutable = self.scale > 0
 
     def sample(self, count: int, rng: torch.Generator) -> Tensor:
-        """Mutable attributes from the prior. -> [count,V,M] in scales from the mean, on the CPU."""
-        return torch.randn(count, *self.spread.shape, generator=rng) * self.spread
+        """Attributes from the prior. -> [count,V,M] on the CPU, in scales from the mean."""
+        return torch.randn(count, *self.mean.shape, generator=rng) * self.prior_std
 
     def read(self, values: Tensor) -> dict[str, Tensor]:
-        """Attributes by name, in their units. [B,V,M] -> [B,1] each, [B,at_most] if repeated."""
-        physical, found, first = self.mean + self.scale * values, {}, 0
-        for kind in self.kinds.values():
-            for m, name in enumerate(kind.attributes):
-                # In one piece: functions of scattered values are slower, and round differently.
-                found[name] = physical[:, first : first + kind.at_most, m].contiguous()
-            first += kind.at_most
-        return found
+        """Attributes by name, in their units. [B,V,M] -> [B,number of such nodes] each."""
+        mean, scale = self.mean.to(values.device), self.scale.to(values.device)
+        physical, named, first = mean + scale * values, {}, 0
+        for attributes, count in self.kinds:
+            for m, name in enumerate(attributes):
+                named[name] = physical[:, first : first + count, m].contiguous()
+            first += count
+        return named
 
 
-# ---- Material: source images, and objects cut out of them ---------------------------------------
+# ---- Material: source images, and objects that are cut out of them ------------------------------
 OBJECTS = (
-    "pole", "traffic light", "traffic sign", "person", "rider", "car", "truck", "bus", "train",
-    "motorcycle", "bicycle",
-)  # fmt: skip
+    *("pole", "traffic light", "traffic sign", "person", "rider", "car", "truck", "bus"),
+    *("train", "motorcycle", "bicycle"),
+)
 GROUND = ("road", "sidewalk", "terrain")
+MIN_AREA = 0.0015  # of a cut-out, as a share of the image
 
 
-def components(labels: np.ndarray) -> np.ndarray:
-    """Connected regions of equal labels, 4-neighbourhood. [H,W] -> int [H,W], one number a region.
+def cut_out(split: Split, horizon: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """About `count` connected regions of the object classes, in equal parts of all classes.
 
-    Every run of equal labels in a row takes the greatest number above and below it, then that run's
-    own number: about as many rounds as the logarithm of the longest path. The number of a region is
-    its last place in the flat map.
+    An image gives at most one object of a class, which the frame does not cut off. -> premultiplied
+    RGBA at its own resolution in a corner of a canvas, uint8 [A,4,h,w]; classes int64 [A]; boxes
+    [A,4]: centre x, centre y below the horizon, half width, half height, in half widths and half
+    heights of the image. UserError where there is no object.
     """
-    begins = np.ones(labels.shape, bool)
-    begins[:, 1:] = labels[:, 1:] != labels[:, :-1]
-    run = begins.ravel().cumsum().reshape(labels.shape) - 1  # [H,W], R runs
-    last = np.append(np.flatnonzero(begins)[1:], labels.size) - 1  # [R]
-    # Where two rows touch in equal labels; of two such columns side by side the first will do.
-    touch = (labels[1:] == labels[:-1]) & (begins[1:] | begins[:-1])
-    above, below, ids = run[:-1][touch], run[1:][touch], np.arange(len(last))
-    while True:
-        new = ids.copy()
-        np.maximum.at(new, above, ids[below])
-        np.maximum.at(new, below, ids[above])
-        new = new[new]
-        if (new == ids).all():
-            return last[ids][run]
-        ids = new
-
-
-def horizons(labels: np.ndarray, ground: Sequence[int]) -> np.ndarray:
-    """Where the ground begins: the row below which half of the width is ground once.
-
-    uint8 [N,H,W] -> [N] in half heights, -1 at the top.
-    """
-    seen = np.stack([np.isin(one, ground).cumsum(axis=0).clip(max=1) for one in labels])
-    row = (seen.mean(axis=2) < 0.25).sum(axis=1)  # [N]
-    return (2 * row / labels.shape[1] - 1).clip(-0.5, 0.5).astype(np.float32)
-
-
-class CutOuts(NamedTuple):
-    """Objects of the source images at their own resolution, in a corner of a common canvas."""
-
-    rgba: Tensor  # uint8 [A,4,h,w], premultiplied: black where the object is not
-    classes: Tensor  # int64 [A]
-    box: Tensor  # [A,4] centre x, centre y below the horizon, half width, half height
-
-
-def cut_out(part: Part, horizon: np.ndarray, count: int, seed: int) -> CutOuts:
-    """About `count` whole regions of the object classes, in equal parts of every class."""
-    height, width = part.images.shape[1:3]
-    canvas, least = (height, width // 2), 0.0015 * height * width
-    names = common.classes_of(part.dataset)
-    wanted = {c: math.ceil(count / len(OBJECTS)) for c, n in enumerate(names) if n in OBJECTS}
-    found: list[tuple[np.ndarray, int, list[float]]] = []
-    for n in np.random.default_rng(seed).permutation(len(part)):
-        if not any(wanted.values()):
-            break
-        label = np.array(part.labels[n])
-        pixels = np.bincount(label.ravel(), minlength=256)
-        candidates = [c for c, left in wanted.items() if left and pixels[c] >= least]
-        if not candidates:  # rare classes are looked for in every image
-            continue
-        regions = components(label)
-        objects = regions[np.isin(label, candidates)]
-        for number, area in zip(*np.unique(objects, return_counts=True), strict=True):
-            if area < least:
+    height, width = split.images.shape[1:3]
+    names, rng = split.dataset.classes, np.random.default_rng(common.seed_of(seed, "cut_out"))
+    missing = {c: math.ceil(count / len(OBJECTS)) for c, n in enumerate(names) if n in OBJECTS}
+    pictures, classes, boxes = [], [], []
+    for n in rng.permutation(len(split)):
+        pixels = np.bincount(split.labels[n].ravel(), minlength=256)
+        for c in [c for c, m in missing.items() if m and pixels[c] >= MIN_AREA * height * width]:
+            label = Image.fromarray(split.labels[n]).copy()  # one that can be written to
+            y, x = rng.choice(np.argwhere(split.labels[n] == c))
+            ImageDraw.floodfill(label, (int(x), int(y)), common.UNKNOWN)  # 4-neighbourhood
+            mask = np.asarray(label) == common.UNKNOWN  # [H,W]
+            left, top, right, bottom = Image.fromarray(mask).getbbox()
+            whole = left > 0 and right < width and bottom < height and right - left <= width // 2
+            if mask.sum() < MIN_AREA * height * width or not whole:
                 continue
-            c = int(label.flat[number])
-            y, x = np.nonzero(regions == number)
-            top, bottom, left, right = y.min(), y.max() + 1, x.min(), x.max() + 1
-            whole = left > 0 and right < width and bottom < height  # of what the frame shows
-            fits = bottom - top <= canvas[0] and right - left <= canvas[1]
-            if not (whole and fits and wanted[c]):
-                continue
-            wanted[c] -= 1
-            rgba = np.zeros((*canvas, 4), np.uint8)
-            inside = np.s_[top:bottom, left:right]
-            rgba[: bottom - top, : right - left, :3] = part.images[n][inside]
-            rgba[: bottom - top, : right - left, 3] = 255
-            rgba[: bottom - top, : right - left][regions[inside] != number] = 0
-            middle = (top + bottom) / height - 1 - horizon[n]
-            box = [(left + right) / width - 1, middle]
-            found.append((rgba, c, [*box, (right - left) / width, (bottom - top) / height]))
-    if not found:
-        raise UserError(f"{part.dataset}: no object could be cut out of its {len(part)} images")
-    rgba, classes, boxes = zip(*found, strict=True)
-    rgba = torch.from_numpy(np.stack(rgba)).permute(0, 3, 1, 2).contiguous()
-    return CutOuts(rgba, torch.tensor(classes), torch.tensor(boxes))
+            rgba = np.zeros((height, width // 2, 4), np.uint8)
+            corner = rgba[: bottom - top, : right - left]
+            corner[..., :3], corner[..., 3] = split.images[n][top:bottom, left:right], 255
+            corner[~mask[top:bottom, left:right]] = 0
+            centre = (left + right) / width - 1, (top + bottom) / height - 1 - float(horizon[n])
+            pictures.append(rgba)
+            classes.append(c)
+            boxes.append([*centre, (right - left) / width, (bottom - top) / height])
+            missing[c] -= 1
+    if not pictures:
+        raise UserError(f"{split.dataset.name}: no object in {len(split)} images to cut out")
+    rgba = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
+    return rgba, torch.tensor(classes), torch.tensor(boxes)
 
 
 # ---- Differentiable renderer --------------------------------------------------------------------
-# A scene costs some fifty passes over its image, so every further operation shows.
-def blend(layers: Sequence[Tensor], base: Tensor) -> tuple[Tensor, Tensor]:
-    """Soft compositing of layers, the nearest first, over the base.
-
-    layers: premultiplied RGBA, [B,4,H,W] each; base [B,3,H,W] -> image [B,3,H,W], and every layer's
-    share of a pixel's colour, the base's last, [B,K+1,H,W], which sums to 1.
-    """
-    image, clear, shares = base, torch.ones_like(base[:, :1]), []
-    for layer in reversed(layers):
-        image = torch.addcmul(layer[:, :3], 1 - layer[:, 3:], image)
-    for layer in layers:
-        shares.append(clear * layer[:, 3:])
-        clear = clear - shares[-1]
-    return image, torch.cat([*shares, clear], dim=1)
+BINOMIAL = torch.tensor([1.0, 4, 6, 4, 1]) / 16  # a blur with a standard deviation of 1 px
 
 
-BLUR = (1 / 16, 4 / 16, 6 / 16, 4 / 16, 1 / 16)  # binomial, of a standard deviation of 1 px
-
-
-def blurred(images: Tensor, share: Tensor | float) -> Tensor:
-    """images [B,3,H,W], mixed with their blur of 1 px by `share`, a number or [B,1,1,1]."""
-    smooth = F.pad(images, (2,) * 4, mode="replicate")
-    for axis in (2, 3):  # sums of shifted images: much faster on CPUs than grouped convolutions
-        first, *others = (smooth.narrow(axis, k, images.shape[axis]) for k in range(len(BLUR)))
-        smooth = first * BLUR[0]
-        for weight, tap in zip(BLUR[1:], others, strict=True):
-            smooth = smooth.add(tap, alpha=weight)
+def blurred(images: Tensor, share: Tensor) -> Tensor:
+    """Images mixed with their blur of 1 px by `share`. [B,3,H,W], [B,1,1,1] -> [B,3,H,W]."""
+    kernel = torch.outer(BINOMIAL, BINOMIAL).expand(3, 1, 5, 5).to(images)
+    smooth = F.conv2d(F.pad(images, (2, 2, 2, 2), mode="replicate"), kernel, groups=3)
     return torch.lerp(images, smooth, share)
 
 
-# Of a colour: luma, times the root of 3, and two of chroma. Orthonormal, so that no variance is a
-# small difference of large ones, which float32 would not bear.
-AXES = F.normalize(torch.tensor([[1.0, 1, 1], [1, -1, 0], [1, 1, -2]], dtype=torch.float64))
-
-
-def moments(images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """[B,3,H,W] -> AXES like the images, [3,3]; mean colour [B,3,1]; differences from it along the
-    axes [B,3,HW]; their variances [B,3]."""
-    axes, flat = common.send(AXES, images.device).to(images.dtype), images.flatten(2)
-    mean = flat.mean(dim=2, keepdim=True)
-    turned = torch.baddbmm(-(axes @ mean), axes.expand(len(flat), 3, 3), flat)
-    return axes, mean, turned, turned.square().sum(dim=2) / (flat.shape[2] - 1)
-
-
 def tone(images: Tensor) -> Tensor:
-    """Illumination, temperature, tint, contrast and saturation of images: see ROADS.
-
-    [B,3,H,W] -> [B,5]. With chroma the difference from luma, and luma the mean of the channels.
-    """
-    _, mean, _, variance = moments(images)
-    return tone_of(mean, variance)
-
-
-def tone_of(mean: Tensor, variance: Tensor) -> Tensor:
-    """`tone` from an image's `moments`. [B,3,1], [B,3] -> [B,5]."""
-    red, green, blue = mean[..., 0].clamp(min=1e-3).unbind(dim=1)
-    illumination = mean.mean(dim=(1, 2)).clamp(min=1e-3)
-    luma, chroma = variance[:, 0] / 3, variance[:, 1:].sum(dim=1) / 3  # means over the channels
-    warm, tint = red / blue, green / (red * blue).sqrt()
-    contrast, saturation = (v.clamp(min=1e-6).sqrt() for v in (luma, chroma))
-    return torch.stack([illumination, warm, tint, contrast, saturation], dim=1).log2()
+    """TONE as measured in images, finite for a single colour too. [B,3,H,W] -> [B,5]."""
+    red, green, blue = images.mean(dim=(2, 3)).clamp(min=1e-3).unbind(dim=1)  # [B] each
+    luma = images.mean(dim=1, keepdim=True)  # [B,1,H,W]
+    illumination = luma.mean(dim=(1, 2, 3)).clamp(min=1e-3)
+    contrast = luma.var(dim=(1, 2, 3)).clamp(min=1e-6).sqrt()
+    saturation = (images - luma).var(dim=(2, 3)).mean(dim=1).clamp(min=1e-6).sqrt()
+    values = [illumination, red / blue, green / (red * blue).sqrt(), contrast, saturation]
+    return torch.stack(values, dim=1).log2()
 
 
-def retone(images: Tensor, wanted: Tensor) -> Tensor:
-    """Images of that tone, by the affine map of luma and chroma. [B,3,H,W], [B,5] -> [B,3,H,W]."""
-    axes, mean, turned, variance = moments(images)
-    contrast, saturation = (2 ** (wanted - tone_of(mean, variance)))[:, 3:].unbind(dim=1)
-    scale = torch.stack([contrast, saturation, saturation], dim=1)[:, None]  # [B,1,3] by axis
-    illumination, warm, tint = (2 ** wanted[:, :3]).unbind(dim=1)
-    shares = torch.stack([warm.sqrt(), tint, 1 / warm.sqrt()], dim=1)  # red, green, blue
-    new_mean = illumination[:, None] * shares / shares.mean(dim=1, keepdim=True)  # [B,3]
-    return torch.baddbmm(new_mean[..., None], axes.T * scale, turned).view_as(images)
+def retone(images: Tensor, target: Tensor) -> Tensor:
+    """Images of the tone `target`, by an affine map of luma and chroma. [B,3,H,W], [B,5]."""
+    contrast, saturation = (2 ** (target - tone(images)))[:, 3:, None, None, None].unbind(dim=1)
+    luma, warm, tint = (2 ** target[:, :3, None, None]).unbind(dim=1)  # [B,1,1] each
+    colour = torch.stack([warm.sqrt(), tint, 1 / warm.sqrt()], dim=1)  # [B,3,1,1]
+    mean = luma[:, None] * colour / colour.mean(dim=1, keepdim=True)
+    difference = images - images.mean(dim=(2, 3), keepdim=True)
+    grey = difference.mean(dim=1, keepdim=True)  # [B,1,H,W]
+    return mean + contrast * grey + saturation * (difference - grey)
 
 
-def photometry(image: Tensor, depth: Tensor, noise: Tensor, v: dict[str, Tensor]) -> Tensor:
+def photometry(image: Tensor, depth: Tensor, white: Tensor, v: dict[str, Tensor]) -> Tensor:
     """Haze, tone, blur and sensor noise, in this order.
 
-    image [B,3,H,W]; depth [B,1,H,W] relative to the horizon's; noise [2,B,3,H,W], white and the
-    same blurred; v: the scene's attributes, [B,1] each -> [B,3,H,W] in [0,1].
+    image [B,3,H,W]; depth [B,1,H,W] over that of the horizon; white: noise N(0,1) [B,3,H,W];
+    v: the scene's attributes [B,1] each -> [B,3,H,W] in [0,1].
     """
-    p = {name: value[..., None, None] for name, value in v.items()}  # [B,1,1,1]
-    clear = torch.exp(-p["haze"] * depth)  # Koschmieder's law
-    image = torch.lerp(2 ** p["airlight"], image, clear)
+    haze, airlight, blur, noise, grain = (v[name][..., None, None] for name in WEATHER)
+    image = torch.lerp(2**airlight, image, torch.exp(-haze * depth))  # Koschmieder's law
     image = retone(image, torch.cat([v[name] for name in TONE], dim=1))
-    image = blurred(image, p["blur"])
-    # A mixture of delta and blur kernel, whose sum of squares is the variance of the mixed noise.
-    middle, squares, grain = BLUR[2] ** 2, sum(k * k for k in BLUR) ** 2, p["grain"]
+    image = blurred(image, blur)
+    # The grain's kernel is (1 - grain) delta + grain blur; its sum of squares is the variance.
+    middle, squares = BINOMIAL[2].item() ** 2, BINOMIAL.square().sum().item() ** 2
     variance = (1 - grain) ** 2 + 2 * middle * grain * (1 - grain) + squares * grain**2
-    amount = 2 ** p["noise"] / variance.sqrt()
-    image = torch.addcmul(image, amount * (1 - grain), noise[0])
-    return torch.addcmul(image, amount * grain, noise[1]).clamp(0, 1)
+    return (image + 2**noise * blurred(white, grain) / variance.sqrt()).clamp(0, 1)
 
 
-def sampling_grid(theta: Tensor, size: Sequence[int]) -> Tensor:
-    """F.affine_grid, as a sum of rows and columns. [B,2,3] -> [B,H,W,2]."""
-    y, x = (((torch.arange(n, device=theta.device) + 0.5) * 2 / n - 1).to(theta) for n in size)
-    ours = theta[:, None, None]  # [B,1,1,2,3]
-    across = ours[..., 0] * x[:, None]  # [B,1,W,2]
-    return across + (ours[..., 1] * y[:, None, None] + ours[..., 2])
+class RoadScenes:
+    """Road scenes over the source images, of which a batch reads only its own."""
 
-
-def images_of(part: Part, device: torch.device) -> Iterator[Tensor]:
-    """All images of a part, 64 at most at a time. -> [B,3,H,W] each."""
-    for some in np.array_split(part.images, math.ceil(len(part) / 64)):
-        yield common.to_tensor(some, device)
-
-
-class Roads:
-    """Road scenes: the grammar's graphs over the source images, and their renderer."""
-
-    def __init__(self, part: Part, args: Args, device: torch.device) -> None:
-        self.part, self.device, self.size = part, device, args.size
-        names = common.classes_of(part.dataset)
-        self.horizon = torch.from_numpy(
-            horizons(part.labels, [c for c, name in enumerate(names) if name in GROUND])
-        )
-        self.cut_outs = cut_out(part, self.horizon.numpy(), args.assets, args.seed)
-        kinds = {**ROADS, "object": ROADS["object"]._replace(at_most=args.objects)}
-        self.grammar = Grammar(kinds, device)
-        self.classes = 3 + len(names)  # empty, scene, camera, one of each object
-        tones = torch.cat([tone(x) for x in images_of(part, torch.device("cpu"))])  # [N,5]
-        mean, scale = (t[0, : len(TONE)].cpu() for t in (self.grammar.mean, self.grammar.scale))
-        self.tones = (tones - mean) / scale
-        self.fixed = 4  # immutable numbers: an object's place in its image, a scene's horizon
-        # A store of noise, four times a scene's: to draw numbers for every scene would be a quarter
-        # of its time.
-        white = torch.randn(1, 3, 2 * args.size[0], 2 * args.size[1],
-                            generator=common.generator(args.seed, 13))  # fmt: skip
-        self.store = torch.cat([white, blurred(white, 1.0)]).to(device)  # [2,3,2H,2W]
+    def __init__(self, split: Split, args: Args, device: torch.device) -> None:
+        self.split, self.device, self.size = split, device, args.size
+        names, rows, tones = split.dataset.classes, [], []
+        ground = [c for c, name in enumerate(names) if name in GROUND]
+        for start in common.show_progress(range(0, len(split), 16), "reading the source"):
+            chunk = slice(start, start + 16)
+            # The horizon is the row at which a quarter of the columns have reached the ground.
+            reached = np.logical_or.accumulate(np.isin(split.labels[chunk], ground), axis=1)
+            rows.append((reached.mean(axis=2) < 0.25).sum(axis=1))
+            tones.append(tone(common.to_tensor(split.images[chunk], device)).cpu())
+        horizon = 2 * torch.from_numpy(np.concatenate(rows)) / args.size[0] - 1
+        self.horizon = horizon.clamp(-0.5, 0.5)  # [N] in half heights, -1 at the top
+        self.rgba, self.kinds, self.box = cut_out(split, self.horizon, args.cut_outs, args.seed)
+        self.grammar = Grammar([({**TONE, **WEATHER}, 1), (CAMERA, 1), (OBJECT, args.objects)])
+        self.num_classes = 3 + len(names)  # of nodes: empty, scene, camera, the objects'
+        self.num_fixed = 4  # immutable attributes: the box of an object, the horizon of a scene
+        mean, scale = (x[0, : len(TONE)] for x in (self.grammar.mean, self.grammar.scale))
+        self.tones = (torch.cat(tones) - mean) / scale  # [N,5]
 
     def sample(self, count: int, rng: torch.Generator) -> Graphs:
         """Scene graphs from the prior, on the CPU."""
-        nodes, objects = len(self.grammar.nodes), len(self.grammar.nodes) - 2
-        draw = partial(torch.randint, generator=rng)
-        base = draw(len(self.part), (count,))
-        present = torch.arange(objects) < draw(objects + 1, (count, 1))  # [B,K]
-        # A class first, then one of its objects: rare classes come as often as cars.
-        kinds = self.cut_outs.classes.unique()
-        kind = kinds[draw(len(kinds), (count, objects))]
-        weights = (self.cut_outs.classes == kind[..., None]).float()  # [B,K,A]
-        asset = weights.flatten(0, 1).multinomial(1, generator=rng).view(count, objects)
-        classes = torch.cat([torch.tensor([[1, 2]]).expand(count, 2), 3 + kind], dim=1)
-        classes[:, 2:] *= present
-        fixed = torch.zeros(count, nodes, self.fixed)
-        fixed[:, 0, 0] = self.horizon[base]
-        fixed[:, 2:, :4] = self.cut_outs.box[asset] * present[..., None]
-        picture = torch.full((count, nodes), -1)
-        picture[:, 0], picture[:, 2:] = base, torch.where(present, asset, -1)
-        flip = torch.where(torch.rand(count, nodes, generator=rng) < 0.5, -1.0, 1.0)
-        seed = draw(2**31, (count,))
-        values = self.grammar.sample(count, rng)
-        values[:, 0, : len(TONE)] += self.tones[base]
-        return Graphs(values, classes, fixed, picture, flip, seed)
+        nodes, kinds = len(self.grammar.mean), self.kinds.unique()
+        objects = nodes - 2
+        source = torch.randint(len(self.split), (count,), generator=rng)
+        present = torch.arange(objects) < torch.randint(objects + 1, (count, 1), generator=rng)
+        # A class first, then one of its cut-outs: rare classes come as often as cars.
+        kind = kinds[torch.randint(len(kinds), (count, objects), generator=rng)]  # [B,K]
+        numbers = torch.rand(count, objects, len(self.kinds), generator=rng)
+        asset = (numbers * (self.kinds == kind[..., None])).argmax(dim=2)  # [B,K]
 
-    def noise(self, graphs: Graphs) -> Tensor:
-        """Sensor noise of each scene, white and blurred: a window of the store. -> [2,B,3,H,W]."""
-        h, w = self.size
-        corners = [divmod(seed % (h * w), w) for seed in graphs.seed.tolist()]
-        return torch.stack([self.store[..., y : y + h, x : x + w] for y, x in corners], dim=1)
+        values = self.grammar.sample(count, rng)
+        values[:, 0, : len(TONE)] += self.tones[source]
+        classes = torch.cat([torch.tensor([[1, 2]]).expand(count, 2), (3 + kind) * present], dim=1)
+        fixed = torch.zeros(count, nodes, self.num_fixed)
+        fixed[:, 0, 0], fixed[:, 2:] = self.horizon[source], self.box[asset] * present[..., None]
+        picture = torch.full((count, nodes), -1)
+        picture[:, 0], picture[:, 2:] = source, asset.where(present, -1)
+        seed = torch.randint(2**31, (count,), generator=rng)
+        return Graphs(values, classes, fixed, picture, seed)
 
     def render(self, graphs: Graphs, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Images and label maps of scene graphs with these mutable attributes.
+        """Images and label maps of scene graphs, differentiable in their mutable attributes.
 
-        graphs on the CPU, values [B,V,M] -> [B,3,H,W] in [0,1], int64 [B,H,W]. The label is that of
-        the layer with the greatest share of the pixel's colour.
+        graphs on the CPU, values [B,V,M] on the device -> images [B,3,H,W] in [0,1], labels int64
+        [B,H,W]. The label of a pixel is that of the layer with the greatest share of its colour.
         """
-        index, sample = graphs.picture[:, 0].numpy(), partial(F.grid_sample, align_corners=False)
-        base = common.to_tensor(self.part.images[index], self.device).to(values)  # [B,3,H,W]
-        under = common.send(torch.from_numpy(np.array(self.part.labels[index])), self.device)
-        horizon = common.send(self.horizon[index, None], self.device).to(values)  # [B,1]
-        v = self.grammar.read(values)
-        theta = camera(v, self.size)  # from the frame into the source image
-        grid = sampling_grid(theta, self.size)  # [B,H,W,2]
-        base = sample(base, grid, padding_mode="border")
-        # Bytes turn over: IGNORE + 1 is 0, as is what lies beyond the edge, and 0 - 1 is IGNORE.
-        under = sample((under + 1)[:, None].to(values), grid, mode="nearest")
-        labels = under[:, 0].byte() - 1  # [B,H,W]
-        layers, classes = self.objects(graphs, v, horizon, theta, self.size)
-        image, shares = blend(layers, base)
-        *shares, most = shares.detach().unbind(dim=1)  # [B,H,W] each
-        for share, kind in zip(shares, classes.unbind(dim=1), strict=True):
-            labels = torch.where(share > most, kind[:, None, None], labels)
-            most = torch.maximum(share, most)
-        # Distance over that of the horizon, here 7 times as far as the image's lower edge.
-        below = (grid[..., 1] - horizon[..., None]) * (6 / (1 - horizon[..., None]))
-        depth = 1 / (1 + below.clamp(min=0))[:, None]
-        return photometry(image, depth, self.noise(graphs).to(values), v), labels.long()
+        (height, width), v = self.size, self.grammar.read(values)
+        source = graphs.picture[:, 0].numpy()
+        image = common.to_tensor(self.split.images[source], self.device).to(values)  # [B,3,H,W]
+        labels = torch.from_numpy(np.array(self.split.labels[source]))
+        horizon = common.to_device(self.horizon[source, None], self.device).to(values)  # [B,1]
 
-    def objects(
-        self, graphs: Graphs, v: dict[str, Tensor], horizon: Tensor, theta: Tensor,
-        size: Sequence[int],
-    ) -> tuple[Sequence[Tensor], Tensor]:  # fmt: skip
-        """The objects as layers, the nearest first, and their classes, seen by the camera `theta`.
+        # Step 1: the camera moves over the source image
+        angle, scale = torch.deg2rad(v["roll"]), 2 ** -v["zoom"]  # [B,1]
+        cos, sin = scale * angle.cos(), scale * angle.sin()
+        rows = [cos, -sin * height / width, v["shift_x"]], [sin * width / height, cos, v["shift_y"]]
+        theta = torch.stack([torch.cat(row, dim=1) for row in rows], dim=1)  # [B,2,3]
+        grid = F.affine_grid(theta, list(image.shape), align_corners=False)  # [B,H,W,2]
+        image = F.grid_sample(image, grid, padding_mode="border", align_corners=False)
+        labels = (common.to_device(labels, self.device)[:, None] + 1.0).to(values)
+        labels = F.grid_sample(labels, grid, mode="nearest", align_corners=False)[:, 0].long()
+        labels = labels.where(labels > 0, IGNORE + 1) - 1  # 0 beyond the edge of the source image
 
-        -> premultiplied RGBA [B,4,H,W] of `size` each, uint8 [B,K]. An object that comes nearer
-        grows about the vanishing point, the middle of the horizon, so that it stays on the ground.
-        """
-        # All is looked up on the CPU and sent at once, so that the device is never waited for.
-        send, asset = partial(common.send, device=theta.device), graphs.picture[:, 2:]
-        flip, present = send(graphs.flip[:, 2:]).to(theta), send(asset >= 0).to(theta)
-        asset = asset.clamp(min=0)
-        box = send(self.cut_outs.box[asset]).to(theta)  # [B,K,4]
-        pictures = send(self.cut_outs.rgba[asset])  # uint8 [B,K,4,h,w]
+        # Step 2: objects are laid over it. One that comes nearer grows about the vanishing point,
+        # which is the middle of the horizon, so that it stays on the ground.
+        assets = graphs.picture[:, 2:].clamp(min=0)  # [B,K]
+        box = common.to_device(self.box[assets], self.device).to(values)  # [B,K,4]
+        rgba = common.to_device(self.rgba[assets], self.device)  # uint8 [B,K,4,h,w]
+        classes = common.to_device(graphs.classes[:, 2:], self.device) - 3  # below 0: none
         near = 2 ** -v["distance"]  # [B,K]
-        scale = near * 2 ** v["size"]
-        x = flip * box[..., 0] * near + v["lateral"]
-        foot = horizon + (box[..., 1] + box[..., 3]) * near  # below the object
-        y = foot - box[..., 3] * scale
-        half = box[..., 2:] * scale[..., None]  # [B,K,2] half sides
-        # From the source image into the object, -1 to 1 across its box, mirrored or not; then onto
-        # the canvas, whose corner the box fills: own = stretch * place + shift.
-        (h, w), (height, width) = self.cut_outs.rgba.shape[2:], self.size
-        filled = box[..., 2:] * send(torch.tensor([width / w, height / h], dtype=box.dtype))
-        stretch = torch.stack([flip, torch.ones_like(flip)], dim=2) * filled / half
-        shift = filled - 1 - stretch * torch.stack([x, y], dim=2)
-        own = stretch[..., None] * theta[:, None] + F.pad(shift[..., None], (2, 0))  # [B,K,2,3]
-        light = torch.stack([2 ** v["brightness"]] * 3 + [torch.ones_like(near)], dim=2)
-        gain = light * present[..., None] / 255  # [B,K,4]
-        order = foot.detach().argsort(dim=1, descending=True)  # [B,K]
-        rows = torch.arange(len(order), device=theta.device)
-        layers = []
-        for k in order.unbind(dim=1):
-            rgba = pictures[rows, k] * gain[rows, k][..., None, None]  # [B,4,h,w]
-            grid = sampling_grid(own[rows, k], size)
-            layers.append(F.grid_sample(rgba, grid, align_corners=False))
-        return layers, send(self.cut_outs.classes[asset].byte()).gather(1, order)
+        half = box[..., 2:] * (near * 2 ** v["size"])[..., None]  # [B,K,2] half sides
+        feet = horizon + (box[..., 1] + box[..., 3]) * near  # [B,K]
+        x = box[..., 0] * near + v["lateral"]
+        centre = torch.stack([x, feet - half[..., 1]], dim=2)  # [B,K,2]
+        # From the source image onto the canvas of a cut-out, whose corner its box fills.
+        canvas = torch.tensor([rgba.shape[4] / width, rgba.shape[3] / height]).to(values)
+        filled = box[..., 2:] / canvas  # [B,K,2]
+        stretch = filled / half
+        shift = filled - 1 - stretch * centre
+        theta = stretch[..., None] * theta[:, None] + F.pad(shift[..., None], (2, 0))  # [B,K,2,3]
+        gain = 2 ** v["brightness"] / 255
+        gain = torch.stack([gain, gain, gain, torch.full_like(gain, 1 / 255)], dim=2)  # [B,K,4]
+        gain = (gain * (classes >= 0)[..., None])[..., None, None]
+        share, rows = torch.ones_like(image[:, 0]), torch.arange(len(values), device=self.device)
+        for k in feet.detach().argsort(dim=1).unbind(dim=1):  # [B] each, the farthest first
+            place = F.affine_grid(theta[rows, k], list(image.shape), align_corners=False)
+            layer = F.grid_sample(rgba[rows, k] * gain[rows, k], place, align_corners=False)
+            colour, alpha = layer.split([3, 1], dim=1)  # [B,3,H,W], [B,1,H,W]
+            image = colour + (1 - alpha) * image
+            alpha = alpha[:, 0].detach()
+            share = (1 - alpha) * share  # of the label's layer in the colour, [B,H,W]
+            labels = torch.where(alpha > share, classes[rows, k][:, None, None], labels)
+            share = torch.maximum(alpha, share)
 
-
-def camera(v: dict[str, Tensor], size: Sequence[int]) -> Tensor:
-    """Where in the source image a place in the rendered one lies: an affine map. -> [B,2,3]."""
-    angle, zoom = torch.deg2rad(v["roll"]), 2 ** -v["zoom"]
-    aspect = size[1] / size[0]
-    rows = [
-        torch.cat([zoom * angle.cos(), -zoom * angle.sin() / aspect, v["shift_x"]], dim=1),
-        torch.cat([zoom * angle.sin() * aspect, zoom * angle.cos(), v["shift_y"]], dim=1),
-    ]
-    return torch.stack(rows, dim=1)
+        # Step 3: air, lens and sensor. The image's lower edge is at 1/7 of the horizon's depth.
+        horizon = horizon[..., None]  # [B,1,1]
+        below = ((grid[..., 1] - horizon) / (1 - horizon)).clamp(min=0)
+        depth = 1 / (1 + 6 * below)[:, None]  # [B,1,H,W]
+        white = []
+        for seed in graphs.seed.tolist():
+            rng = torch.Generator(self.device).manual_seed(seed)
+            white.append(torch.randn(3, height, width, generator=rng, device=self.device))
+        return photometry(image, depth, torch.stack(white).to(values), v), labels
 
 
 # ---- Distribution transformer -------------------------------------------------------------------
 class GraphLayer(nn.Module):
-    """A graph convolution whose own, forward (from the parent) and backward (from the children)
-    messages each have weights and a gate of their own. [B,V,D] -> [B,V,O]."""
+    """A graph convolution. Messages of a node to itself, from the root to its children, and from
+    the children to the root have weights and a gate of their own. [B,V,D] -> [B,V,O]."""
 
     def __init__(self, i: int, o: int) -> None:
         super().__init__()
-        self.own, self.forth, self.back = (nn.Linear(i, o) for _ in range(3))
+        self.own, self.down, self.up = nn.Linear(i, o), nn.Linear(i, o), nn.Linear(i, o)
         self.gates = nn.Linear(i, 3)
 
-    def forward(self, h: Tensor, child: Tensor, parent: Tensor, present: Tensor) -> Tensor:
-        """child, parent [E] of the edges; present [B,V,1] 1 or 0: empty slots send nothing."""
-        own, forth, back = self.own(h), self.forth(h) * present, self.back(h) * present
-        down = torch.zeros_like(own).index_add(1, child, forth[:, parent])
-        up = torch.zeros_like(own).index_add(1, parent, back[:, child])
-        number = torch.zeros_like(present).index_add(1, parent, present[:, child])
-        gate = self.gates(h).sigmoid()  # [B,V,3]
-        up = up / number.clamp(min=1)
-        return gate[..., :1] * own + gate[..., 1:2] * down + gate[..., 2:] * up
+    def forward(self, h: Tensor, present: Tensor) -> Tensor:
+        """present [B,V,1], 1 or 0: empty nodes send nothing to the root."""
+        own, down, up, gate = self.own(h), self.down(h), self.up(h), self.gates(h).sigmoid()
+        number = present[:, 1:].sum(dim=1, keepdim=True).clamp(min=1)
+        to_root = (up * present)[:, 1:].sum(dim=1, keepdim=True) / number  # [B,1,O]
+        to_children = down[:, :1].expand(-1, h.shape[1] - 1, -1)  # [B,V-1,O]
+        to_root, to_children = gate[:, :1, 2:] * to_root, gate[:, 1:, 1:2] * to_children
+        return gate[..., :1] * own + torch.cat([to_root, to_children], dim=1)
 
 
 class Transformer(nn.Module):
-    """The distribution transformer: an encoder and a decoder of graph layers."""
+    """The distribution transformer: an encoder and a decoder of two graph layers each.
 
-    def __init__(self, grammar: Grammar, classes: int, fixed: int, args: Args) -> None:
+    graphs -> new mutable attributes [B,V,M]. Classes and immutable attributes stay as they are, so
+    it does not have to reconstruct them, as it does in the paper.
+    """
+
+    def __init__(self, grammar: Grammar, classes: int, fixed: int, width: int) -> None:
         super().__init__()
-        self.classes, self.outputs = classes, grammar.scale.shape[1]
-        self.register_buffer("child", grammar.child, persistent=False)
-        self.register_buffer("parent", grammar.parent, persistent=False)
+        (nodes, outputs), self.num_classes = grammar.mean.shape, classes
         self.register_buffer("mutable", grammar.mutable.float(), persistent=False)
-        widths = [len(grammar.nodes) + classes + fixed + self.outputs] + [args.width] * args.layers
-        self.encoder = nn.ModuleList(map(GraphLayer, widths[:-1], widths[1:]))
-        widths = [args.width] * args.layers + [classes + self.outputs]
-        self.decoder = nn.ModuleList(map(GraphLayer, widths[:-1], widths[1:]))
+        widths = [nodes + classes + fixed + outputs, width, width, width, outputs]
+        self.layers = nn.ModuleList(map(GraphLayer, widths[:-1], widths[1:]))
 
-    def forward(self, graphs: Graphs) -> tuple[Tensor, Tensor]:
-        """-> new mutable attributes [B,V,M], logits of the nodes' classes [B,V,classes]."""
-        classes = F.one_hot(graphs.classes, self.classes).to(graphs.values)
-        slots = torch.eye(len(self.mutable), device=graphs.values.device)
-        slots = slots.expand(len(classes), -1, -1)
-        h = torch.cat([slots, classes, graphs.fixed, graphs.values], dim=2)
+    def forward(self, graphs: Graphs) -> Tensor:
+        graphs = graphs.to(self.mutable.device)
+        classes = F.one_hot(graphs.classes, self.num_classes).to(graphs.values)
+        nodes = torch.eye(len(self.mutable), device=classes.device)
+        nodes = nodes.expand(len(classes), -1, -1)
+        h = torch.cat([nodes, classes, graphs.fixed, graphs.values], dim=2)  # [B,V,D]
         present = (graphs.classes > 0).to(h)[..., None]
-        *first, last = [*self.encoder, *self.decoder]
-        for layer in first:
-            h = F.silu(layer(h, self.child, self.parent, present))
-        h = last(h, self.child, self.parent, present)
-        logits, values = h.split([self.classes, self.outputs], dim=2)
-        return values * self.mutable, logits
+        for layer in self.layers[:-1]:
+            h = F.silu(layer(h, present))
+        return self.layers[-1](h, present) * self.mutable
+
+
+def squared_change(values: Tensor, graphs: Graphs, mutable: Tensor) -> Tensor:
+    """Mean squared difference from the graphs' own attributes. values [B,V,M], mutable [V,M]."""
+    graphs = graphs.to(values.device)
+    mask = mutable * (graphs.classes > 0)[..., None]  # [B,V,M]
+    count = common.mean_over_processes(mask.sum())
+    return ((values - graphs.values) * mask).square().sum() / count
+
+
+@torch.no_grad()
+def render_graphs(
+    world: Any, transformer: nn.Module | None, graphs: Graphs, shift: Tensor | float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Images and labels of graphs as the transformer rewrites them, or as they are if it is None.
+    shift [V,M] is added to the attributes."""
+    values = graphs.values.to(world.device) if transformer is None else transformer(graphs)
+    return world.render(graphs, values + shift)
 
 
 # ---- Maximum mean discrepancy -------------------------------------------------------------------
 def mmd2(x: Tensor, y: Tensor, bandwidths: Sequence[float]) -> Tensor:
-    """Unbiased estimate of the squared MMD (Gretton et al., JMLR 2012), mean over the kernels
-    exp(-d^2 / (2 b^2)). [n,D], [m,D] -> scalar, below 0 at times."""
+    """Unbiased estimate of the squared MMD (Gretton et al., JMLR 2012, eq. 3), the mean over the
+    kernels exp(-d^2 / (2 b^2)). [n,D], [m,D] -> scalar, below 0 at times."""
 
     def kernel(a: Tensor, b: Tensor) -> Tensor:
         squared = a.square().sum(dim=1)[:, None] + b.square().sum(dim=1) - 2 * a @ b.T  # [n,m]
@@ -638,533 +456,461 @@ def mmd2(x: Tensor, y: Tensor, bandwidths: Sequence[float]) -> Tensor:
     return within(x) + within(y) - 2 * kernel(x, y).mean()
 
 
-def colour_statistics(images: Tensor) -> Tensor:
-    """Mean and log of the standard deviation of each channel in four bands. [B,3,H,W] -> [B,24]."""
-    bands = images.unflatten(2, (4, -1)).flatten(3)  # [B,3,4,HW/4]
-    spread = (bands.var(dim=3) + 1e-4).log() / 2
-    return torch.cat([bands.mean(dim=3), spread], dim=1).flatten(1)
+MEASURED = (*TONE, "haze (dark channel)", "blur (steps of 2 px over 1 px)", "noise (log2)")
 
 
-def measure(images: Tensor) -> dict[str, Tensor]:
-    """What of a scene's attributes can be seen in an image itself. [B,3,H,W] -> [B] each."""
+def measure(images: Tensor) -> Tensor:
+    """What can be seen of a scene's attributes in an image itself. [B,3,H,W] -> [B,8], MEASURED."""
     luma = images.mean(dim=1, keepdim=True)  # [B,1,H,W]
-    # The darkest value of a patch: near 0 in clear air (He et al., CVPR 2009).
+    # The darkest value of a patch near the horizon is near 0 in clear air (He et al., CVPR 2009).
     dark = -F.max_pool2d(-images.amin(dim=1, keepdim=True), 5, stride=1, padding=2)
-    horizon = slice(images.shape[2] // 3, images.shape[2] * 6 // 10)  # about there
-    # A mask that no plane and no straight edge excites (Immerkaer, CVIU 1996).
-    mask = torch.tensor([[[[1, -2, 1], [-2, 4, -2], [1, -2, 1]]]], dtype=luma.dtype)
-    mask = common.send(mask, luma.device)
+    dark = dark[:, :, images.shape[2] // 3 : images.shape[2] * 6 // 10].mean(dim=(1, 2, 3))
+    one = luma.diff(dim=3).square().mean(dim=(1, 2, 3)).clamp(min=1e-7)
+    two = (luma[..., 2:] - luma[..., :-2]).square().mean(dim=(1, 2, 3)).clamp(min=1e-7)
+    # A mask to which planes and straight edges give nothing (Immerkaer, CVIU 1996).
+    mask = torch.tensor([[[[1.0, -2, 1], [-2, 4, -2], [1, -2, 1]]]]).to(luma)
     noise = F.conv2d(luma, mask).abs().mean(dim=(1, 2, 3)) * math.sqrt(math.pi / 2) / 6
-    one, two = luma.diff(dim=3).square(), (luma[..., 2:] - luma[..., :-2]).square()
-    return {
-        **dict(zip(TONE, tone(images).unbind(dim=1), strict=True)),
-        "haze (dark channel)": dark[:, :, horizon].mean(dim=(1, 2, 3)),
-        "blur (steps of 2 px over 1 px)": two.mean(dim=(1, 2, 3)) / one.mean(dim=(1, 2, 3)),
-        "noise (log2)": noise.log2(),
-    }
+    others = torch.stack([dark, two / one, noise.clamp(min=1e-4).log2()], dim=1)
+    return torch.cat([tone(images), others], dim=1)
 
 
-def network_statistics(net: Network, images: Tensor) -> Tensor:
-    """Mean and log of the standard deviation, in two bands, of the first features of a tiny
-    segmentation network. [B,3,H,W] -> [B,384]."""
+def band_statistics(x: Tensor, bands: int) -> Tensor:
+    """Mean and log standard deviation of each channel in horizontal bands. [B,C,H,W] -> [B,D]."""
+    x = x.unflatten(2, (bands, -1)).flatten(3)  # [B,C,bands,HW/bands]
+    return torch.cat([x.mean(dim=3), (x.var(dim=3) + 1e-4).log() / 2], dim=1).flatten(1)
+
+
+def scene_features(net: Network, images: Tensor) -> list[Tensor]:
+    """MEASURED [B,8], colours [B,24], and first features of a tiny network [B,384]. [B,3,H,W]."""
     x4 = net.body.down4(net.body.stem((images - net.mean) / net.std))  # [B,32,H/4,W/4]
-    statistics = []
-    for x in (x4, net.body.down8(x4)):
-        bands = x.unflatten(2, (2, -1)).flatten(3)  # [B,C,2,HW/2]
-        statistics += [bands.mean(dim=3), (bands.var(dim=3) + 1e-4).log() / 2]
-    return torch.cat(statistics, dim=1).flatten(1)
+    deep = [band_statistics(x, 2) for x in (x4, net.body.down8(x4))]
+    return [measure(images), band_statistics(images, 4), torch.cat(deep, dim=1)]
 
 
 class Features:
-    """Groups of features in units of their spread over the prior's scenes and the photos, so that
-    the median distance between two images is 1 in every group."""
+    """Groups of features, scaled so that the median distance of a scene and a photo is 1 in each.
+    groups: images [B,C,H,W] -> one [B,D] a group; scenes, photos: batches of images. min_std: least
+    deviation of a feature over the root mean square of its group's."""
 
     @torch.no_grad()
     def __init__(
-        self,
-        groups: Callable[[Tensor], list[Tensor]],
-        prior: Iterator[Tensor],
-        photos: Iterator[Tensor],
-        least: float = 0.0,
+        self, groups: Callable, scenes: Iterable[Tensor], photos: Iterable[Tensor], min_std: float
     ) -> None:
-        """least: of a feature's deviation, in root mean squares of its group's: pixels of a digit's
-        empty surroundings have next to none, and would count above all else once it moves."""
         self.groups, self.scaling, self.photos = groups, [], []
-        scenes, real = (map(torch.cat, zip(*map(groups, x), strict=True)) for x in (prior, photos))
-        for one, other in zip(scenes, real, strict=True):
-            both = torch.cat([one, other])
+        scene_groups, photo_groups = (zip(*map(groups, x), strict=True) for x in (scenes, photos))
+        for x, y in zip(map(torch.cat, scene_groups), map(torch.cat, photo_groups), strict=True):
+            both = torch.cat([x, y])
             mean, std = both.mean(dim=0), both.std(dim=0) + 1e-6
-            std = torch.maximum(std, least * std.square().mean().sqrt())
-            # Of a scene and a photo, since what counts is how far they are from each other.
-            std = std * torch.cdist((one[:256] - mean) / std, (other[:256] - mean) / std).median()
+            std = torch.maximum(std, min_std * std.square().mean().sqrt())
+            distances = torch.cdist((x[:256] - mean) / std, (y[:256] - mean) / std)
+            std = std * distances.median().clamp(min=1e-6)
             self.scaling.append((mean, std))
-            self.photos.append((other - mean) / std)
+            self.photos.append((y - mean) / std)
 
-    def __call__(self, images: Tensor) -> list[Tensor]:
-        groups = zip(self.groups(images), self.scaling, strict=True)
-        return [(x - mean) / std for x, (mean, std) in groups]
+    def mmd(self, images: Tensor, chosen: Tensor | slice, bandwidths: Sequence[float]) -> Tensor:
+        """Squared MMD between images and the chosen photos, summed over the groups -> scalar.
+
+        Under torchrun the images are those of all processes together.
+        """
+        groups = [(x - m) / s for x, (m, s) in zip(self.groups(images), self.scaling, strict=True)]
+        if common.world_size() > 1:
+            groups = [torch.cat(all_gather(x)) for x in groups]
+        pairs = zip(groups, self.photos, strict=True)
+        return sum(mmd2(x, y[chosen], bandwidths) for x, y in pairs)
 
 
-# ---- Stages 1 and 2 -----------------------------------------------------------------------------
-def descend(optimizer: torch.optim.Optimizer, loss: Tensor, lr: float) -> None:
-    """One update at the learning rate `lr`."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr
+# ---- The stages of road scenes ------------------------------------------------------------------
+def gradient_step(optimizer: torch.optim.Optimizer, loss: Tensor, lr: float) -> None:
+    common.set_lr(optimizer, lr)
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
 
 
-def reconstruct(
-    steps: Iterator[int],
-    world: Any,
-    transformer: Transformer,
-    optimizer: torch.optim.Optimizer,
-    args: Args,
-    log: Callable[..., None],
-) -> None:
-    """Stage 1: the transformer learns to give back the prior's graphs, classes and attributes."""
-    for step in steps:
-        rng = common.generator(args.seed, step, 1)
-        lr = common.learning_rate(args.reconstruct_lr, step, args.reconstruct_steps)
-        graphs = world.sample(args.match_batch, rng).to(world.device)
-        values, logits = transformer(graphs)
-        mutable = transformer.mutable * (graphs.classes > 0)[..., None]
-        squared = ((values - graphs.values) * mutable).square().sum() / mutable.sum()
-        classes = F.cross_entropy(logits.flatten(0, 1), graphs.classes.flatten())
-        loss = squared + 0.1 * classes  # weights of the paper's code
-        descend(optimizer, loss, lr)
-        log(step, reconstruction_loss=loss, squared_error=squared, lr=lr)
-
-
-def match(
-    steps: Iterator[int],
-    world: Any,
-    transformer: Transformer,
-    optimizer: torch.optim.Optimizer,
-    features: Features,
-    args: Args,
-    log: Callable[..., None],
-    show: Callable[[int], None],
-) -> None:
-    """Stage 2: the MMD between rendered scenes and photos falls, its gradient through the renderer.
-
-    show(step) is called before every eighth of the stage and after its end.
-    """
-    for step in steps:
-        if (step - 1) % max(1, args.match_steps // 8) == 0:
-            show(step - 1)
-        rng = common.generator(args.seed, step, 2)
-        lr = common.learning_rate(args.match_lr, step, args.match_steps)
-        graphs = world.sample(args.match_batch, rng)
-        there = graphs.to(world.device)
-        values, _ = transformer(there)
-        images, _ = world.render(graphs, values)
-        chosen = torch.randperm(len(features.photos[0]), generator=rng)[: args.match_photos]
-        chosen = common.send(chosen, world.device)
-        pairs = zip(features(images), features.photos, strict=True)
-        losses = [mmd2(x, y[chosen], args.bandwidths) for x, y in pairs]
-        mmd = sum(losses)
-        mutable = transformer.mutable * (there.classes > 0)[..., None]
-        change = ((values - there.values) * mutable).square().sum() / mutable.sum()
-        descend(optimizer, mmd + args.prior_weight * change, lr)
-        log(step, mmd_loss=mmd, change=change, lr=lr)
-    show(args.match_steps)
-
-
-# ---- Stage 3: task reward -----------------------------------------------------------------------
-def reinforce_loss(samples: Tensor, mean: Tensor, sigma: float, rewards: Tensor) -> Tensor:
-    """Its gradient estimates minus that of the expected reward of samples from N(mean, sigma^2).
-
-    samples [S,...] are detached here, mean [...], rewards [S] -> scalar. The baseline of a reward
-    is the mean of the others, so that it does not depend on the sample: no bias, less variance.
-    """
-    baseline = (rewards.sum() - rewards) / (len(rewards) - 1)
-    squared = (samples.detach() - mean).square().flatten(1).sum(dim=1)  # [S]
-    log_probability = -squared / (2 * sigma**2)  # but for a constant
-    return -((rewards - baseline).detach() * log_probability).mean()
-
-
-def task_reward(
-    run: Run, start: Network, scenes: Iterator[tuple[Tensor, Tensor, Graphs]], few: Part
-) -> float:
-    """mIoU / 100 on the labelled photos of `start`, reset and trained on these scenes."""
-    net = copy.deepcopy(start)
-    optimizer = torch.optim.AdamW(net.parameters(), weight_decay=0.01)
-    for images, labels, _ in scenes:
-        loss = common.segmentation_loss(net(images, aux=True), labels)
-        descend(optimizer, loss, run.args.lr / 4)
-    guess = common.predict(net.eval(), few.images, run.device).argmax(dim=1)
-    truth = torch.from_numpy(np.array(few.labels)).long().to(run.device)
-    confusion = common.confusion_matrices(guess, truth, len(run.classes)).sum(dim=0)
-    return common.scores(confusion.cpu().numpy())["mIoU"] / 100
-
-
-def reward(run: Run, roads: Roads, transformer: Transformer, few: Part) -> None:
-    """Stage 3: REINFORCE on the task network's score on the few labelled photos.
-
-    The paper adds noise to every attribute of every scene, which leaves little of it in the mean of
-    a data set, and a reward judges a data set. Here all scenes of one share the noise.
-    """
-    args, start = run.args, run.network()
-    train_on_scenes(run, "reward_start", start, roads, transformer, args.reward_start, args.lr)
-    optimizer = torch.optim.Adam(transformer.parameters())
-    state = {"transformer": transformer, "optimizer": optimizer}
-    for step in run.steps("reward", args.reward_rounds, **state):
-        rng = common.generator(args.seed, step, 7)
-        graphs = roads.sample(256, rng).to(roads.device)
-        mean = transformer(graphs)[0].mean(dim=0)  # [V,M]
-        noise = args.reward_sigma * torch.randn(args.reward_samples, *mean.shape, generator=rng)
-        noise = noise.to(mean) * transformer.mutable  # [S,V,M]
-        # The same graphs for every sample, so that only the attributes tell them apart.
-        scenes = partial(rendered, roads, transformer, args.reward_steps * args.batch_size,
-                         args.seed, step, batch=args.batch_size)  # fmt: skip
-        scores = [task_reward(run, start, scenes(shift=shift), few) for shift in noise]
-        rewards = torch.tensor(scores, device=roads.device)
-        loss = reinforce_loss(mean + noise, mean, args.reward_sigma, rewards)
-        descend(optimizer, loss, args.reward_lr)
-        run.log(step, reward=rewards.mean(), reward_spread=rewards.std())
-
-
-# ---- Road scenes --------------------------------------------------------------------------------
-def train_on_scenes(
-    run: Run, stage: str, net: Network, roads: Roads, transformer: Any, steps: int, lr: float
-) -> None:
-    """Supervised training beside the row's own, on new scenes at each of `steps` updates."""
-    optimizer = torch.optim.AdamW(net.train().parameters(), weight_decay=0.01)
-    for step in run.steps(stage, steps, **{stage: net}, optimizer=optimizer):
-        batch = run.args.batch_size
-        images, labels, _ = next(
-            rendered(roads, transformer, batch, run.args.seed, step, batch=batch)
-        )
-        loss = common.segmentation_loss(net(images, aux=True), labels)
-        descend(optimizer, loss, common.learning_rate(lr, step, steps))
-        run.log(step, beside_loss=loss)
-
-
-@torch.no_grad()
-def rendered(
-    world: Any, transformer: Any, count: int, *seeds: int, batch: int = 16, shift: Any = 0
-) -> Iterator[tuple[Tensor, Tensor, Graphs]]:
-    """`count` scenes in batches, of the prior where the transformer is None.
-
-    shift: added to all mutable attributes, [V,M]. -> images [B,3,H,W], labels [B,H,W], graphs.
-    """
-    for k in range(math.ceil(count / batch)):
-        graphs = world.sample(min(batch, count - batch * k), common.generator(*seeds, k, 4))
-        there = graphs.to(world.device)
-        values = there.values if transformer is None else transformer(there)[0]
-        yield *world.render(graphs, values + shift), graphs
-
-
-def training_set(run: Run, roads: Roads, transformer: Transformer | None) -> Part:
-    """The scenes that the segmentation network trains on, also written to the run folder."""
-    args, part = run.args, roads.part
-    images = np.empty((args.scenes, *args.size, 3), np.uint8)
-    labels, names = np.empty((args.scenes, *args.size), np.uint8), []
-    for x, y, graphs in rendered(roads, transformer, args.scenes, args.seed, 1, batch=32):
-        place = slice(len(names), len(names) + len(x))
-        images[place], labels[place] = to_bytes(x), y.byte().cpu().numpy()
-        names += [part.names[n] for n in graphs.picture[:, 0]]
-    common.save_set(run.out / "set", part.dataset, images, labels, names)
-    return common.load_set(run.out / "set", part.dataset, args.size)
-
-
-def learn(run: Run, roads: Roads, photos: Part) -> Transformer:
-    """The three stages."""
-    args, device = run.args, run.device
+def learn_attributes(run: Run, args: Args, roads: RoadScenes, photos: Split) -> Transformer:
+    """The transformer after all stages. figures/training/ holds scenes of stage 2."""
+    device, seed = run.device, args.seed
     net = Network("tiny", len(run.classes)).to(device, memory_format=torch.channels_last)
-    train_on_scenes(run, "features", net, roads, None, args.feature_steps, 5e-3)
+    transformer = Transformer(roads.grammar, roads.num_classes, roads.num_fixed, args.width)
+    model, mutable = common.parallel(transformer.to(device)), transformer.mutable
+
+    # The network whose features are compared: a segmentation network on the prior's scenes
+    segmenter, optimizer = common.parallel(net.train()), common.make_optimizer(net, args.lr)
+    for step in run.steps("features", args.feature_steps, net=net, optimizer=optimizer):
+        graphs = roads.sample(args.batch_size, common.generator(seed, "features", step))
+        images, labels = render_graphs(roads, None, graphs.share())
+        with run.autocast():
+            loss = common.segmentation_loss(segmenter(images, aux=True), labels)
+        lr = common.learning_rate(args.lr, step, args.feature_steps)
+        gradient_step(optimizer, loss, lr)
+        run.log(step, features_loss=loss, lr=lr)
     net.eval().requires_grad_(False)
+    for buffer in net.buffers():  # each process has batch statistics of its own
+        buffer.copy_(common.mean_over_processes(buffer))
+    draws = [roads.sample(16, common.generator(seed, "prior", batch)) for batch in range(16)]
+    scenes = (render_graphs(roads, None, graphs)[0] for graphs in draws)
+    chunks = (photos.images[i : i + 32] for i in range(0, len(photos), 32))
+    real = (common.to_tensor(chunk, device) for chunk in chunks)
+    features = Features(functools.partial(scene_features, net), scenes, real, min_std=0)
 
-    def groups(images: Tensor) -> list[Tensor]:
-        seen = torch.stack([*measure(images).values()], dim=1)  # [B,8]
-        return [seen, colour_statistics(images), network_statistics(net, images)]
+    # Stage 1: the transformer learns to give back the prior's graphs
+    optimizer, steps = torch.optim.Adam(transformer.parameters()), args.reconstruct_steps
+    for step in run.steps("reconstruct", steps, transformer=transformer, optimizer=optimizer):
+        graphs = roads.sample(args.match_batch, common.generator(seed, "reconstruct", step)).share()
+        loss = squared_change(model(graphs), graphs, mutable)
+        lr = common.learning_rate(args.reconstruct_lr, step, steps)
+        gradient_step(optimizer, loss, lr)
+        run.log(step, reconstruction_loss=loss, lr=lr)
 
-    prior = (images for images, *_ in rendered(roads, None, 256, args.seed))
-    features = Features(groups, prior, images_of(photos, device))
-    transformer = Transformer(roads.grammar, roads.classes, roads.fixed, args).to(device)
-    for stage, steps in (("reconstruct", args.reconstruct_steps), ("match", args.match_steps)):
-        optimizer = torch.optim.Adam(transformer.parameters())
-        iterator = run.steps(stage, steps, transformer=transformer, optimizer=optimizer)
-        if stage == "reconstruct":
-            reconstruct(iterator, roads, transformer, optimizer, args, run.log)
-        else:
-            show = partial(sheet, run.out / "datagen", roads, transformer)
-            match(iterator, roads, transformer, optimizer, features, args, run.log, show)
+    # Stage 2: the MMD falls; its gradient comes through the renderer
+    optimizer, steps = torch.optim.Adam(transformer.parameters()), args.match_steps
+    for step in run.steps("match", steps, transformer=transformer, optimizer=optimizer):
+        if (step - 1) % max(1, steps // 8) == 0:
+            save_sheet(run.out, roads, transformer, step - 1)
+        rng = common.generator(seed, "match", step)
+        graphs = roads.sample(args.match_batch, rng).share()
+        values = model(graphs)  # [B,V,M]
+        images, _ = roads.render(graphs, values)
+        chosen = torch.randperm(len(photos), generator=rng)[: args.match_photos].to(device)
+        mmd = features.mmd(images, chosen, args.bandwidths)
+        change = squared_change(values, graphs, mutable)
+        lr = common.learning_rate(args.match_lr, step, steps)
+        gradient_step(optimizer, mmd + args.lambda_prior * change, lr)
+        run.log(step, mmd_loss=mmd, change=change, lr=lr)
+    save_sheet(run.out, roads, transformer, steps)
+
     if args.task_reward:
-        reward(run, roads, transformer, common.load(args, "target_few"))
+        maximise_reward(run, args, roads, transformer, net)
     return transformer
 
 
-def run(args: Args) -> Result | None:
-    check_scenes(args)
-    if args.experiment != "segmentation":
-        return digits_experiment(args)
-    run = Run(args, "metasim")
+def reinforce_loss(samples: Tensor, mean: Tensor, sigma: float, rewards: Tensor) -> Tensor:
+    """Its gradient is an unbiased estimate of minus that of the expected reward. samples [S,...]
+    from N(mean, sigma^2), mean [...], rewards [S] -> scalar. The baseline of a reward is the mean
+    of the others, which does not depend on the sample itself."""
+    baseline = (rewards.sum() - rewards) / (len(rewards) - 1)
+    squared = (samples.detach() - mean).square().flatten(1).sum(dim=1)  # [S]
+    log_probability = -squared / (2 * sigma**2)  # up to a constant
+    return -((rewards - baseline).detach() * log_probability).mean()
+
+
+def maximise_reward(
+    run: Run, args: Args, roads: RoadScenes, transformer: Transformer, net: Network
+) -> None:
+    """Stage 3: REINFORCE. The reward of a set of scenes is the mIoU on the labelled photos, as a
+    share, of a copy of `net` that is trained on the set.
+
+    The paper adds noise to each attribute of each scene, which hardly changes the mean of a set,
+    but a reward judges a set. Here all scenes of a set share their noise.
+    """
+    few, model = common.load(args, "target_few"), common.parallel(transformer)
+    truth = torch.from_numpy(np.array(few.labels)).to(run.device)  # [N,H,W]
+    optimizer, steps = torch.optim.Adam(transformer.parameters()), args.reward_rounds
+    for step in run.steps("reward", steps, transformer=transformer, optimizer=optimizer):
+        # Step 1: sets of scenes whose attributes are all shifted by the same noise
+        rng, rewards = common.generator(args.seed, "reward", step), []
+        mean = model(roads.sample(256, rng)).mean(dim=0)  # [V,M]
+        noise = torch.randn(args.reward_samples, *mean.shape, generator=rng).to(mean)
+        noise = args.reward_sigma * noise * transformer.mutable  # [S,V,M]
+
+        # Step 2: their rewards. All sets have the same graphs, only the attributes differ.
+        for shift in noise:
+            task_net = copy.deepcopy(net).train().requires_grad_(True)
+            task_model = common.parallel(task_net)
+            task_optimizer = common.make_optimizer(task_net, args.lr / 4)
+            for i in range(args.reward_steps):
+                graphs = roads.sample(args.batch_size, common.generator(args.seed, "set", step, i))
+                images, labels = render_graphs(roads, transformer, graphs.share(), shift)
+                with run.autocast():
+                    loss = common.segmentation_loss(task_model(images, aux=True), labels)
+                gradient_step(task_optimizer, loss, args.lr / 4)
+            prediction = common.predict(task_net.eval(), few.images, run.device).argmax(dim=1)
+            confusion = common.confusion_matrices(prediction, truth, len(run.classes)).sum(dim=0)
+            rewards.append(common.scores(confusion.cpu().numpy())["mIoU"] / 100)
+
+        # Step 3: the transformer
+        rewards = common.mean_over_processes(torch.tensor(rewards, device=run.device))  # [S]
+        loss = reinforce_loss(mean + noise, mean, args.reward_sigma, rewards)
+        gradient_step(optimizer, loss, args.reward_lr)
+        run.log(step, reward=rewards.mean(), reward_std=rewards.std())
+
+
+def render_training_set(run: Run, args: Args, roads: RoadScenes, transformer: Any) -> Split:
+    """The scenes that the segmentation network trains on, in set/ of the run folder. Under torchrun
+    each process renders its share of them."""
+    folder, split, names = run.out / "set", roads.split, []
+    if not (folder / "set.json").exists():  # else an interrupted run continues
+        shape = (args.scenes, *args.size)
+        if common.rank() == 0:
+            common.create_array(folder / "images.npy", (*shape, 3))
+            common.create_array(folder / "labels.npy", shape)
+        common.barrier()
+        images, labels = (np.load(folder / f"{n}.npy", "r+") for n in ("images", "labels"))
+        for start in common.show_progress(range(0, args.scenes, 32), "rendering the training set"):
+            stop = min(start + 32, args.scenes)
+            graphs = roads.sample(stop - start, common.generator(args.seed, "scenes", start))
+            names += [split.names[n] for n in graphs.picture[:, 0]]
+            if start // 32 % common.world_size() == common.rank():
+                x, y = render_graphs(roads, transformer, graphs)
+                images[start:stop], labels[start:stop] = to_bytes(x), y.byte().cpu().numpy()
+        images.flush()
+        labels.flush()
+        common.barrier()
+        if common.rank() == 0:
+            common.save_set(folder, split, labels, names)
+        common.barrier()
+    return common.load_set(folder, split.dataset, args.size)
+
+
+def run(args: Args) -> Result:
+    learned = args.attributes == "learned"
+    if args.task_reward and not learned:
+        raise UserError("--task-reward: has no effect with --attributes prior")
+    for name in ("match_batch", "match_photos", "reward_samples"):
+        if getattr(args, name) < 2:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 2")
+    run = Run(args, "metasim", stages=1 + 3 * learned + args.task_reward)
     if run.result:
         return run.result
-    args, net = run.args, run.network()
-    part, photos = common.load(args, "source"), common.load(args, "target_unlabelled")
-    if args.attributes != "source":
-        roads = Roads(part, args, run.device)
-        transformer = learn(run, roads, photos) if args.attributes == "learned" else None
-        part = training_set(run, roads, transformer)
-        if transformer is not None:
-            draw_scenes(run, roads, transformer, photos)
-    common.train(run, net, part, args.steps)
-    beside = f"{args.feature_steps} feature network, {args.match_steps} MMD updates"
-    if args.task_reward:  # each reward is a training of the task network
-        rewards = args.reward_rounds * args.reward_samples * args.reward_steps
-        beside += f", {args.reward_start + rewards} of the task network"
-    return run.finish(net, target_labels=args.labelled if args.task_reward else 0,
-                      beside=beside if args.attributes == "learned" else "")  # fmt: skip
+    args, net, transformer, updates = run.args, run.network(), None, ""
+    lengths = {
+        "scenes": min(5 * args.steps, 20_000),
+        "feature_steps": args.steps // 4,
+        "reconstruct_steps": args.steps * 3 // 4,
+        "match_steps": args.steps // 2,
+        "reward_steps": max(1, args.steps // 16),
+    }
+    args = replace(args, **{k: n for k, n in lengths.items() if getattr(args, k) is None})
+    source, photos = common.load(args, "source"), common.load(args, "target_unlabelled")
+    if len(photos) < 2:
+        root = common.dataset_root(args.data, photos.dataset)
+        raise UserError(f"{root}: found {len(photos)} photo, the MMD needs at least 2")
+    if args.match_batch % common.world_size():
+        processes = f"{common.world_size()} processes"
+        raise UserError(f"--match-batch {args.match_batch}: not a multiple of {processes}")
+
+    roads = RoadScenes(source, args, run.device)
+    if learned:
+        transformer = learn_attributes(run, args, roads, photos)
+        updates = f"{args.feature_steps} feature network, {args.match_steps} MMD updates"
+    if args.task_reward:
+        rewards = args.reward_rounds * args.reward_samples
+        updates += f", {rewards * args.reward_steps} of the task network"
+    scenes = render_training_set(run, args, roads, transformer)
+    if learned and common.rank() == 0:
+        draw_scenes(run, roads, transformer, photos)
+    common.train(run, net, scenes, args.steps, "train")
+    return run.finish(net, args.labelled if args.task_reward else 0, other_updates=updates)
 
 
 # ---- The paper's experiments on digits ----------------------------------------------------------
-YAW = Attribute(0, 10, 90, "degrees, counter-clockwise")
-DIGITS = {
-    "mnist_rotation": {"yaw": YAW},
-    "bigmnist": {"yaw": YAW, "x": Attribute(32, 1, 16, "px from the left"),
-                 "y": Attribute(32, 1, 16, "px from the top")},
-}  # fmt: skip
-TARGETS = {"mnist_rotation": {"yaw": 90.0}, "bigmnist": {"yaw": 270.0, "x": 16.0, "y": 48.0}}
-FACES = ("DejaVuSans", "DejaVuSerif", "STIXGeneral", "cmr10", "cmb10", "cmss10", "cmtt10")
+@dataclass(frozen=True)
+class DigitsArgs:
+    experiment: Literal["rotation", "bigmnist"] = "rotation"
+    """rotation: digits on 32x32 px, turned by 90 degrees in the target. bigmnist: digits on 64x64
+    px, turned by 270 degrees and moved from the centre to (16, 48) px in the target."""
+    data: str = "mini"
+    """Folder with torchvision's MNIST/raw/. Without it the digits are drawn in the typefaces that
+    come with matplotlib."""
+    out: Path | None = None
+    """Folder of the results. Default: runs/digits/EXPERIMENT-seedSEED."""
+    seed: int = 0
+    """Of the digits, the weights and the scenes."""
+    device: str = "auto"
+    """auto (CUDA where there is one), cpu, cuda, cuda:1."""
+    starts: int = 3
+    """Transformers that are trained from different weights; the one with the lowest MMD is kept,
+    since a digit that turns the wrong way stops at a local minimum. The paper: 1."""
+    steps: int = 1000
+    """Updates of stage 2, MMD. Stage 1, reconstruction, takes 3/10 as many, the task network, with
+    16 scenes each, 4/10."""
+    lr: float = 2e-4
+    """Learning rate of stage 2. The paper's code: 1e-3."""
 
 
-def typeset_digits(count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Digits in matplotlib's typefaces, sheared, stretched and slanted at random.
+DIGIT = {
+    "yaw": Attribute(0, 10, 90, "degrees, counter-clockwise"),
+    "x": Attribute(32, 1, 16, "px from the left"),  # the centre of 64 px
+    "y": Attribute(32, 1, 16, "px from the top"),
+}
+TARGETS = {"rotation": {"yaw": 90.0}, "bigmnist": {"yaw": 270.0, "x": 16.0, "y": 48.0}}
+DIGITS = 6000  # pictures, a third each for the scenes, the target and the test
+TYPEFACES = ("DejaVuSans", "DejaVuSerif", "STIXGeneral", "cmr10", "cmb10", "cmss10", "cmtt10")
 
-    -> float [count,1,28,28] in [0,1], int64 [count]
-    """
-    import matplotlib
-    from PIL import ImageDraw, ImageFont
 
-    folder = Path(matplotlib.get_data_path()) / "fonts/ttf"
-    files = sorted(f for f in folder.glob("*.ttf")
-                   if f.stem.startswith(FACES) and "Display" not in f.stem)  # fmt: skip
-    rng, size = np.random.default_rng(seed), 28
+def typeset_digits(count: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Digits in matplotlib's typefaces, sheared and stretched. -> like `load_digits`."""
+    from matplotlib import get_data_path
+
+    files = sorted(Path(get_data_path()).glob("fonts/ttf/*.ttf"))
+    files = [f for f in files if f.stem.startswith(TYPEFACES) and "Display" not in f.stem]
     fonts = [ImageFont.truetype(str(f), 22) for f in files]
-    pictures = np.empty((count, 1, size, size), np.uint8)
-    digits = rng.integers(10, size=count)
-    for n, digit in enumerate(digits):
-        picture = Image.new("L", (size, size))
-        draw = ImageDraw.Draw(picture)
-        draw.text((14, 14), str(digit), 255, fonts[rng.integers(len(fonts))], anchor="mm")
-        a, b, d, e = np.eye(2).ravel() + rng.normal(0, 0.12, 4)
-        c, f = 14 - a * 14 - b * 14, 14 - d * 14 - e * 14  # the centre stays
-        pictures[n, 0] = picture.transform(
-            (size, size), Image.Transform.AFFINE, (a, b, c, d, e, f), Image.Resampling.BILINEAR
-        )
-    return torch.from_numpy(pictures) / 255, torch.from_numpy(digits)
+    digits = torch.randint(10, (count,), generator=rng)
+    faces = torch.randint(len(fonts), (count,), generator=rng).tolist()
+    pictures = np.empty((count, 1, 28, 28), np.uint8)
+    for n, (digit, face) in enumerate(zip(digits.tolist(), faces, strict=True)):
+        picture = Image.new("L", (28, 28))
+        ImageDraw.Draw(picture).text((14, 14), str(digit), 255, fonts[face], anchor="mm")
+        pictures[n, 0] = picture
+    theta = torch.eye(2, 3) + F.pad(0.12 * torch.randn(count, 2, 2, generator=rng), (0, 1))
+    grid = F.affine_grid(theta, list(pictures.shape), align_corners=False)
+    images = F.grid_sample(torch.from_numpy(pictures) / 255, grid, align_corners=False)
+    return images, digits
 
 
-def load_digits(data: str, count: int, seed: int) -> tuple[Tensor, Tensor, str]:
-    """MNIST's training digits in a random order where its files are below `data`, else typeset.
-
-    -> float [count,1,28,28] in [0,1], int64 [count], where they are from.
-    """
+def load_digits(data: str, seed: int) -> tuple[Tensor, Tensor, str]:
+    """Random training digits of MNIST where its files are below `data`, else typeset ones.
+    -> pictures [DIGITS,1,28,28] in [0,1], digits int64 [DIGITS], "MNIST" or "typeset"."""
     from torchvision.datasets import MNIST
 
-    folder = Path(data) / "MNIST"
+    folder, rng = Path(data) / "MNIST", common.generator(seed, "digits")
     if data != "mini" and not Path(data).is_dir():
-        raise UserError(f"{data}: no such folder; --data may hold MNIST/raw/")
+        raise UserError(f"{data}: no such folder, --data may hold MNIST/raw/")
     if not folder.is_dir():
-        return *typeset_digits(count, seed), "typeset"
+        return *typeset_digits(DIGITS, rng), "typeset"
     try:
-        digits = MNIST(data, train=True)
+        mnist = MNIST(data, train=True, download=False)
     except (RuntimeError, ValueError, AssertionError, EOFError) as error:
         raise UserError(f"{folder}: expected torchvision's four files in raw/ ({error})") from error
-    order = torch.randperm(len(digits), generator=common.generator(seed))[:count]
-    return digits.data[order, None] / 255, digits.targets[order], "MNIST"
+    order = torch.randperm(len(mnist), generator=rng)[:DIGITS]
+    return mnist.data[order, None] / 255, mnist.targets[order], "MNIST"
 
 
-class Digits:
-    """One digit on a black canvas, 32 px or 64 px wide: the paper's MNIST and BigMNIST."""
+class DigitScenes:
+    """One digit on a black canvas: samples graphs and renders them. The labels are the digits."""
 
     def __init__(self, experiment: str, pictures: Tensor, digits: Tensor, device: Any) -> None:
-        self.attributes, self.device = DIGITS[experiment], device
-        self.size = 32 if experiment == "mnist_rotation" else 64
-        self.pictures, self.digits = pictures.to(device), digits
-        kinds = {"scene": Kind(None, {}), "digit": Kind("scene", self.attributes)}
-        self.grammar = Grammar(kinds, device)
-        self.classes, self.fixed = 12, 0  # empty, scene, ten digits
+        self.pictures, self.digits, self.device = pictures.to(device), digits, device
+        self.size, self.target = 32 if experiment == "rotation" else 64, TARGETS[experiment]
+        self.grammar = Grammar([({}, 1), ({name: DIGIT[name] for name in self.target}, 1)])
+        self.num_classes, self.num_fixed = 12, 0  # empty, scene, the ten digits
 
-    def sample(self, count: int, rng: torch.Generator) -> Graphs:
+    def sample(self, count: int, rng: torch.Generator, at_target: bool = False) -> Graphs:
+        """Scene graphs from the prior, or with exactly the target's attributes, on the CPU."""
+        values = self.grammar.sample(count, rng)
+        if at_target:
+            target = [(x - DIGIT[n].mean) / DIGIT[n].scale for n, x in self.target.items()]
+            values[:, 1] = torch.tensor(target)
         picture = torch.randint(len(self.digits), (count, 2), generator=rng)
         classes = torch.stack([torch.ones(count).long(), 2 + self.digits[picture[:, 1]]], dim=1)
-        fixed, flip = torch.zeros(count, 2, 0), torch.ones(count, 2)
-        values = self.grammar.sample(count, rng)
-        return Graphs(values, classes, fixed, picture, flip, torch.zeros(count).long())
+        return Graphs(values, classes, torch.zeros(count, 2, 0), picture, torch.zeros(count).long())
 
     def render(self, graphs: Graphs, values: Tensor) -> tuple[Tensor, Tensor]:
-        """-> images [B,1,S,S] in [0,1], the digits [B]."""
-        middle = values.new_full((1, 1), self.size / 2)
-        v = {"x": middle, "y": middle}
-        v = {name: value[:, 0] for name, value in {**v, **self.grammar.read(values)}.items()}
-        pictures = self.pictures[common.send(graphs.picture[:, 1], self.device)].to(values)
-        angle, ratio = torch.deg2rad(v["yaw"]), self.size / pictures.shape[3]
-        x, y = (2 * v[name].expand_as(angle) / self.size - 1 for name in "xy")
+        """graphs on the CPU, values [B,2,M] on the device -> images [B,1,S,S], digits [B]."""
+        v, size = self.grammar.read(values), self.size  # [B,1] each
+        pictures = self.pictures[graphs.picture[:, 1].to(self.device)].to(values)
+        angle, ratio = torch.deg2rad(v["yaw"]), size / pictures.shape[3]
+        x, y = (2 * v.get(n, torch.full_like(angle, size / 2)) / size - 1 for n in ("x", "y"))
+        # From the canvas into the picture: rotation by -yaw about the centre, y points down.
         cos, sin = ratio * angle.cos(), ratio * angle.sin()
-        # From the canvas into the picture: rotation by -yaw about the centre, y pointing down.
         rows = [[cos, -sin, -cos * x + sin * y], [sin, cos, -sin * x - cos * y]]
-        theta = torch.stack([torch.stack(row, dim=1) for row in rows], dim=1)
-        grid = F.affine_grid(theta, [len(x), 1, self.size, self.size], align_corners=False)
+        theta = torch.stack([torch.cat(row, dim=1) for row in rows], dim=1)  # [B,2,3]
+        grid = F.affine_grid(theta, [len(x), 1, size, size], align_corners=False)
         images = F.grid_sample(pictures, grid, align_corners=False)
-        return images, graphs.classes[:, 1] - 2
-
-
-class DigitNet(nn.Sequential):
-    """The task network of the digits. [B,1,S,S] -> logits [B,10]."""
-
-    def __init__(self, size: int) -> None:
-        layers = [common.conv(1, 16, stride=2), common.conv(16, 32, stride=2), common.conv(32, 32)]
-        super().__init__(*layers, nn.Flatten(), nn.Linear(2 * size**2, 10))
-
-
-def digit_accuracy(world: Digits, transformer: Any, images: Tensor, truth: Tensor, args: Args):
-    """Test accuracy, in %, of a network trained on the world's scenes."""
-    torch.manual_seed(args.seed)
-    net = DigitNet(world.size).to(world.device)
-    optimizer = torch.optim.AdamW(net.parameters())
-    scenes = rendered(world, transformer, 16 * args.digit_steps, args.seed)
-    for step, (x, y, _) in enumerate(scenes, start=1):
-        loss = F.cross_entropy(net(x), common.send(y, world.device))
-        descend(optimizer, loss, common.learning_rate(2e-3, step, args.digit_steps))
-    with torch.no_grad():
-        guess = net.eval()(images).argmax(dim=1).cpu()
-    return 100 * (guess == truth).float().mean().item()
-
-
-def at_target(world: Digits, target: dict[str, float], count: int, seed: int) -> Any:
-    """`count` images of the world with exactly these attributes, and their digits."""
-    graphs = world.sample(count, common.generator(seed, 6))
-    values = [(target[n] - a.mean) / a.scale for n, a in world.attributes.items()]
-    graphs.values[:, 1] = torch.tensor(values)
-    with torch.no_grad():
-        return world.render(graphs, graphs.values.to(world.device))
+        return images, (graphs.classes[:, 1] - 2).to(self.device)
 
 
 def blurred_pixels(images: Tensor) -> list[Tensor]:
-    """The picture under Gaussian blurs of 2, 4, 8 and 16 px, at as many pixels as each can hold.
-
-    [B,1,S,S] -> [B,(S/sigma)^2] of each sigma. Wide blurs tell a digit which way to go from afar,
-    narrow ones how to turn; with the features of a random convolutional network, that see no
-    further than their kernels, thin digits left the canvas.
-    """
+    """The image under Gaussian blurs of 2, 4, 8 and 16 px, with as few pixels as each one allows:
+    wide ones show which way to move. [B,1,S,S] -> [B,(S/sigma)^2] for each sigma."""
     size, groups = images.shape[3], []
+    pixels = torch.arange(size, device=images.device) + 0.5
     for sigma in (2, 4, 8, 16):
         centres = torch.arange(sigma / 2, size, sigma, device=images.device)
-        pixels = torch.arange(size, device=images.device) + 0.5
         weights = (-((centres[:, None] - pixels) ** 2) / (2 * sigma**2)).softmax(dim=1)
         groups.append((weights @ images[:, 0] @ weights.T).flatten(1))
     return groups
 
 
-def learn_digits(world: Digits, features: Features, args: Args, out: Path) -> Transformer:
-    """Stages 1 and 2 from `digit_starts` initial weights. -> the transformer of the lowest MMD.
+def digit_accuracy(
+    world: DigitScenes, transformer: Any, images: Tensor, truth: Tensor, args: DigitsArgs
+) -> float:
+    """Test accuracy, in %, of a classifier that is trained on the world's scenes."""
+    torch.manual_seed(common.seed_of(args.seed, "task"))
+    convolutions = [common.conv(1, 16, stride=2), common.conv(16, 32, stride=2)]
+    head = [common.conv(32, 32), nn.Flatten(), nn.Linear(2 * world.size**2, 10)]
+    net, steps = nn.Sequential(*convolutions, *head).to(world.device), args.steps * 4 // 10
+    optimizer = torch.optim.AdamW(net.parameters())
+    for step in range(1, steps + 1):
+        graphs = world.sample(16, common.generator(args.seed, "task", step))
+        x, y = render_graphs(world, transformer, graphs)
+        loss = F.cross_entropy(net(x), y)
+        gradient_step(optimizer, loss, common.learning_rate(2e-3, step, steps))
+    with torch.no_grad():
+        return 100 * (net.eval()(images).argmax(dim=1) == truth).float().mean().item()
 
-    Each start is kept in a folder below out/starts, so that an interrupted experiment goes on with
-    the next; sheets and weights of the best are copied to out/datagen.
+
+def run_digits(args: DigitsArgs) -> None:
+    """Meta-Sim's experiments on digits: learns how the digits of a target are turned and placed.
+
+    Writes result.json, with the accuracy of a classifier that is trained on the scenes before and
+    after, and figures/digits.png: scenes before and after, and images of the target. An earlier
+    result in the folder is replaced. What has no flag here is as in the row of the table.
     """
-    found: list[tuple[float, Path, Transformer]] = []
-    for start in range(args.digit_starts):
-        torch.manual_seed(args.seed + 1000 * start)
-        transformer = Transformer(world.grammar, world.classes, world.fixed, args).to(world.device)
-        folder = out / f"starts/{start}"
-        weights = folder / "transformer.pt"
-        if weights.exists():
-            transformer.load_state_dict(torch.load(weights, world.device, weights_only=True))
-        else:
-            optimizer = torch.optim.Adam(transformer.parameters(), weight_decay=1e-5)
-            steps = iter(range(1, args.reconstruct_steps + 1))
-            reconstruct(steps, world, transformer, optimizer, args, lambda *_, **__: None)
-            optimizer = torch.optim.Adam(transformer.parameters(), weight_decay=1e-5)
-            show = partial(sheet, folder, world, transformer)
-            steps = iter(range(1, args.match_steps + 1))
-            match(steps, world, transformer, optimizer, features, args, lambda *_, **__: None, show)
-            with common.replacing(weights) as temporary:
-                torch.save(transformer.state_dict(), temporary)
-        scenes = torch.cat([x for x, *_ in rendered(world, transformer, 1000, args.seed)])
-        pairs = zip(features(scenes), features.photos, strict=True)
-        mmd = sum(mmd2(x, y, args.bandwidths).item() for x, y in pairs)
-        print(f"start {start}: MMD^2 {mmd:.5f}", flush=True)
-        found.append((mmd, folder, transformer))
-    _, folder, best = min(found, key=lambda one: one[0])
-    shutil.copytree(folder, out / "datagen", dirs_exist_ok=True)
-    animate(out / "datagen")
-    return best
-
-
-def spread(values: Tensor, circular: bool) -> tuple[float, float]:
-    """Mean and standard deviation; of angles in degrees the circular ones, the mean in [0, 360)."""
-    if not circular:
-        return values.mean().item(), values.std().item()
-    resultant = torch.polar(torch.ones_like(values), torch.deg2rad(values)).mean()
-    mean, std = resultant.angle(), (-2 * resultant.abs().clamp(max=1).log()).sqrt()
-    return torch.rad2deg(mean).item() % 360, torch.rad2deg(std).item()
-
-
-def digits_folder(out: Path, config: dict[str, Any], resume: bool) -> dict[str, Any] | None:
-    """The result of a finished experiment with this configuration, else its folder is prepared: one
-    that was cut off is gone on with, one of other arguments is moved aside."""
-    old, result = common.read_config(out), out / "result.json"
-    if old is None and out.exists() and any(out.iterdir()):
-        raise UserError(f"{out}: not empty and not a run folder; give another --out")
-    if resume and old == config and result.exists():
-        return json.loads(result.read_text())
-    if old and (old != config or not resume):
-        common.move_aside(out)
-    common.write_json(out / "config.json", config)
-    return None
-
-
-def digits_experiment(args: Args) -> None:
-    """`--experiment mnist_rotation` or `bigmnist`; writes result.json, datagen/ and figures/."""
-    started, target = time.perf_counter(), TARGETS[args.experiment]
-    common.check_device(args.device)
+    start_time, seed = time.perf_counter(), args.seed
     auto = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(auto if args.device == "auto" else args.device)
-    # No folder that --collect would take for a row of the table.
-    out = args.out or Path("runs/digits") / f"{args.experiment}-seed{args.seed}"
-    pictures, digits, kind = load_digits(args.data, args.digits, args.seed)
-    config = asdict(replace(args, out=None, resume=True, device=device.type))
-    config = json.loads(json.dumps({"method": "metasim", "pictures": kind, **config}))
-    result = digits_folder(out, config, args.resume)
-    if result is None:
-        args = replace(args, prior_weight=0.0, match_lr=args.digit_match_lr,
-                       match_steps=args.digit_match_steps)  # fmt: skip
-        # Three disjoint sets of pictures: the simulator's, the unlabelled target's, the test's.
-        parts = zip(pictures.chunk(3), digits.chunk(3), strict=True)
-        world, other, test = (Digits(args.experiment, *part, device) for part in parts)
-        images, truth = at_target(test, target, 1000, args.seed)
-        photos = at_target(other, target, 1000, args.seed)[0]
-        prior = (images for images, *_ in rendered(world, None, 256, args.seed))
-        features = Features(blurred_pixels, prior, iter(photos.split(256)), least=1.0)
-        before = digit_accuracy(world, None, images, truth, args)
-        transformer = learn_digits(world, features, args, out)
-        after = digit_accuracy(world, transformer, images, truth, args)
-        with torch.no_grad():
-            graphs = world.sample(1000, common.generator(args.seed, 9)).to(device)
-            drawn, learned = map(world.grammar.read, (graphs.values, transformer(graphs)[0]))
-        turns = round((learned["yaw"].mean().item() - target["yaw"]) / 360)
-        histograms(out / "figures/attributes.png", {"prior": drawn, "learned": learned},
-                   {name: a.meaning for name, a in world.attributes.items()},
-                   {**target, "yaw": target["yaw"] + 360 * turns})  # fmt: skip
-        moments = {k: spread(v, circular=k == "yaw") for k, v in learned.items()}
-        result = {"experiment": args.experiment, "seed": args.seed, "pictures": kind,
-                  "accuracy_before": before, "accuracy_after": after, "target": target,
-                  "learned_mean": {k: v[0] for k, v in moments.items()},
-                  "learned_std": {k: v[1] for k, v in moments.items()},
-                  "seconds": time.perf_counter() - started, "device": device.type,
-                  "commit": common.commit()}  # fmt: skip
-        common.write_json(out / "result.json", result)
-        shutil.rmtree(out / "starts")
-    print("task accuracy {accuracy_before:.1f}% before, {accuracy_after:.1f}% after, in "
-          "{seconds:.0f} s, {pictures} digits".format(**result))  # fmt: skip
-    for name, wanted in target.items():
-        mean, std = result["learned_mean"][name], result["learned_std"][name]
-        print(f"{name}: learned {mean:.1f} +- {std:.1f}, target {wanted:.1f}")
+    out = args.out or Path("runs/digits") / f"{args.experiment}-seed{seed}"
+    if (out / "config.json").exists():
+        raise UserError(f"{out}: the run folder of a method; give another --out")
+    pictures, digits, kind = load_digits(args.data, seed)
+
+    # Three disjoint sets of pictures: the simulator's, the unlabelled target's, the test's
+    parts = zip(pictures.chunk(3), digits.chunk(3), strict=True)
+    world, other, test = (DigitScenes(args.experiment, *part, device) for part in parts)
+    draw = other.sample(1000, common.generator(seed, "target"), at_target=True)
+    photos, _ = render_graphs(other, None, draw)
+    draw = test.sample(1000, common.generator(seed, "test"), at_target=True)
+    images, truth = render_graphs(test, None, draw)
+    draw = world.sample(1000, common.generator(seed, "scenes"))
+    prior, _ = render_graphs(world, None, draw)
+    before = digit_accuracy(world, None, images, truth, args)
+    # Pixels near the edge hardly vary over the prior's scenes, but must not count for more.
+    features = Features(blurred_pixels, [prior[:256]], [photos], min_std=1)
+
+    candidates, steps = [], args.steps * 3 // 10
+    for start in range(args.starts):
+        torch.manual_seed(common.seed_of(seed, "start", start))
+        transformer = Transformer(world.grammar, world.num_classes, world.num_fixed, Args.width)
+        mutable = transformer.to(device).mutable
+        # Stage 1: reconstruction
+        optimizer = torch.optim.Adam(transformer.parameters(), weight_decay=1e-5)
+        for step in range(1, steps + 1):
+            graphs = world.sample(Args.match_batch, common.generator(seed, "reconstruct", step))
+            loss = squared_change(transformer(graphs), graphs, mutable)
+            gradient_step(optimizer, loss, common.learning_rate(Args.reconstruct_lr, step, steps))
+        # Stage 2: MMD
+        optimizer = torch.optim.Adam(transformer.parameters(), weight_decay=1e-5)
+        for step in common.show_progress(range(1, args.steps + 1), f"start {start}"):
+            rng = common.generator(seed, "match", step)
+            graphs = world.sample(Args.match_batch, rng)
+            x, _ = world.render(graphs, transformer(graphs))
+            chosen = torch.randperm(len(photos), generator=rng)[: Args.match_photos].to(device)
+            loss = features.mmd(x, chosen, Args.bandwidths)
+            gradient_step(optimizer, loss, common.learning_rate(args.lr, step, args.steps))
+        learned, _ = render_graphs(world, transformer, draw)
+        mmd = features.mmd(learned, slice(None), Args.bandwidths).item()
+        print(f"start {start}: MMD^2 {mmd:.5f}", flush=True)
+        candidates.append((mmd, transformer))
+    _, transformer = min(candidates, key=lambda candidate: candidate[0])
+    after = digit_accuracy(world, transformer, images, truth, args)
+
+    with torch.no_grad():
+        attributes, target = world.grammar.read(transformer(draw)), world.target
+    attributes["yaw"] = (attributes["yaw"] - target["yaw"] + 180) % 360 + target["yaw"] - 180
+    result = asdict(args) | {"pictures": kind, "target": target}
+    result |= {"accuracy_before": before, "accuracy_after": after}
+    result["learned_mean"] = {name: x.mean().item() for name, x in attributes.items()}
+    result["learned_std"] = {name: x.std().item() for name, x in attributes.items()}
+    result["seconds"] = time.perf_counter() - start_time
+    common.write_json(out / "result.json", result)
+    learned, _ = render_graphs(world, transformer, draw)
+    rows = [np.concatenate(to_bytes(x[:16]), axis=1) for x in (prior, learned, photos)]
+    with common.replacing(out / "figures/digits.png") as temporary:
+        Image.fromarray(np.concatenate(rows)[..., 0]).save(temporary, format="png")
+    print(f"task accuracy {before:.1f}% before, {after:.1f}% after, with {kind} digits")
+    for name, x in attributes.items():
+        print(f"{name}: learned {x.mean():.1f} +- {x.std():.1f}, target {target[name]:.1f}")
 
 
 # ---- Figures ------------------------------------------------------------------------------------
@@ -1173,92 +919,59 @@ def to_bytes(images: Tensor) -> np.ndarray:
     return (255 * images).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
-@torch.no_grad()
-def sheet(folder: Path, world: Any, transformer: Transformer, step: int) -> None:
-    """Sixteen scenes of the same graphs, as datagen/scenes_STEP.png, at least 512 px wide."""
-    graphs = world.sample(16, common.generator(0, 5))
-    images, _ = world.render(graphs, transformer(graphs.to(world.device))[0])
-    picture = np.concatenate(np.split(np.concatenate(to_bytes(images), axis=1), 4, axis=1))
-    times = max(1, 512 // picture.shape[1])
-    picture = picture.repeat(times, axis=0).repeat(times, axis=1)
-    with common.replacing(folder / f"scenes_{step:06d}.png") as temporary:
-        Image.fromarray(picture.squeeze()).save(temporary, format="png")
+def save_sheet(out: Path, roads: RoadScenes, transformer: Transformer, step: int) -> None:
+    """Sixteen scenes of the same graphs, four a row, as figures/training/STEP.png."""
+    if common.rank() > 0:
+        return
+    graphs = roads.sample(16, common.generator(0, "sheet"))
+    images, _ = render_graphs(roads, transformer, graphs)
+    rows = [np.concatenate(to_bytes(row), axis=1) for row in images.split(4)]
+    with common.replacing(out / f"figures/training/{step:06d}.png") as temporary:
+        Image.fromarray(np.concatenate(rows)).save(temporary, format="png")
 
 
-def animate(folder: Path) -> None:
-    """The sheets of a training as an animation, datagen/training.gif."""
-    frames = [Image.open(path).convert("RGB") for path in sorted(folder.glob("scenes_*.png"))]
+def draw_scenes(run: Run, roads: RoadScenes, transformer: Transformer, photos: Split) -> None:
+    """figures/scenes.png: the same graphs before and after, and photos; figures/training.gif: the
+    sheets of stage 2 as an animation; figures/measured.png: MEASURED in scenes and photos."""
+    folder, seed, measured, columns = run.out / "figures", run.args.seed, {}, {}
+    draws = [roads.sample(32, common.generator(seed, "figures", batch)) for batch in range(8)]
+    for title, rewrite in (("prior", None), ("learned", transformer)):
+        batches = (render_graphs(roads, rewrite, graphs)[0] for graphs in draws)
+        measured[title] = torch.cat([measure(images) for images in batches])  # [256,8]
+        images, labels = render_graphs(roads, rewrite, draws[0])
+        columns[title] = list(to_bytes(images[:6]))
+        columns[f"labels, {title}"] = list(labels[:6].byte().cpu().numpy())
+    columns["photo"] = list(photos.images[np.arange(6) * (len(photos) - 1) // 5])
+    common.draw_sheet(folder / "scenes.png", columns, run.classes)
+
+    frames = [Image.open(path) for path in sorted((folder / "training").glob("*.png"))]
+    durations = [500] * (len(frames) - 1) + [2000]  # ms
+    options = {"save_all": True, "append_images": frames[1:], "duration": durations, "loop": 0}
     with common.replacing(folder / "training.gif") as temporary:
-        frames[0].save(temporary, format="gif", save_all=True, append_images=frames[1:],
-                       duration=[500] * (len(frames) - 1) + [2000], loop=0)  # fmt: skip
+        frames[0].save(temporary, format="gif", **options)
 
-
-def histograms(
-    path: Path,
-    sets: dict[str, dict[str, Tensor]],
-    units: dict[str, str],
-    marks: dict[str, float] | None = None,
-) -> None:
-    """One panel a quantity, one outline a set; NaNs are left out. marks: the target's values."""
-    from matplotlib.figure import Figure
-
-    first, marks = next(iter(sets.values())), marks or {}
-    names = [name for name, values in first.items() if values.isfinite().any()]
-    columns = min(4, len(names))
-    rows = math.ceil(len(names) / columns)
-    size = (3.2 * max(2, columns), 2.1 * rows + 0.4)
-    figure = Figure(figsize=size, layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False).ravel()
-    for axis, name in zip(axes, names, strict=False):
-        values = {title: some[name][some[name].isfinite()] for title, some in sets.items()}
-        values = {title: some.flatten().cpu().numpy() for title, some in values.items()}
-        bins = np.linspace(*np.quantile(np.concatenate([*values.values()]), [0.003, 0.997]), 31)
-        for (title, x), colour in zip(values.items(), ("C7", "C0", "C3"), strict=False):
-            axis.hist(x, bins, density=True, histtype="step", color=colour, label=title, lw=1.5)
-        if name in marks:
-            axis.axvline(marks[name], color="C3", label="target")
+    chosen = np.array_split(common.spaced(len(photos), 256), math.ceil(len(photos) / 32))
+    batches = (common.to_tensor(photos.images[i], run.device) for i in chosen if len(i))
+    measured["photos"] = torch.cat([measure(images) for images in batches])
+    figure = common.new_figure(12.8, 4.6)
+    axes = figure.subplots(2, 4).ravel()
+    for i, (axis, name) in enumerate(zip(axes, MEASURED, strict=True)):
+        values = {title: x[:, i].cpu().numpy() for title, x in measured.items()}
+        limits = np.quantile(np.concatenate([*values.values()]), [0.003, 0.997])
+        bins = np.linspace(*limits, 31)
+        for (title, x), colour in zip(values.items(), ("C7", "C0", "C3"), strict=True):
+            axis.hist(x, bins, density=True, histtype="step", color=colour, label=title)
         axis.set_title(name, fontsize=9)
-        axis.set_xlabel(units.get(name, ""), fontsize=7)
-        axis.tick_params(labelsize=7)
-        axis.set_yticks([])
-    for axis in axes[len(names) :]:
-        axis.axis("off")
-    axes[0].set_ylabel("density", fontsize=7)
+        axis.set_xlabel(TONE[name].unit if name in TONE else "", fontsize=7)
+        axis.tick_params(labelsize=7, left=False, labelleft=False)
     handles = axes[0].get_legend_handles_labels()
     figure.legend(*handles, loc="outside lower center", ncols=3, frameon=False)
-    common.save_figure(figure, path)
-
-
-def measured(batches: Iterator[Tensor]) -> dict[str, Tensor]:
-    """`measure` of batches of images, batch by batch, since photos may be large."""
-    rows = [measure(images) for images in batches]
-    return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
-
-
-@torch.no_grad()
-def draw_scenes(run: Run, roads: Roads, transformer: Transformer, photos: Part) -> None:
-    """figures/attributes.png: every attribute of the graphs; figures/measured.png: what is measured
-    in scenes and photos; figures/scenes.png: the same graphs before and after; the animation."""
-    attributes, seen, columns = {}, {}, {}
-    for title, by in (("prior", None), ("learned", transformer)):
-        graphs = roads.sample(512, common.generator(run.args.seed, 10)).to(run.device)
-        values, there = by(graphs)[0] if by else graphs.values, (graphs.classes > 0)[..., None]
-        attributes[title] = roads.grammar.read(values.where(there, math.nan))
-        seen[title] = measured(x for x, *_ in rendered(roads, by, 512, run.args.seed))
-        images, labels, _ = next(rendered(roads, by, 512, run.args.seed))
-        columns[title] = list(to_bytes(images[:6]))
-    columns["label of the learned (black: ignored)"] = list(labels[:6].byte().cpu().numpy())
-    places = np.linspace(0, len(photos) - 1, 6).round().astype(int)
-    columns["photo"] = list(photos.images[places])
-    common.draw_sheet(run.out / "figures/scenes.png", columns, run.classes)
-
-    some = (photos.images[k : min(k + 64, 1000)] for k in range(0, min(1000, len(photos)), 64))
-    seen["photos"] = measured(common.to_tensor(images, run.device) for images in some)
-    units = {n: a.meaning for kind in ROADS.values() for n, a in kind.attributes.items()}
-    histograms(run.out / "figures/attributes.png", attributes, units)
-    histograms(run.out / "figures/measured.png", seen, units)
-    animate(run.out / "datagen")
+    common.save_figure(figure, folder / "measured.png")
 
 
 if __name__ == "__main__":
-    common.main(Args, run, __doc__)
+    if sys.argv[1:2] == ["digits"]:
+        del sys.argv[1]
+        common.main(DigitsArgs, run_digits, inspect.getdoc(run_digits))
+    else:
+        common.main(Args, run, __doc__)

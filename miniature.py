@@ -1,190 +1,202 @@
-"""Writes small procedural stand-ins of the four datasets in their official layout.
+"""Writes small procedural stand-ins of the four datasets in their official layouts.
 
-python miniature.py --out data/mini --seed 0    (a minute on two cores, 65 MB)
+    python miniature.py --out data/mini --seed 0            (a minute on two cores, 65 MB)
 
 Every image is a pinhole view of a street: ground, rows of facades, hedges and fences that recede
-to the vanishing point, and things that are painted back to front, lit in linear light. Image and
-label come from the same geometry. DOMAINS holds all that tells the four datasets apart.
+to the vanishing point, and things that are painted from back to front, lit in linear light. Image
+and label come from the same geometry. What makes the four datasets differ is in the section
+"Domains": numbers in the table PROPERTIES, weather, lists and colours in SURROUNDINGS.
 """
 
-from __future__ import annotations
-
+import ast
 import io
 import json
 import math
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
 from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-VERSION = 1
+VERSION = 1  # to be raised when the images change: older miniatures are then written anew
+LEFT, RIGHT = -1, 1  # the sides of the street: the sign of x
+SIDES = (LEFT, RIGHT)
 RGB = tuple[float, float, float]
 Range = tuple[float, float]
 
+
+def read_table(text: str) -> list[list[str]]:
+    """The cells of a table, row by row. Two spaces or more separate them."""
+    return [re.split("  +", line.strip()) for line in text.strip().splitlines()]
+
+
+def read_records(text: str) -> dict[str, SimpleNamespace]:
+    """A table whose first row names the fields and whose first column names the records."""
+    (_, *fields), *rows = read_table(text)
+    return {
+        name: SimpleNamespace(**dict(zip(fields, map(ast.literal_eval, cells), strict=True)))
+        for name, *cells in rows
+    }
+
+
+def read_colours(text: str) -> list[list[float]]:
+    """Colours between commas: "0.1 0.2 0.3, 0 0 1" -> [[0.1, 0.2, 0.3], [0, 0, 1]]."""
+    return [[float(number) for number in colour.split()] for colour in text.split(",")]
+
+
 # ---- Labels -------------------------------------------------------------------------------------
-# Cityscapes ids throughout; TREE and VAN are told apart from VEGETATION and CAR by VKITTI2 alone.
-EGO, STATIC, ROAD, PAVEMENT, BUILDING, WALL, FENCE, RAIL, POLE = 1, 4, 7, 8, 11, 12, 13, 14, 17
-LIGHT, SIGN, VEGETATION, TERRAIN, SKY, PERSON, RIDER, CAR = 19, 20, 21, 22, 23, 24, 25, 26
-TRUCK, BUS, TRAIN, MOTORCYCLE, BICYCLE, TREE, VAN = 27, 28, 31, 32, 33, 40, 41
-VKITTI_COLOURS = {
-    TERRAIN: (210, 0, 200), SKY: (90, 200, 255), TREE: (0, 199, 0), VEGETATION: (90, 240, 0),
-    BUILDING: (140, 140, 140), ROAD: (100, 60, 100), RAIL: (250, 100, 255), SIGN: (255, 255, 0),
-    LIGHT: (200, 200, 0), POLE: (255, 130, 0), STATIC: (80, 80, 80), TRUCK: (160, 60, 60),
-    CAR: (255, 127, 80), VAN: (0, 139, 139),
-}  # fmt: skip
-CITYSCAPES_COLOURS = {
-    ROAD: (128, 64, 128), PAVEMENT: (244, 35, 232), BUILDING: (70, 70, 70), WALL: (102, 102, 156),
-    FENCE: (190, 153, 153), RAIL: (180, 165, 180), POLE: (153, 153, 153), LIGHT: (250, 170, 30),
-    SIGN: (220, 220, 0), VEGETATION: (107, 142, 35), TERRAIN: (152, 251, 152), BUS: (0, 60, 100),
-    SKY: (70, 130, 180), PERSON: (220, 20, 60), RIDER: (255, 0, 0), CAR: (0, 0, 142),
-    TRUCK: (0, 0, 70), TRAIN: (0, 80, 100), MOTORCYCLE: (0, 0, 230), BICYCLE: (119, 11, 32),
-}  # fmt: skip
+# Twice in a row: name, Cityscapes id, colour in GTA5's palette, colour in VKITTI2's label images.
+# Only VKITTI2 has "tree" and "van": the other datasets call them vegetation and car.
+LABELS = """
+    ego         1   -            -            terrain     22  152 251 152  210 0 200
+    static      4   -            80 80 80     sky         23  70 130 180   90 200 255
+    road        7   128 64 128   100 60 100   person      24  220 20 60    -
+    pavement    8   244 35 232   -            rider       25  255 0 0      -
+    building    11  70 70 70     140 140 140  car         26  0 0 142      255 127 80
+    wall        12  102 102 156  -            truck       27  0 0 70       160 60 60
+    fence       13  190 153 153  -            bus         28  0 60 100     -
+    rail        14  180 165 180  250 100 255  train       31  0 80 100     -
+    pole        17  153 153 153  255 130 0    motorcycle  32  0 0 230      -
+    light       19  250 170 30   200 200 0    bicycle     33  119 11 32    -
+    sign        20  220 220 0    255 255 0    tree        40  -            0 199 0
+    vegetation  21  107 142 35   90 240 0     van         41  -            0 139 139
+"""
+IDS = {}
+GTA5_COLOURS, VKITTI2_COLOURS = np.zeros((2, 256, 3), np.uint8)  # by id, black where there is none
+for row in read_table(LABELS):
+    for name, number, *colours in (row[:4], row[4:]):
+        IDS[name] = int(number)
+        for table, colour in zip((GTA5_COLOURS, VKITTI2_COLOURS), colours, strict=True):
+            table[IDS[name]] = [int(value) for value in colour.replace("-", "0 0 0").split()]
 
 
 # ---- Domains ------------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class Light:
-    """The weather of an image. Sky colours in sRGB, strengths in linear light."""
+# The weather. Colours of the sky in sRGB 0..1, strengths of the sun and of the light from the sky
+# (ambient) in linear light, metres of shadow per metre of height, contrast of the clouds, and how
+# much redder than white the sun is.
+LIGHTS = read_records("""
+    name       zenith            horizon           sun   ambient  shadow  cloud  warmth
+    noon       0.22, 0.42, 0.80  0.70, 0.80, 0.90  1.1   0.45     0.5     0.1    0.0
+    afternoon  0.40, 0.58, 0.85  0.90, 0.92, 0.92  1.0   0.40     1.3     0.2    0.1
+    overcast   0.74, 0.77, 0.80  0.88, 0.89, 0.90  0.1   0.85     0.3     0.12   0.0
+    gloom      0.45, 0.48, 0.50  0.70, 0.72, 0.70  0.05  0.40     0.3     0.25   0.0
+    dusk       0.42, 0.45, 0.58  0.95, 0.72, 0.52  0.35  0.30     2.5     0.2    0.4
+    glare      0.93, 0.95, 0.97  1.0, 1.0, 1.0     1.3   0.28     1.1     0.03   0.05
+    hazy       0.80, 0.84, 0.80  0.92, 0.94, 0.89  0.15  0.75     0.6     0.08   0.0
+    game       0.15, 0.42, 0.95  0.60, 0.80, 1.0   0.7   0.65     0.7     0.05   0.0
+""")
+# Two numbers in a cell are the limits of a value that is drawn for every image.
+PROPERTIES = read_table("""
+    name        vkitti2        kitti          gta5        cityscapes    unit: meaning
+    number      1              2              3           4             enters the seed of an image
+    size        96, 256        96, 256        112, 208    128, 256      px: height, width
+    focal       0.58           0.55           0.7         0.62          image widths: focal length
+    eye         1.6, 1.8       1.6, 1.7       1.3, 2.2    1.2, 1.4      m: height of the camera
+    horizon     0.42, 0.50     0.38, 0.52     0.36, 0.56  0.38, 0.47    image heights, from the top
+    yaw         0.08           0.1            0.3         0.1           image widths: largest shift
+    bend        0.002          0.004          0.004       0.002         1/m: the road's curvature
+    left        5.0, 8.5       3.0, 6.0       3.0, 8.0    3.5, 6.0      m: camera to road's edge
+    right       3.0, 4.5       2.2, 5.0       2.0, 5.5    2.5, 5.5      m: the same on the right
+    pavement    0, 0           0, 2.2         1.5, 6.0    3.0, 5.5      m: width
+    verge       2, 7           0.5, 4         0, 1.0      0, 1.5        m: grass behind it
+    plot        10, 24         7, 20          8, 22       12, 28        m: length along the street
+    built       0.45           0.5            0.75        0.7           share: plots with a building
+    storeys     1, 3           1, 3           2, 7        3, 6          number in a building
+    end         60, 140        40, 120        25, 120     40, 120       m: distance of the far end
+    parked      2              4              3           4             mean number at each kerb
+    traffic     3              1.5            2           2             mean number of moving cars
+    people      0              0.5            4           5             mean number
+    trees       9              10             4           5             mean number
+    bare        0              0.15           0.4         0.1           share: trees without leaves
+    poles       4              4              4           4             mean number, lights, signs
+    texture     0.12           0.3            0.35        0.3           contrast of surfaces
+    haze        0.0005, 0.002  0.0, 0.002     0.0, 0.006  0.001, 0.005  1/m: extinction
+    exposure    -0.2, 0.2      -0.1, 0.6      -0.9, 0.6   -0.3, 0.2     stops
+    tint        1, 1, 1        0.97, 1, 1.04  1, 1, 1     0.9, 1, 0.92  gain of red, green, blue
+    balance     0.015          0.0            0.05        0.01          deviation of log(gain)
+    saturation  1.25           0.9            1.0         0.85          gain, 1: unchanged
+    contrast    1.0            1.1            1.0         0.88          gain, 1: unchanged
+    black       0.0            0.0            0.0         0.025         0..1: level of black
+    blur        0.0            0.4            0.3         0.5           px: standard deviation
+    noise       0.0            4.0            1.5         2.0           grey levels: the same
+    vignette    0.0            0.15           0.1         0.15          share: darker corners
+    jpeg        0              70             0           0             quality, 0: uncompressed
+    bonnet      0              0              0           1             1: that of our car is seen
+""")
+BRICKS = read_colours("0.48 0.30 0.24, 0.62 0.52 0.40, 0.72 0.68 0.60, 0.55 0.55 0.54")
+PLASTER = read_colours("0.80 0.76 0.66, 0.66 0.60 0.50, 0.86 0.84 0.80, 0.44 0.42 0.40")
+# Image n shows the labels 5 n to 5 n + 4 of such a list near the camera; "-" shows nothing.
+RURAL = "truck sign rail - - light pole van sign -"
+URBAN = """fence bus rider light person wall truck bicycle sign terrain train motorcycle pole person
+    fence bicycle"""
+STREETSIDE = ("fence", "wall", "vegetation")
+# The rest of each domain, all choices equally likely: its weather, the labels near the camera, the
+# barriers that may stand between street and plots, and the colours of its surfaces in sRGB 0..1.
+SURROUNDINGS = {
+    "vkitti2": {
+        "lights": ("game", "game", "noon"),
+        "near": RURAL,
+        "barriers": ("rail", "static"),
+        "asphalt": read_colours("0.42 0.42 0.45, 0.48 0.47 0.46"),
+        "paving": read_colours("0.6 0.6 0.6"),
+        "grass": read_colours("0.36 0.55 0.20, 0.45 0.58 0.25"),
+        "leaves": read_colours("0.22 0.45 0.12, 0.32 0.52 0.16"),
+        "facades": read_colours("0.82 0.72 0.55, 0.75 0.45 0.35, 0.88 0.86 0.8"),
+    },
+    "kitti": {
+        "lights": ("glare", "noon", "afternoon", "afternoon"),
+        "near": RURAL,
+        "barriers": STREETSIDE,
+        "asphalt": read_colours("0.40 0.41 0.43, 0.33 0.33 0.35"),
+        "paving": read_colours("0.62 0.60 0.56"),
+        "grass": read_colours("0.33 0.40 0.18, 0.40 0.40 0.24"),
+        "leaves": read_colours("0.20 0.28 0.10, 0.28 0.34 0.14, 0.18 0.25 0.12"),
+        "facades": BRICKS + PLASTER,
+    },
+    "gta5": {
+        "lights": ("noon", "afternoon", "overcast", "gloom", "dusk", "glare"),
+        "near": URBAN,
+        "barriers": STREETSIDE,
+        "asphalt": read_colours("0.42 0.42 0.42, 0.36 0.37 0.39, 0.46 0.44 0.42, 0.30 0.30 0.31"),
+        "paving": read_colours("0.58 0.56 0.52, 0.50 0.48 0.46, 0.62 0.61 0.60"),
+        "grass": read_colours("0.38 0.42 0.22, 0.50 0.45 0.28"),
+        "leaves": read_colours("0.25 0.30 0.14, 0.20 0.26 0.15, 0.34 0.36 0.18"),
+        "facades": BRICKS + PLASTER,
+    },
+    "cityscapes": {
+        "lights": ("hazy", "hazy", "overcast", "gloom"),
+        "near": URBAN,
+        "barriers": STREETSIDE,
+        "asphalt": read_colours("0.40 0.41 0.40, 0.35 0.36 0.36"),
+        "paving": read_colours("0.52 0.51 0.50, 0.50 0.46 0.44"),
+        "grass": read_colours("0.28 0.40 0.18"),
+        "leaves": read_colours("0.18 0.28 0.12, 0.22 0.30 0.14"),
+        "facades": PLASTER,
+    },
+}
 
-    zenith: RGB
-    horizon: RGB
-    sun: float
-    ambient: float
-    reach: float  # metres of shadow per metre of height
-    cloud: float = 0.1  # contrast of the clouds
-    warmth: float = 0.0  # > 0 reddens the sun
 
-
-NOON = Light((0.22, 0.42, 0.80), (0.70, 0.80, 0.90), 1.1, 0.45, 0.5)
-AFTERNOON = Light((0.40, 0.58, 0.85), (0.90, 0.92, 0.92), 1.0, 0.40, 1.3, 0.2, 0.1)
-OVERCAST = Light((0.74, 0.77, 0.80), (0.88, 0.89, 0.90), 0.1, 0.85, 0.3, 0.12)
-GLOOM = Light((0.45, 0.48, 0.50), (0.70, 0.72, 0.70), 0.05, 0.40, 0.3, 0.25)
-DUSK = Light((0.42, 0.45, 0.58), (0.95, 0.72, 0.52), 0.35, 0.30, 2.5, 0.2, 0.4)
-GLARE = Light((0.93, 0.95, 0.97), (1.0, 1.0, 1.0), 1.3, 0.28, 1.1, 0.03, 0.05)
-HAZY = Light((0.80, 0.84, 0.80), (0.92, 0.94, 0.89), 0.15, 0.75, 0.6, 0.08)
-GAME = Light((0.15, 0.42, 0.95), (0.60, 0.80, 1.0), 0.7, 0.65, 0.7, 0.05)
-
-
-@dataclass(frozen=True)
-class Domain:
-    """What tells one dataset from another. Lengths in metres, colours in sRGB 0..1."""
-
-    number: int  # enters the seed of every image
-    size: tuple[int, int]  # H, W in px
-    lights: tuple[Light, ...]
-    focal: float  # focal length in image widths
-    eye: Range  # height of the camera
-    horizon: Range  # in image heights from the top
-    yaw: float  # largest shift of the vanishing point, in image widths
-    bend: float  # largest curvature of the road, 1/m
-    left: Range  # from the camera to the road's left edge
-    right: Range
-    pavement: Range
-    verge: Range  # grass between pavement and plots
-    plot: Range  # length of a plot along the street
-    built: float  # share of the plots that carry a building
-    storeys: Range
-    end: Range  # distance of the street's far end
-    parked: float  # mean number at each kerb
-    traffic: float  # mean number on the lanes
-    people: float
-    trees: float
-    bare: float  # share of leafless trees
-    poles: float
-    asphalt: tuple[RGB, ...]
-    paving: tuple[RGB, ...]
-    grass: tuple[RGB, ...]
-    leaves: tuple[RGB, ...]
-    facades: tuple[RGB, ...]
-    rare: tuple[int, ...]  # every image shows the next five of these
-    barriers: tuple[int, ...]  # what may stand between street and plots
-    texture: float  # contrast of surfaces
-    haze: Range  # extinction, 1/m
-    exposure: Range  # stops
-    tint: RGB  # gain of each channel
-    balance: float  # its deviation from image to image, as a logarithm
-    saturation: float
-    contrast: float
-    black: float  # lifted black level, 0..1
-    blur: float  # px
-    noise: float  # grey levels
-    vignette: float
-    jpeg: int  # quality of the camera's own compression, 0: none
-    bonnet: bool = False
-
-
-BRICKS = ((0.48, 0.30, 0.24), (0.62, 0.52, 0.40), (0.72, 0.68, 0.60), (0.55, 0.55, 0.54))
-PLASTER = ((0.80, 0.76, 0.66), (0.66, 0.60, 0.50), (0.86, 0.84, 0.80), (0.44, 0.42, 0.40))
-STREET = (FENCE, BUS, RIDER, LIGHT, PERSON, WALL, TRUCK, BICYCLE, SIGN, TERRAIN, TRAIN, MOTORCYCLE,
-          POLE, PERSON, FENCE, BICYCLE)  # fmt: skip
-ROADSIDE = (TRUCK, SIGN, RAIL, 0, 0, LIGHT, POLE, VAN, SIGN, 0)  # 0: nothing
-
-DOMAINS = {
-    "vkitti2": Domain(
-        1, (96, 256), (GAME, GAME, NOON), 0.58, (1.6, 1.8), (0.42, 0.50), 0.08, 0.002,
-        (5.0, 8.5), (3.0, 4.5), (0, 0), (2, 7), (10, 24), 0.45, (1, 3), (60, 140),
-        parked=2.0, traffic=3.0, people=0, trees=9, bare=0, poles=4,
-        asphalt=((0.42, 0.42, 0.45), (0.48, 0.47, 0.46)), paving=((0.6, 0.6, 0.6),),
-        grass=((0.36, 0.55, 0.20), (0.45, 0.58, 0.25)),
-        leaves=((0.22, 0.45, 0.12), (0.32, 0.52, 0.16)),
-        facades=((0.82, 0.72, 0.55), (0.75, 0.45, 0.35), (0.88, 0.86, 0.8)),
-        rare=ROADSIDE, barriers=(RAIL, STATIC), texture=0.12, haze=(0.0005, 0.002),
-        exposure=(-0.2, 0.2), tint=(1, 1, 1), balance=0.015, saturation=1.25, contrast=1.0,
-        black=0.0, blur=0.0, noise=0.0, vignette=0.0, jpeg=0,
-    ),
-    "kitti": Domain(
-        2, (96, 256), (GLARE, NOON, AFTERNOON, AFTERNOON), 0.55, (1.6, 1.7), (0.38, 0.52), 0.1,
-        0.004, (3.0, 6.0), (2.2, 5.0), (0, 2.2), (0.5, 4), (7, 20), 0.5, (1, 3), (40, 120),
-        parked=4.0, traffic=1.5, people=0.5, trees=10, bare=0.15, poles=4,
-        asphalt=((0.40, 0.41, 0.43), (0.33, 0.33, 0.35)), paving=((0.62, 0.60, 0.56),),
-        grass=((0.33, 0.40, 0.18), (0.40, 0.40, 0.24)),
-        leaves=((0.20, 0.28, 0.10), (0.28, 0.34, 0.14), (0.18, 0.25, 0.12)),
-        facades=BRICKS + PLASTER,
-        rare=ROADSIDE, barriers=(FENCE, WALL, VEGETATION), texture=0.3, haze=(0.0, 0.002),
-        exposure=(-0.1, 0.6), tint=(0.97, 1.0, 1.04), balance=0.0, saturation=0.9, contrast=1.1,
-        black=0.0, blur=0.4, noise=4.0, vignette=0.15, jpeg=70,
-    ),
-    "gta5": Domain(
-        3, (112, 208), (NOON, AFTERNOON, OVERCAST, GLOOM, DUSK, GLARE), 0.7, (1.3, 2.2),
-        (0.36, 0.56), 0.3, 0.004, (3.0, 8.0), (2.0, 5.5), (1.5, 6.0), (0, 1.0), (8, 22), 0.75,
-        (2, 7), (25, 120),
-        parked=3.0, traffic=2.0, people=4.0, trees=4, bare=0.4, poles=4,
-        asphalt=((0.42, 0.42, 0.42), (0.36, 0.37, 0.39), (0.46, 0.44, 0.42), (0.30, 0.30, 0.31)),
-        paving=((0.58, 0.56, 0.52), (0.50, 0.48, 0.46), (0.62, 0.61, 0.60)),
-        grass=((0.38, 0.42, 0.22), (0.50, 0.45, 0.28)),
-        leaves=((0.25, 0.30, 0.14), (0.20, 0.26, 0.15), (0.34, 0.36, 0.18)),
-        facades=BRICKS + PLASTER,
-        rare=STREET, barriers=(FENCE, WALL, VEGETATION), texture=0.35, haze=(0.0, 0.006),
-        exposure=(-0.9, 0.6), tint=(1, 1, 1), balance=0.05, saturation=1.0, contrast=1.0,
-        black=0.0, blur=0.3, noise=1.5, vignette=0.1, jpeg=0,
-    ),
-    "cityscapes": Domain(
-        4, (128, 256), (HAZY, HAZY, OVERCAST, GLOOM), 0.62, (1.2, 1.4), (0.38, 0.47), 0.1, 0.002,
-        (3.5, 6.0), (2.5, 5.5), (3.0, 5.5), (0, 1.5), (12, 28), 0.7, (3, 6), (40, 120),
-        parked=4.0, traffic=2.0, people=5.0, trees=5, bare=0.1, poles=4,
-        asphalt=((0.40, 0.41, 0.40), (0.35, 0.36, 0.36)),
-        paving=((0.52, 0.51, 0.50), (0.50, 0.46, 0.44)),
-        grass=((0.28, 0.40, 0.18),), leaves=((0.18, 0.28, 0.12), (0.22, 0.30, 0.14)),
-        facades=PLASTER,
-        rare=STREET, barriers=(FENCE, WALL, VEGETATION), texture=0.3, haze=(0.001, 0.005),
-        exposure=(-0.3, 0.2), tint=(0.90, 1.0, 0.92), balance=0.01, saturation=0.85, contrast=0.88,
-        black=0.025, blur=0.5, noise=2.0, vignette=0.15, jpeg=0, bonnet=True,
-    ),
-}  # fmt: skip
+Domain = SimpleNamespace  # its name, its column of PROPERTIES, its SURROUNDINGS
+FIELDS, *COLUMNS, _ = zip(*PROPERTIES[1:], strict=True)
+DOMAINS = {}
+for name, column in zip(PROPERTIES[0][1:5], COLUMNS, strict=True):
+    numbers = dict(zip(FIELDS, map(ast.literal_eval, column), strict=True))
+    DOMAINS[name] = Domain(name=name, **numbers, **SURROUNDINGS[name])
 
 
 # ---- Texture ------------------------------------------------------------------------------------
 @cache
-def tile() -> np.ndarray:
-    """1/f noise that repeats without a seam. -> [256, 256], mean 0, standard deviation 1"""
+def noise_tile() -> np.ndarray:
+    """1/f noise that repeats without a seam. -> [256,256], mean 0, standard deviation 1"""
     rng, total = np.random.default_rng(0), np.zeros((128, 128), np.float32)
     for octave in range(2, 8):
         cells = Image.fromarray(rng.normal(size=(2**octave, 2**octave)).astype(np.float32))
@@ -195,7 +207,7 @@ def tile() -> np.ndarray:
 
 def grain(u: np.ndarray, v: np.ndarray) -> np.ndarray:
     """The noise at the positions u, v (in texels, broadcast together)."""
-    return tile()[u.astype(np.int32) & 255, v.astype(np.int32) & 255]
+    return noise_tile()[u.astype(np.int32) & 255, v.astype(np.int32) & 255]
 
 
 def linear(colour: RGB) -> np.ndarray:
@@ -204,42 +216,57 @@ def linear(colour: RGB) -> np.ndarray:
 
 
 # ---- Camera and light ---------------------------------------------------------------------------
-@dataclass(frozen=True)
-class Plot:
-    """Something upright along the street: a building, hedge, wall, fence or rail."""
+class Plot(NamedTuple):
+    """Something upright along the street: a building, hedge, wall, fence or rail. Lengths in m."""
 
-    label: int
-    start: float
+    label: str
+    start: float  # along the street
     stop: float
     height: float
     colour: np.ndarray  # linear
-    bay: float  # width of a window's bay, or of a fence's spacing
-    glass: float  # share of the bay
-    storey: float
-    phase: float  # of textures; also tells shops from houses
+    bay: float  # width of a window with its wall; ten times the spacing of a fence's pickets
+    glass: float  # the window's share of the bay
+    storey: float  # height of a storey
+    phase: float  # offset of the textures; also decides which buildings are shops
+
+
+# Plots in a line along the street: its distance from the road's axis in m, its side, the plots. On
+# side 0 it goes across the street, at that distance ahead of the camera.
+Row = tuple[float, int, list[Plot]]
+
+
+class Thing(NamedTuple):
+    """Something that stands or drives in the street."""
+
+    x: float  # m to the right of the road's axis
+    z: float  # m ahead of the camera
+    yaw: float  # heading in radians, 0: away from the camera
+    label: str
+    paint: Callable  # paint(scene, thing)
+    sunlit: float = 1.0  # share of the sun's light that reaches it
 
 
 class Scene:
     """One street, its camera and its canvas, at twice the image's resolution."""
 
     def __init__(self, domain: Domain, rng: np.random.Generator, size: tuple[int, int]):
-        def each(bounds: Range) -> dict[int, float]:
-            return {side: rng.uniform(*bounds) for side in (-1, 1)}
-
         self.domain, self.rng = domain, rng
-        self.light = domain.lights[rng.integers(len(domain.lights))]
+        self.light = LIGHTS[domain.lights[rng.integers(len(domain.lights))]]
         self.height, self.width = 2 * size[0], 2 * size[1]
-        self.f = domain.focal * self.width * rng.uniform(0.9, 1.1)
+        self.f = domain.focal * self.width * rng.uniform(0.9, 1.1)  # focal length in px
         self.eye = rng.uniform(*domain.eye)
-        self.y0 = rng.uniform(*domain.horizon) * self.height
+        self.y0 = rng.uniform(*domain.horizon) * self.height  # the vanishing point, px
         self.x0 = (0.5 + domain.yaw * rng.uniform(-1, 1)) * self.width
         self.bend = domain.bend * rng.uniform(-1, 1)
-        self.dx = (np.arange(self.width, dtype=np.float32) + 0.5 - self.x0) / self.f  # [W]
-        self.dy = (np.arange(self.height, dtype=np.float32) + 0.5 - self.y0) / self.f  # [H]
-        self.edge = {-1: rng.uniform(*domain.left), 1: rng.uniform(*domain.right)}
-        self.pavement, self.verge = each(domain.pavement), each(domain.verge)
+        # Slope of each column's and each row's line of sight: metres to the right or down per
+        # metre ahead, [W] and [H].
+        self.dx = (np.arange(self.width, dtype=np.float32) + 0.5 - self.x0) / self.f
+        self.dy = (np.arange(self.height, dtype=np.float32) + 0.5 - self.y0) / self.f
+        self.edge = {LEFT: rng.uniform(*domain.left), RIGHT: rng.uniform(*domain.right)}
+        self.pavement = {side: rng.uniform(*domain.pavement) for side in SIDES}
+        self.verge = {side: rng.uniform(*domain.verge) for side in SIDES}
         self.end = rng.uniform(*domain.end)
-        self.sun_side = rng.choice((-1, 1))
+        self.sun_side = rng.choice(SIDES)
         self.haze = rng.uniform(*domain.haze)
         self.gain = 2.0 ** rng.uniform(*domain.exposure)
         warm = np.array([1, 1 - 0.4 * self.light.warmth, 1 - 0.9 * self.light.warmth], np.float32)
@@ -247,12 +274,12 @@ class Scene:
         self.shade = Image.new("L", (self.width, self.height))  # shadows on the ground, 255 full
 
     def front(self, side: int) -> float:
-        """Distance of the plots from the road's axis."""
+        """Distance of the plots from the road's axis, m."""
         return self.edge[side] + self.pavement[side] + self.verge[side] + 0.3
 
-    def colour(self, name: str) -> np.ndarray:
-        """One of the domain's colours of that name, a little varied. -> linear [3]"""
-        choices = getattr(self.domain, name)
+    def colour(self, surface: str) -> np.ndarray:
+        """A colour that the domain gives to a surface, a little varied. -> linear [3]"""
+        choices = getattr(self.domain, surface)
         return linear(choices[self.rng.integers(len(choices))]) * self.rng.uniform(0.8, 1.2)
 
     def project(self, x: float, y: float, z: float) -> tuple[float, float]:
@@ -265,33 +292,34 @@ class Scene:
         clear = np.exp(-self.haze * np.asarray(z, np.float32))
         return 255 * np.clip((radiance * clear + self.air * (1 - clear)) * self.gain, 0, 1) ** 0.455
 
-    def tone(self, colour, z: float, facing: float = 0.5) -> tuple[int, ...]:
-        """A linear albedo that faces the sun by that cosine -> display colour for drawing."""
-        light = self.light.ambient + self.sun * max(facing, 0) * self.sunlit
-        return tuple(self.expose(np.asarray(colour, np.float32) * light, z).astype(int).tolist())
+    def shaded(self, colour: RGB, thing: Thing, facing: float = 0.5) -> tuple[int, ...]:
+        """Display colour of a part of a thing. colour: linear; facing: cosine to the sun."""
+        light = self.light.ambient + self.sun * max(facing, 0) * thing.sunlit
+        values = self.expose(np.asarray(colour, np.float32) * light, thing.z)
+        return tuple(values.astype(int).tolist())
 
-    def fill(self, points: list, colour: tuple[int, ...], label: int = 0) -> None:
-        """A polygon of px; label 0 keeps the label below (details)."""
+    def fill(self, points: list, colour: tuple[int, ...], label: str | None = None) -> None:
+        """A polygon of px. Without a label it is a detail, which keeps the label below."""
         self.pen.polygon(points, fill=colour)
         if label:
-            self.label_pen.polygon(points, fill=label)
+            self.label_pen.polygon(points, fill=IDS[label])
 
-    def rod(self, a: tuple, b: tuple, z: float, thick: float, colour, label: int = 0) -> None:
+    def rod(self, start: Range, end: Range, z: float, thick: float, colour: tuple, label: str):
         """A rod with round ends between two points x, y (m); a disc where they are the same."""
-        (ax, ay), (bx, by), wide = self.project(*a, z), self.project(*b, z), self.f * thick / z
+        (ax, ay), (bx, by) = self.project(*start, z), self.project(*end, z)
+        wide = self.f * thick / z  # px
         r = max(wide / 2, 0.8)
-        for pen, value in ((self.pen, colour), (self.label_pen, label)):
-            if value:
-                pen.line((ax, ay, bx, by), fill=value, width=max(2, round(wide)))
-                if wide > 3:
-                    for x, y in ((ax, ay), (bx, by)):
-                        pen.ellipse((x - r, y - r, x + r, y + r), fill=value)
+        for pen, value in ((self.pen, colour), (self.label_pen, IDS[label])):
+            pen.line((ax, ay, bx, by), fill=value, width=max(2, round(wide)))
+            if wide > 3:
+                for x, y in ((ax, ay), (bx, by)):
+                    pen.ellipse((x - r, y - r, x + r, y + r), fill=value)
 
     # ---- Background: sky, ground, plots ---------------------------------------------------------
-    def paint_background(self, rows: list[tuple[float, int, list[Plot]]]) -> None:
+    def paint_background(self, rows: list[Row]) -> None:
         """Sky, ground and the rows of plots, far to near, into a fresh canvas."""
         self.pixels = np.empty((self.height, self.width, 3), np.float32)
-        self.labels = np.full((self.height, self.width), SKY, np.uint8)
+        self.labels = np.full((self.height, self.width), IDS["sky"], np.uint8)
         up = np.clip(-self.dy / 0.5, 0, 1)[:, None, None] ** 0.7  # [H,1,1]
         far = 1 / (np.abs(self.dy)[:, None] + 0.12)  # the clouds lie on a plane overhead
         cloud = grain(40 * far + self.rng.uniform(0, 256), 30 * self.dx * far) * up[..., 0]  # [H,W]
@@ -301,56 +329,56 @@ class Scene:
         for offset, side, plots in rows:
             self.paint_row(offset, side, plots)
         self.image = Image.fromarray(self.pixels.clip(0, 255).astype(np.uint8))
-        self.ids = Image.fromarray(self.labels)
-        self.pen, self.label_pen = ImageDraw.Draw(self.image), ImageDraw.Draw(self.ids)
+        self.label_image = Image.fromarray(self.labels)
+        self.pen, self.label_pen = ImageDraw.Draw(self.image), ImageDraw.Draw(self.label_image)
 
     def paint_ground(self) -> None:
         """Grass, then pavements, then the road, below the cast shadows."""
         rows = slice(int(np.searchsorted(self.dy, self.eye / 300)), self.height)
         z = (self.eye / self.dy[rows])[:, None]  # [h,1]
         x = self.dx * z - self.bend * z * z  # [h,W] metres right of the road's axis
-        labels = np.full(x.shape, TERRAIN, np.uint8)
+        labels = np.full(x.shape, IDS["terrain"], np.uint8)
         fade = self.domain.texture / (1 + z / 30)
         fine, coarse = grain(18 * x, 12 * z), grain(1.3 * x + 99, 0.9 * z)
         albedo = self.colour("grass") * np.exp(fade * (0.9 * fine + 0.8 * coarse))[..., None]
-        for side in (-1, 1):
+        for side in SIDES:
             out = side * x - self.edge[side]
             paved = (out > 0) & (out < self.pavement[side])
             joints = ((out % 0.9 < 0.06) | (z % 0.9 < 0.06)) & (z < 15)
             light = np.exp(fade * 0.4 * (fine + coarse)) * (1 - self.domain.texture * joints)
             light[out < 0.18] *= 1.25  # the kerb
             albedo[paved] = (self.colour("paving") * light[..., None])[paved]
-            labels[paved] = PAVEMENT
-        road = (x > -self.edge[-1]) & (x < self.edge[1])
-        track = np.cos((x - self.edge[1]) * 2 * math.pi / 1.75)  # worn by wheels
+            labels[paved] = IDS["pavement"]
+        road = (x > -self.edge[LEFT]) & (x < self.edge[RIGHT])
+        track = np.cos((x - self.edge[RIGHT]) * 2 * math.pi / 1.75)  # worn by wheels
         light = np.exp(fade * (0.5 * fine + 0.45 * coarse + 0.2 * track))
-        for side in (-1, 1):
+        for side in SIDES:
             light[np.abs(side * x - self.edge[side] + 0.15) < 0.12] *= 0.6  # the gutter
         asphalt = self.colour("asphalt") * light[..., None]
         worn = coarse < self.rng.uniform(-2.2, -0.8)
         asphalt[self.markings(x, z) & ~worn] = self.rng.uniform(0.45, 0.75)
-        albedo[road], labels[road] = asphalt[road], ROAD
+        albedo[road], labels[road] = asphalt[road], IDS["road"]
         soft = self.shade.filter(ImageFilter.GaussianBlur(0.006 * self.width))
         dark = np.asarray(soft, np.float32)[rows, :, None] / 255  # [h,W,1]
         light = (self.light.ambient + 0.8 * self.sun * (1 - dark)) * (1 - 0.35 * dark)
         self.pixels[rows], self.labels[rows] = self.expose(albedo * light, z[..., None]), labels
 
     def markings(self, x: np.ndarray, z: np.ndarray) -> np.ndarray:
-        """Lane lines, edge lines, now and then a zebra crossing. -> bool [h,W]"""
-        rng, total = self.rng, self.edge[-1] + self.edge[1]
+        """Lane lines, edge lines and sometimes a zebra crossing. -> bool [h,W]"""
+        rng, total = self.rng, self.edge[LEFT] + self.edge[RIGHT]
         lanes = max(2, round(total / 3.4))
         painted = np.zeros(x.shape, bool)
         for lane in range(1, lanes):
             dash = (z + 9) % 6 < 2.5 if rng.random() < 0.8 else z > 0
-            painted |= (np.abs(x + self.edge[-1] - lane * total / lanes) < 0.07) & dash
-        for side in (-1, 1):
+            painted |= (np.abs(x + self.edge[LEFT] - lane * total / lanes) < 0.07) & dash
+        for side in SIDES:
             if rng.random() < 0.5:
                 painted |= np.abs(side * x - self.edge[side] + 0.4) < 0.06
         near = rng.uniform(6, 80)
         return painted | ((z > near) & (z < near + 3) & (near < 20) & (x % 1.0 < 0.5))
 
     def paint_row(self, offset: float, side: int, plots: list[Plot]) -> None:
-        """Plots along the street at a lateral offset, or (side 0) across it at a distance."""
+        """The plots of a row, in the order of the list."""
         if side == 0:
             z, facing = np.full(self.width, offset, np.float32), 0.5
             along = self.dx * z + 80
@@ -358,13 +386,13 @@ class Scene:
             a, facing = side * offset, -1.0 if side == self.sun_side else 0.9
             root = self.dx + side * np.sqrt(np.maximum(self.dx**2 - 4 * self.bend * a, 0))
             z = 2 * a / np.where(np.abs(root) > 1e-4, root, 1e-4)
-            hit = (self.dx**2 >= 4 * self.bend * a) & (z > 0.5) & (z < self.end + 3)
-            z = along = np.where(hit, z, np.inf)
+            meets = (self.dx**2 >= 4 * self.bend * a) & (z > 0.5) & (z < self.end + 3)
+            z = along = np.where(meets, z, np.inf)
         for plot in plots:
             columns = np.flatnonzero((along >= plot.start) & (along < plot.stop))
             if not len(columns):
                 continue
-            near = self.f / z[columns].min()
+            near = self.f / z[columns].min()  # px per metre
             top = max(0, int(self.y0 + near * (self.eye - 1.3 * plot.height)))
             bottom = min(self.height, int(self.y0 + near * self.eye) + 2)
             y = self.eye - self.dy[top:bottom, None] * z[columns]  # [h,C] metres above ground
@@ -374,32 +402,32 @@ class Scene:
             block = np.ix_(range(top, bottom), columns)
             radiance = self.expose(colour * light, z[columns, None])
             self.pixels[block] = np.where(opaque[..., None], radiance, self.pixels[block])
-            self.labels[block] = np.where(solid, plot.label, self.labels[block])
+            self.labels[block] = np.where(solid, IDS[plot.label], self.labels[block])
 
     def surface(self, plot: Plot, u: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, ...]:
-        """Albedo of a plot at u [C] along and y [h,C] up; where it is labelled; where opaque."""
+        """Albedo of a plot at u [C] m along, y [h,C] m up; where it is labelled; where opaque."""
         amount = self.domain.texture
         fine, coarse = grain(14 * u + plot.phase, 14 * y), grain(1.5 * u + plot.phase, 1.2 * y)
         light = np.exp(amount * 0.5 * (fine + coarse))
         solid = opaque = (y > -0.05) & (y < plot.height)
-        if plot.label == VEGETATION:
+        if plot.label == "vegetation":
             ragged = 1 + 0.1 * grain(6 * u + plot.phase, 0 * u)
             solid = opaque = (y > -0.05) & (y < plot.height * ragged)
             light *= np.exp((0.3 + amount) * fine - 0.3 * (1 - y / plot.height))
-        elif plot.label == WALL:
+        elif plot.label == "wall":
             light *= 1 - amount * ((y % 0.35 < 0.05) | (u % 0.8 < 0.05))
             light[y > plot.height - 0.15] *= 1.3
-        elif plot.label == FENCE:
-            pickets = 0.1 * plot.bay  # their spacing
-            opaque = solid & ((y > plot.height - 0.12) | (u % pickets < 0.55 * pickets))
-        elif plot.label == RAIL:
+        elif plot.label == "fence":
+            spacing = 0.1 * plot.bay  # of the pickets
+            opaque = solid & ((y > plot.height - 0.12) | (u % spacing < 0.55 * spacing))
+        elif plot.label == "rail":
             opaque = solid & ((y > 0.35) | (u % 2.0 < 0.12))
         colour = plot.colour * light[..., None]
-        if plot.label == BUILDING:
-            self.facade(plot, colour, u, y)
+        if plot.label == "building":
+            self.paint_facade(plot, colour, u, y)
         return colour, solid, opaque
 
-    def facade(self, plot: Plot, colour: np.ndarray, u: np.ndarray, y: np.ndarray) -> None:
+    def paint_facade(self, plot: Plot, colour: np.ndarray, u: np.ndarray, y: np.ndarray) -> None:
         """Windows, shop front, cornice and roof, painted into colour [h,C,3]."""
         shop = plot.phase % 1 < 0.4
         base = 3.4 if shop else 0.0
@@ -422,425 +450,480 @@ class Scene:
 
 
 # ---- Vehicles -----------------------------------------------------------------------------------
-VEHICLES = {  # length, width, height, belt line; cabin from, to (shares of length), its slant
-    CAR: (4.3, 1.78, 1.48, 0.90, 0.02, 0.68, 0.45), VAN: (4.9, 1.9, 2.1, 1.15, 0.02, 0.85, 0.3),
-    TRUCK: (7.5, 2.4, 2.8, 1.3, 0.72, 1.0, 0.1), BUS: (11, 2.55, 3.1, 1.4, 0.0, 1.0, 0.05),
-    TRAIN: (24, 2.65, 3.6, 1.6, 0.0, 1.0, 0.2),
-}  # fmt: skip
+# Lengths in m. The windows begin at the belt. The cabin starts and stops at shares of the length
+# from the rear, and each of its ends recedes by the taper towards the roof.
+VEHICLES = read_records("""
+    name   length  width  height  belt  cabin       taper
+    car    4.3     1.78   1.48    0.90  0.02, 0.68  0.45
+    van    4.9     1.9    2.1     1.15  0.02, 0.85  0.3
+    truck  7.5     2.4    2.8     1.3   0.72, 1.0   0.1
+    bus    11      2.55   3.1     1.4   0.0, 1.0    0.05
+    train  24      2.65   3.6     1.6   0.0, 1.0    0.2
+""")
 PAINTS = {
-    CAR: ((0.75, 0.75, 0.76), (0.10, 0.10, 0.11), (0.35, 0.36, 0.38), (0.55, 0.56, 0.58),
-          (0.45, 0.08, 0.08), (0.10, 0.16, 0.35), (0.85, 0.85, 0.83), (0.14, 0.22, 0.18)),
-    TRUCK: ((0.85, 0.85, 0.83), (0.25, 0.35, 0.55), (0.60, 0.45, 0.25)),
-    BUS: ((0.75, 0.15, 0.12), (0.80, 0.75, 0.65), (0.15, 0.30, 0.60)),
-    TRAIN: ((0.85, 0.65, 0.15), (0.80, 0.80, 0.78), (0.20, 0.45, 0.35)),
-}  # fmt: skip
+    "car": read_colours(
+        "0.75 0.75 0.76, 0.10 0.10 0.11, 0.35 0.36 0.38, 0.55 0.56 0.58, "
+        "0.45 0.08 0.08, 0.10 0.16 0.35, 0.85 0.85 0.83, 0.14 0.22 0.18"
+    ),
+    "truck": read_colours("0.85 0.85 0.83, 0.25 0.35 0.55, 0.60 0.45 0.25"),
+    "bus": read_colours("0.75 0.15 0.12, 0.80 0.75 0.65, 0.15 0.30 0.60"),
+    "train": read_colours("0.85 0.65 0.15, 0.80 0.80 0.78, 0.20 0.45 0.35"),
+}
+# An upright box: its rear and its front along the vehicle, from the middle; its width, bottom and
+# top; by how much the rear and the front recede towards the top. All in m.
+Box = tuple[float, float, float, float, float, float]
 
 
-def sides(
-    scene: Scene, x: float, z: float, yaw: float, span: Range, width: float, y: Range, slant: float
-) -> Iterator[tuple[int, Callable, float]]:
-    """The visible sides of an upright box that narrows by slant towards its top: which one (0 rear,
-    1 right, 2 front, 3 left, 4 top), a map from s, t in 0..1 on it to px, cosine to the sun."""
-    c, s = math.cos(yaw), math.sin(yaw)
+def visible_faces(scene: Scene, thing: Thing, box: Box) -> Iterator[tuple[str, Callable, float]]:
+    """The faces of a box that the camera sees: the name, a map from s, t in 0..1 on the face to px
+    (s along it, t up), the cosine between its normal and the sun."""
+    rear, front, width, bottom, top, taper = box
+    cosine, sine = math.cos(thing.yaw), math.sin(thing.yaw)
 
     def corner(k: int, t: float) -> tuple[float, float]:
-        u = span[k in (2, 3)] + slant * t * (1 if k in (0, 1) else -1)
-        v = (0.5 if k in (1, 2) else -0.5) * (width - 0.7 * slant * t)
-        return x + c * v + s * u, z - s * v + c * u
+        """x, z on an edge (rear left, rear right, front right, front left), at height t."""
+        along = rear + taper * t if k in (0, 1) else front - taper * t
+        across = (0.5 if k in (1, 2) else -0.5) * (width - 0.7 * taper * t)
+        return thing.x + cosine * across + sine * along, thing.z - sine * across + cosine * along
 
-    if y[1] < scene.eye and z > 1 - span[0]:
-        top = [scene.project(px, y[1], pz) for px, pz in (corner(k, 1) for k in range(4))]
-        yield 4, lambda s, t: top[round(s) ^ (3 * round(t))], 0.9
-    for k in range(4):
+    if top < scene.eye and thing.z > 1 - rear:
+        roof = {}
+        for k, place in enumerate(((0, 0), (1, 0), (1, 1), (0, 1))):
+            x, z = corner(k, 1)
+            roof[place] = scene.project(x, top, z)
+        yield "top", lambda s, t: roof[s, t], 0.9
+    for k, name in enumerate(("rear", "right", "front", "left")):
         (ax, az), (bx, bz) = corner(k, 0), corner((k + 1) % 4, 0)
-        nx, nz = bz - az, ax - bx  # outward
+        nx, nz = bz - az, ax - bx  # outward normal
         if min(az, bz) < 0.8 or (ax + scene.bend * az * az) * nx + az * nz >= 0:
             continue
 
         def at(s: float, t: float, k: int = k) -> tuple[float, float]:
             (px, pz), (qx, qz) = corner(k, t), corner((k + 1) % 4, t)
-            return scene.project(px + s * (qx - px), y[0] + t * (y[1] - y[0]), pz + s * (qz - pz))
+            y = bottom + t * (top - bottom)
+            return scene.project(px + s * (qx - px), y, pz + s * (qz - pz))
 
-        yield k, at, (0.8 * scene.sun_side * nx - 0.4 * nz) / math.hypot(nx, nz)
+        yield name, at, (0.8 * scene.sun_side * nx - 0.4 * nz) / math.hypot(nx, nz)
 
 
 def quad(at: Callable, s0: float, s1: float, t0: float, t1: float) -> list:
-    """A rectangle on a side of a box, in px."""
+    """A rectangle on a face of a box, in px."""
     return [at(s0, t0), at(s1, t0), at(s1, t1), at(s0, t1)]
 
 
-def vehicle(scene: Scene, x: float, z: float, yaw: float, label: int) -> None:
+def paint_vehicle(scene: Scene, thing: Thing) -> None:
     """A body on wheels, a glazed cabin and (trucks) a cargo box, the farthest first."""
-    rng = scene.rng
-    long, wide, tall, belt, start, stop, slant = VEHICLES[label]
-    tall *= rng.uniform(0.95, 1.1)
-    hues = PAINTS.get(label, PAINTS[CAR])
-    paint = linear(hues[rng.integers(len(hues))]) * rng.uniform(0.7, 1.2)
+    rng, label, body = scene.rng, thing.label, VEHICLES[thing.label]
+    length, width, belt = body.length, body.width, body.belt
+    height = body.height * rng.uniform(0.95, 1.1)
+    paints = PAINTS.get(label, PAINTS["car"])
+    paint = linear(paints[rng.integers(len(paints))]) * rng.uniform(0.7, 1.2)
     load = scene.colour("facades") * 0.5 + 0.5 * paint
-    rear, black, glass = -long / 2, (0.012, 0.012, 0.014), (0.045, 0.055, 0.065)
-    glazed = rear + start * long, rear + stop * long
-    lamps = {0: (0.5, 0.02, 0.02), 2: (0.8, 0.8, 0.75)}  # at the rear, at the front
-    boxes = {  # along, width, up, slant, colour
-        "axles": ((rear, -rear), 0.94 * wide, (0.1, 0.5), 0, black),
-        "body": ((rear, -rear), wide, (0.25, belt), 0, paint),
-        "cabin": (glazed, 0.97 * wide, (belt, tall), slant, paint),
-        "cargo": ((rear, rear + 0.68 * long), wide, (0.9, tall + 0.5), 0, load),
+    black, glass = (0.012, 0.012, 0.014), (0.045, 0.055, 0.065)
+    lamps = {"rear": (0.5, 0.02, 0.02), "front": (0.8, 0.8, 0.75)}
+    rear, front = -length / 2, length / 2
+    cabin_rear, cabin_front = (rear + share * length for share in body.cabin)
+    parts = {  # the box and its colour
+        "axles": ((rear, front, 0.94 * width, 0.1, 0.5, 0), black),
+        "body": ((rear, front, width, 0.25, belt, 0), paint),
+        "cabin": ((cabin_rear, cabin_front, 0.97 * width, belt, height, body.taper), paint),
+        "cargo": ((rear, rear + 0.68 * length, width, 0.9, height + 0.5, 0), load),
     }
+    panes = max(2, round((body.cabin[1] - body.cabin[0]) * length / 1.7))  # on a long side
     order = ["axles", "cabin", "body"]
-    if label == TRUCK:
-        order = ["axles", "body", *["cabin", "cargo"][:: 1 if math.cos(yaw) > 0 else -1]]
-    for name in order:
-        span, width, up, lean, colour = boxes[name]
-        for k, at, sun in sides(scene, x, z, yaw, span, width, up, lean):
-            scene.fill(quad(at, 0, 1, 0, 1), scene.tone(colour, z, sun), label)
-            if name == "cabin" and k < 4 and not (label == TRUCK and k == 0):
-                panes = max(2, round((stop - start) * long / 1.7)) if k % 2 else 1
-                for n in range(panes):
-                    pane = quad(at, (n + 0.07) / panes, (n + 0.93) / panes, 0.06, 0.82)
-                    scene.fill(pane, scene.tone(glass, z, sun))
-            elif name == "cargo" and k < 4:
-                scene.fill(quad(at, 0.48, 0.5, 0, 1), scene.tone(0.4 * load, z, sun))
-            elif name == "body" and k < 4:
-                scene.fill(quad(at, 0, 1, 0, 0.25), scene.tone(0.4 * paint, z, sun))
-                if k in lamps:
-                    for s in (0.02, 0.82):
-                        scene.fill(quad(at, s, s + 0.16, 0.55, 0.85), scene.tone(lamps[k], z, 0.8))
-                    scene.fill(quad(at, 0.36, 0.64, 0.3, 0.5), scene.tone((0.6, 0.58, 0.4), z))
+    if label == "truck":  # the cabin is at its front
+        drives_away = math.cos(thing.yaw) > 0
+        order = ["axles", "body", *(("cabin", "cargo") if drives_away else ("cargo", "cabin"))]
+    for part in order:
+        box, colour = parts[part]
+        for face, at, facing in visible_faces(scene, thing, box):
+            scene.fill(quad(at, 0, 1, 0, 1), scene.shaded(colour, thing, facing), label)
+            if face == "top":
+                continue
+            if part == "cabin" and not (label == "truck" and face == "rear"):
+                count = panes if face in ("left", "right") else 1
+                for n in range(count):
+                    pane = quad(at, (n + 0.07) / count, (n + 0.93) / count, 0.06, 0.82)
+                    scene.fill(pane, scene.shaded(glass, thing, facing))
+            elif part == "cargo":
+                scene.fill(quad(at, 0.48, 0.5, 0, 1), scene.shaded(0.4 * load, thing, facing))
+            elif part == "body":
+                scene.fill(quad(at, 0, 1, 0, 0.25), scene.shaded(0.4 * paint, thing, facing))
+                if face in lamps:
+                    lamp = scene.shaded(lamps[face], thing, 0.8)
+                    scene.fill(quad(at, 0.02, 0.02 + 0.16, 0.55, 0.85), lamp)
+                    scene.fill(quad(at, 0.82, 0.82 + 0.16, 0.55, 0.85), lamp)
+                    plate = scene.shaded((0.6, 0.58, 0.4), thing)
+                    scene.fill(quad(at, 0.36, 0.64, 0.3, 0.5), plate)
                 else:
-                    wheels(scene, at, z, long, belt, label)
+                    paint_wheels(scene, thing, at, body)
 
 
-def wheels(scene: Scene, at: Callable, z: float, long: float, belt: float, label: int) -> None:
+def paint_wheels(scene: Scene, thing: Thing, at: Callable, body: SimpleNamespace) -> None:
     """Two tyres with rims on the side of a body that reaches from 0.25 m up to its belt."""
-    turns, radius = np.arange(12) * math.pi / 6, 0.32 if long < 6 else 0.45
+    radius = 0.32 if body.length < 6 else 0.45
     for s in (0.18, 0.82):
         for r, grey in ((radius, 0.01), (0.55 * radius, 0.15)):
-            ring = [(r * math.cos(a) / long, radius + r * math.sin(a)) for a in turns]
-            ring = [at(s + u, (y - 0.25) / (belt - 0.25)) for u, y in ring]
-            scene.fill(ring, scene.tone((grey,) * 3, z), label)
+            ring = []
+            for angle in np.arange(12) * math.pi / 6:
+                y = radius + r * math.sin(angle)
+                along = s + r * math.cos(angle) / body.length
+                ring.append(at(along, (y - 0.25) / (body.belt - 0.25)))
+            scene.fill(ring, scene.shaded((grey,) * 3, thing), thing.label)
 
 
 # ---- Other things -------------------------------------------------------------------------------
-# Strokes: colour (steel is labelled POLE), thickness, from x, y to x, y in metres.
-STROKES = {
-    PERSON: (("legs", 0.22, -0.08, 0.85, -0.17, 0.1), ("legs", 0.22, 0.08, 0.85, 0.17, 0.1),
-             ("coat", 0.16, -0.24, 1.4, -0.33, 0.85), ("coat", 0.16, 0.24, 1.4, 0.33, 0.85),
-             ("coat", 0.46, 0, 1.0, 0, 1.3), ("skin", 0.26, 0, 1.62, 0, 1.66),
-             ("hair", 0.25, 0, 1.72, 0, 1.72)),
-    RIDER: (("legs", 0.24, -0.05, 0.95, 0.15, 0.30), ("coat", 0.50, 0, 1.1, 0.05, 1.4),
-            ("coat", 0.14, 0.1, 1.4, 0.42, 1.05), ("skin", 0.26, 0.08, 1.7, 0.08, 1.75),
-            ("hair", 0.28, 0.08, 1.8, 0.08, 1.82)),
-    BICYCLE: (("tyre", 0.70, -0.52, 0.35, -0.52, 0.35), ("tyre", 0.70, 0.52, 0.35, 0.52, 0.35),
-              ("rim", 0.56, -0.52, 0.35, -0.52, 0.35), ("rim", 0.56, 0.52, 0.35, 0.52, 0.35),
-              ("paint", 0.10, -0.52, 0.35, -0.1, 0.9), ("paint", 0.10, -0.15, 0.8, 0.45, 0.85),
-              ("paint", 0.10, 0.0, 0.35, 0.42, 0.8), ("tyre", 0.10, 0.52, 0.35, 0.4, 1.0)),
-    MOTORCYCLE: (("tyre", 0.66, -0.62, 0.33, -0.62, 0.33),
-                 ("tyre", 0.66, 0.62, 0.33, 0.62, 0.33), ("rim", 0.3, -0.62, 0.33, -0.62, 0.33),
-                 ("rim", 0.3, 0.62, 0.33, 0.62, 0.33), ("paint", 0.50, -0.45, 0.65, 0.3, 0.7),
-                 ("tyre", 0.2, -0.7, 0.85, 0.0, 0.85), ("paint", 0.2, 0.62, 0.4, 0.45, 1.1)),
-    LIGHT: (("steel", 0.24, 0, 0, 0, 2.4), ("tyre", 0.60, 0, 2.4, 0, 3.3),
-            ("green", 0.36, 0, 2.42, 0, 2.42), ("amber", 0.36, 0, 2.85, 0, 2.85),
-            ("red", 0.36, 0, 3.28, 0, 3.28)),
-    POLE: (("steel", 0.36, 0, 0, 0, 7.5), ("steel", 0.12, 0, 7.5, 1.8, 7.8),
-           ("steel", 0.2, 1.4, 7.7, 2.1, 7.8)),
-    SIGN: (("steel", 0.24, 0, 0, 0, 2.3),),
-}  # fmt: skip
-CLOTHES = ((0.08, 0.08, 0.10), (0.15, 0.18, 0.30), (0.40, 0.40, 0.40), (0.50, 0.12, 0.10),
-           (0.75, 0.74, 0.70), (0.20, 0.25, 0.18), (0.35, 0.25, 0.18))  # fmt: skip
-ENAMEL = (((0.70, 0.05, 0.05), (0.9, 0.9, 0.9)), ((0.05, 0.2, 0.6), (0.9, 0.9, 0.9)),
-          ((0.9, 0.9, 0.9), (0.05, 0.2, 0.6)), ((0.85, 0.7, 0.1), (0.9, 0.9, 0.9)))  # fmt: skip
+# Flat figures made of strokes: ink, thickness, from x, y, to x, y, all in m.
+FIGURES = """
+    person      legs 0.22 -0.08 0.85 -0.17 0.1        legs 0.22 0.08 0.85 0.17 0.1
+    person      coat 0.16 -0.24 1.4 -0.33 0.85        coat 0.16 0.24 1.4 0.33 0.85
+    person      coat 0.46 0 1 0 1.3                   skin 0.26 0 1.62 0 1.66
+    person      hair 0.25 0 1.72 0 1.72
+    rider       legs 0.24 -0.05 0.95 0.15 0.3         coat 0.5 0 1.1 0.05 1.4
+    rider       coat 0.14 0.1 1.4 0.42 1.05           skin 0.26 0.08 1.7 0.08 1.75
+    rider       hair 0.28 0.08 1.8 0.08 1.82
+    bicycle     tyre 0.7 -0.52 0.35 -0.52 0.35        tyre 0.7 0.52 0.35 0.52 0.35
+    bicycle     rim 0.56 -0.52 0.35 -0.52 0.35        rim 0.56 0.52 0.35 0.52 0.35
+    bicycle     paint 0.1 -0.52 0.35 -0.1 0.9         paint 0.1 -0.15 0.8 0.45 0.85
+    bicycle     paint 0.1 0 0.35 0.42 0.8             tyre 0.1 0.52 0.35 0.4 1
+    motorcycle  tyre 0.66 -0.62 0.33 -0.62 0.33       tyre 0.66 0.62 0.33 0.62 0.33
+    motorcycle  rim 0.3 -0.62 0.33 -0.62 0.33         rim 0.3 0.62 0.33 0.62 0.33
+    motorcycle  paint 0.5 -0.45 0.65 0.3 0.7          tyre 0.2 -0.7 0.85 0 0.85
+    motorcycle  paint 0.2 0.62 0.4 0.45 1.1
+    light       steel 0.24 0 0 0 2.4                  tyre 0.6 0 2.4 0 3.3
+    light       green 0.36 0 2.42 0 2.42              amber 0.36 0 2.85 0 2.85
+    light       red 0.36 0 3.28 0 3.28
+    pole        steel 0.36 0 0 0 7.5                  steel 0.12 0 7.5 1.8 7.8
+    pole        steel 0.2 1.4 7.7 2.1 7.8
+    sign        steel 0.24 0 0 0 2.3
+"""
+STROKES: dict[str, list[list[str]]] = {}
+for figure, *cells in read_table(FIGURES):
+    STROKES.setdefault(figure, []).extend(cell.split() for cell in cells)
+CLOTHES = read_colours(
+    "0.08 0.08 0.10, 0.15 0.18 0.30, 0.40 0.40 0.40, 0.50 0.12 0.10, 0.75 0.74 0.70, "
+    "0.20 0.25 0.18, 0.35 0.25 0.18"
+)
+SIGN_BORDERS = read_colours("0.70 0.05 0.05, 0.05 0.2 0.6, 0.9 0.9 0.9, 0.85 0.7 0.1")
+SIGN_INSIDES = read_colours("0.9 0.9 0.9, 0.9 0.9 0.9, 0.05 0.2 0.6, 0.9 0.9 0.9")
 
 
-def upright(scene: Scene, x: float, z: float, yaw: float, label: int) -> None:
-    """People, cycles, lights, lamps and signs: flat figures made of strokes."""
-    rng = scene.rng
-    size, turn = rng.uniform(1.0, 1.25), math.cos(yaw)
+def paint_figure(scene: Scene, thing: Thing) -> None:
+    """People, cycles, lights, poles and signs: flat figures made of strokes."""
+    rng, x, z = scene.rng, thing.x, thing.z
+    size, turn = rng.uniform(1.0, 1.25), math.cos(thing.yaw)
     coat, legs = (linear(CLOTHES[rng.integers(len(CLOTHES))]) for _ in range(2))
-    steel = rng.uniform(0.03, 0.3)
-    inks = {"coat": coat, "legs": legs, "skin": (0.42, 0.26, 0.19), "hair": rng.uniform(0, 0.1, 3),
-            "tyre": (0.01,) * 3, "rim": (0.12,) * 3, "paint": rng.uniform(0.02, 0.4, 3),
-            "steel": (steel,) * 3}  # fmt: skip
-    inks = {name: scene.tone(colour, z) for name, colour in inks.items()}
+    inks = {
+        "coat": coat,
+        "legs": legs,
+        "steel": (rng.uniform(0.03, 0.3),) * 3,
+        "skin": (0.42, 0.26, 0.19),
+        "hair": rng.uniform(0, 0.1, 3),
+        "tyre": (0.01,) * 3,
+        "rim": (0.12,) * 3,
+        "paint": rng.uniform(0.02, 0.4, 3),
+    }
+    inks = {name: scene.shaded(colour, thing) for name, colour in inks.items()}
     lamps = {"red": (255, 50, 40), "amber": (255, 190, 50), "green": (40, 255, 150)}
-    glowing = rng.choice(list(lamps))
-    inks |= {name: glow if name == glowing else inks["rim"] for name, glow in lamps.items()}
-    for ink, *metres in STROKES[label]:
-        thick, ax, ay, bx, by = (size * value for value in metres)
-        mark = POLE if ink == "steel" else label
-        scene.rod((x + turn * ax, ay), (x + turn * bx, by), z, thick, inks[ink], mark)
-    if label == SIGN:
-        colours, corners = ENAMEL[rng.integers(len(ENAMEL))], (3, 4, 12)[rng.integers(3)]
-        for share, colour, mark in ((1, colours[0], SIGN), (0.65, colours[1], 0)):
-            turns = 2 * math.pi * (np.arange(corners) + 0.5 * (corners == 4)) / corners
+    lit = rng.choice(list(lamps))
+    inks |= {name: colour if name == lit else inks["rim"] for name, colour in lamps.items()}
+    for ink, *numbers in STROKES[thing.label]:
+        thick, ax, ay, bx, by = (size * float(number) for number in numbers)
+        label = "pole" if ink == "steel" else thing.label
+        scene.rod((x + turn * ax, ay), (x + turn * bx, by), z, thick, inks[ink], label)
+    if thing.label == "sign":
+        kind, corners = rng.integers(len(SIGN_BORDERS)), (3, 4, 12)[rng.integers(3)]
+        angles = 2 * math.pi * (np.arange(corners) + 0.5 * (corners == 4)) / corners
+        plates = (1, SIGN_BORDERS[kind], "sign"), (0.65, SIGN_INSIDES[kind], None)
+        for share, colour, label in plates:
             r = 0.62 * size * share
-            plate = [(x + r * math.sin(a), 2.5 + r * math.cos(a), z) for a in turns]
-            points = [scene.project(*corner) for corner in plate]
-            scene.fill(points, scene.tone(linear(colour), z, 0.6), mark)
+            points = [scene.project(x + r * math.sin(a), 2.5 + r * math.cos(a), z) for a in angles]
+            scene.fill(points, scene.shaded(linear(colour), thing, 0.6), label)
 
 
-def ridden(scene: Scene, x: float, z: float, yaw: float, label: int) -> None:
-    """Someone on a cycle; label is the cycle's."""
-    upright(scene, x, z, yaw, label)
-    upright(scene, x, z, yaw, RIDER)
-
-
-def tree(scene: Scene, x: float, z: float, yaw: float, label: int) -> None:
+def paint_tree(scene: Scene, thing: Thing) -> None:
     """A trunk under a clumpy crown, or branches with the background between them."""
-    rng, scale = scene.rng, scene.f / z
-    bark = scene.tone((0.07, 0.055, 0.045), z, 0.2)
+    rng, x, z = scene.rng, thing.x, thing.z
+    bark = scene.shaded((0.07, 0.055, 0.045), thing, 0.2)
+
+    def paint_branch(start: Range, angle: float, length: float, thick: float, forks: int) -> None:
+        """From x, y in m at an angle to the horizontal; three more begin at its tip."""
+        tip = (start[0] + length * math.cos(angle), start[1] + length * math.sin(angle))
+        line = [scene.project(*start, z), scene.project(*tip, z)]
+        scene.pen.line(line, fill=bark, width=max(1, round(scene.f * thick / z)))
+        for turn in rng.normal(0, 0.55, 3 if forks else 0):
+            shorter = length * rng.uniform(0.5, 0.8)
+            paint_branch(tip, angle + turn, shorter, 0.6 * thick, forks - 1)
+
     radius, trunk = rng.uniform(1.6, 3.5), rng.uniform(3.5, 7)
-    scene.rod((x, 0), (x, trunk), z, 0.35, bark, label)
-    px, py, r = *scene.project(x, trunk + 0.3 * radius, z), int(scale * radius)
+    scene.rod((x, 0), (x, trunk), z, 0.35, bark, thing.label)
+    px, py = scene.project(x, trunk + 0.3 * radius, z)
+    r = int(scene.f / z * radius)  # px
     if r < 2:
         return
     step = np.arange(-r, r + 1, dtype=np.float32) / r
-    v, u, (a, b) = step[:, None], step[None], rng.uniform(0, 256, 2)
+    v, u = step[:, None], step[None]  # the crown is where u^2 + v^2 < 1
+    a, b = rng.uniform(0, 256, 2)
     coarse, fine = grain(40 * u + a, 40 * v + b), grain(110 * u + b, 110 * v + a)  # [2r+1,2r+1]
     shape = 1 - u * u - v * v + 0.25 * coarse
-    corner = int(px) - r, int(py) - r
-    box = (*corner, corner[0] + 2 * r + 1, corner[1] + 2 * r + 1)
-    scene.ids.paste(label, box, Image.fromarray(shape > 0.15))
+    left, top = int(px) - r, int(py) - r
+    box = (left, top, left + 2 * r + 1, top + 2 * r + 1)
+    scene.label_image.paste(IDS[thing.label], box, Image.fromarray(shape > 0.15))
     if rng.random() < scene.domain.bare:
-        branch(scene, (x, 0.6 * trunk), math.pi / 2, 0.5 * radius + 0.3 * trunk, 0.3, z, bark, 5)
+        paint_branch((x, 0.6 * trunk), math.pi / 2, 0.5 * radius + 0.3 * trunk, 0.3, 5)
         return
-    glow = np.exp((0.25 + scene.domain.texture) * 0.5 * (fine + coarse) - 0.5 * v)
-    glow *= 1 + 0.4 * scene.sun_side * u * min(1.0, scene.light.sun)
-    light = (scene.light.ambient + 0.4 * scene.sun) * scene.colour("leaves")
-    patch = scene.expose(light * 0.8 * glow[..., None], z).astype(np.uint8)
+    light = np.exp((0.25 + scene.domain.texture) * 0.5 * (fine + coarse) - 0.5 * v)
+    light *= 1 + 0.4 * scene.sun_side * u * min(1.0, scene.light.sun)
+    colour = (scene.light.ambient + 0.4 * scene.sun) * scene.colour("leaves")
+    crown = scene.expose(colour * 0.8 * light[..., None], z).astype(np.uint8)
     leafy = (shape > 0.15) & ((fine > -1.2) | (shape > 0.6))
-    scene.image.paste(Image.fromarray(patch), corner, Image.fromarray(leafy))
-
-
-def branch(scene: Scene, root: tuple, angle: float, length: float, thick: float, z: float,
-           bark: tuple, depth: int) -> None:  # fmt: skip
-    """A leafless tree, by recursion; angle in radians from the horizontal."""
-    tip = (root[0] + length * math.cos(angle), root[1] + length * math.sin(angle))
-    line = [scene.project(*root, z), scene.project(*tip, z)]
-    scene.pen.line(line, fill=bark, width=max(1, round(scene.f * thick / z)))
-    for turn in scene.rng.normal(0, 0.55, 3 if depth else 0):
-        size = length * scene.rng.uniform(0.5, 0.8)
-        branch(scene, tip, angle + turn, size, 0.6 * thick, z, bark, depth - 1)
+    scene.image.paste(Image.fromarray(crown), (left, top), Image.fromarray(leafy))
 
 
 # ---- Composition --------------------------------------------------------------------------------
-def row(scene: Scene, built: float, green: float, tall: float = 1.0) -> list[Plot]:
-    """A row of buildings with that share, and greenery or gaps between them."""
-    d, rng, plots, start = scene.domain, scene.rng, [], 0.0
+def make_plots(scene: Scene, built: float, green: float, tall: float = 1.0) -> list[Plot]:
+    """Plots along 160 m: a share `built` of them are buildings, a share `green` of the others are
+    greenery, the rest are gaps. tall: a factor for all heights."""
+    domain, rng = scene.domain, scene.rng
+    plots, start = [], 0.0
     while start < 160:
-        stop, storey = start + rng.uniform(*d.plot), rng.uniform(2.8, 3.8)
+        stop, storey = start + rng.uniform(*domain.plot), rng.uniform(2.8, 3.8)
         house, phase = rng.random() < built, rng.uniform(0, 256)
         bay, glass = rng.uniform(1.8, 3.5), rng.uniform(0.35, 0.65)
         if house:
-            high = storey * round(rng.uniform(*d.storeys) * tall) + rng.uniform(0.5, 2.5)
-            paint = scene.colour("facades")
+            height = storey * round(rng.uniform(*domain.storeys) * tall) + rng.uniform(0.5, 2.5)
+            colour = scene.colour("facades")
         else:
-            high, paint = rng.uniform(1.5, 7) * tall, 0.8 * scene.colour("leaves")
+            height, colour = rng.uniform(1.5, 7) * tall, 0.8 * scene.colour("leaves")
         if house or rng.random() < green:
-            label = BUILDING if house else VEGETATION
-            plots.append(Plot(label, start, stop, high, paint, bay, glass, storey, phase))
+            label = "building" if house else "vegetation"
+            plots.append(Plot(label, start, stop, height, colour, bay, glass, storey, phase))
         start = stop
     return plots
 
 
-def barrier(scene: Scene, label: int, side: int, start: float) -> tuple[float, int, list[Plot]]:
-    """A row of one: hedge, wall, fence or guard rail in front of the plots."""
+def make_barrier(scene: Scene, label: str, side: int, start: float) -> Row:
+    """A hedge, wall, fence or guard rail in front of the plots, as a row of its own."""
     rng = scene.rng
-    high = {FENCE: 1.5, WALL: 1.9, VEGETATION: 1.4}.get(label, 0.8) * rng.uniform(0.75, 1.3)
-    paint = {FENCE: linear((0.4,) * 3) * rng.uniform(0.2, 2), WALL: 0.8 * scene.colour("facades"),
-             VEGETATION: scene.colour("leaves")}.get(label, linear((0.7,) * 3))  # fmt: skip
+    heights = {"fence": 1.5, "wall": 1.9, "vegetation": 1.4}  # m
+    height = heights.get(label, 0.8) * rng.uniform(0.75, 1.3)
+    colours = {
+        "fence": linear((0.4,) * 3) * rng.uniform(0.2, 2),
+        "wall": 0.8 * scene.colour("facades"),
+        "vegetation": scene.colour("leaves"),
+    }
+    colour = colours.get(label, linear((0.7,) * 3))
     stop, bay = start + rng.uniform(12, 40), rng.uniform(1.5, 4)
-    plot = Plot(label, start, stop, high, paint, bay, 0.5, 3, rng.uniform(0, 256))
+    phase = rng.uniform(0, 256)
+    plot = Plot(label, start, stop, height, colour, bay, glass=0.5, storey=3, phase=phase)
     return scene.front(side) - 0.2, side, [plot]
 
 
-def street(scene: Scene, rare: list[int]) -> list[tuple[float, int, list[Plot]]]:
-    """The rows of plots at the far end and on both sides, far to near: offset, side, plots."""
+def make_rows(scene: Scene, near: list[str]) -> list[Row]:
+    """The rows of plots at the far end and on both sides, far to near. Barriers and grass that are
+    among the labels `near` come on one side."""
     built, rng = scene.domain.built, scene.rng
-    rows, odd = [(scene.end, 0, row(scene, built, 1.0, 1.3))], rng.choice((-1, 1))
-    if TERRAIN in rare:
-        scene.pavement[odd] *= 0.3
-        scene.verge[odd] += 4
-    for side in (-1, 1):
-        rows.append((scene.front(side) + 9, side, row(scene, 0.5 * built, 1.0)))
-        rows.append((scene.front(side) + 2, side, row(scene, built, 0.5)))
-        wanted = [label for label in rare if label in (FENCE, WALL, RAIL)]
-        if wanted and side == odd:
-            rows.append(barrier(scene, wanted[0], side, rng.uniform(2, 5)))
+    rows = [(scene.end, 0, make_plots(scene, built, green=1.0, tall=1.3))]
+    chosen_side = rng.choice(SIDES)
+    if "terrain" in near:
+        scene.pavement[chosen_side] *= 0.3
+        scene.verge[chosen_side] += 4
+    for side in SIDES:
+        rows.append((scene.front(side) + 9, side, make_plots(scene, 0.5 * built, green=1.0)))
+        rows.append((scene.front(side) + 2, side, make_plots(scene, built, green=0.5)))
+        barriers = [label for label in near if label in ("fence", "wall", "rail")]
+        if barriers and side == chosen_side:
+            rows.append(make_barrier(scene, barriers[0], side, rng.uniform(2, 5)))
         elif rng.random() < 0.3:
-            rows.append(barrier(scene, rng.choice(scene.domain.barriers), side, rng.uniform(0, 20)))
+            label = rng.choice(scene.domain.barriers)
+            rows.append(make_barrier(scene, label, side, rng.uniform(0, 20)))
     return rows
 
 
-Thing = tuple[float, float, float, int, Callable]  # x, z, yaw, label, painter
+def make_things(scene: Scene, near: list[str]) -> Iterator[Thing]:
+    """What stands and drives in the street, in no order; `near`: labels to put near the camera."""
+    domain, rng = scene.domain, scene.rng
 
+    def depth(nearest: float, farthest: float) -> float:
+        """A random z; its logarithm is uniform."""
+        z = nearest * (farthest / nearest) ** rng.random()
+        return max(nearest, min(z, scene.end - 3))
 
-def furnish(scene: Scene, rare: list[int]) -> Iterator[Thing]:
-    """What stands and drives in the street, in no order."""
-    d, rng = scene.domain, scene.rng
-
-    def depth(near: float, far: float) -> float:
-        return max(near, min(near * (far / near) ** rng.random(), scene.end - 3))
-
-    def beside(side: int, share: float) -> float:  # 0: the kerb, 1: the plots
+    def off_road(side: int, share: float) -> float:
+        """x between the kerb (share 0) and the plots (share 1)."""
         kerb, plots = scene.edge[side] + 0.3, scene.front(side) - 0.3
         return side * (kerb + share * (plots - kerb))
 
-    for side in (-1, 1):
-        ahead = math.pi * (side < 0)
-        for k in range(rng.poisson(d.parked)):
+    for side in SIDES:
+        ahead = math.pi * (side == LEFT)  # those on the left come towards the camera
+        for k in range(rng.poisson(domain.parked)):
             z = 5 + 5.6 * k + rng.uniform(0, 2) + 20 * rng.random() ** 2
-            yield side * (scene.edge[side] - 1.1), z, ahead + rng.normal(0, 0.05), CAR, vehicle
-        for _ in range(rng.poisson(d.traffic / 2)):
-            x = side * rng.uniform(0.2, 0.6) * scene.edge[side]
-            yield x, depth(8, 70), ahead + rng.normal(0, 0.05), CAR, vehicle
-        for _ in range(rng.poisson(d.people / 2)):
-            yield beside(side, rng.random()), depth(5, 22), rng.uniform(0, 1), PERSON, upright
-        for _ in range(rng.poisson(d.trees / 2)):
-            yield beside(side, rng.uniform(0.4, 1.8)), depth(8, 80), 0, TREE, tree
-        for _ in range(rng.poisson(d.poles / 2)):
-            label = (POLE, POLE, SIGN, LIGHT)[rng.integers(4)]
-            yield beside(side, 0.1), depth(5, 25), ahead + math.pi, label, upright
-    for label in rare:
-        side = rng.choice((-1, 1))
-        ahead, across = math.pi * (side < 0), rng.random() < 0.15
-        if label in (TRUCK, BUS, TRAIN, VAN):
-            z = rng.uniform(5, 12) + (2 if across else VEHICLES[label][0] / 2)
+            x, yaw = side * (scene.edge[side] - 1.1), ahead + rng.normal(0, 0.05)
+            yield Thing(x, z, yaw, "car", paint_vehicle)
+        for _ in range(rng.poisson(domain.traffic / 2)):
+            x, z = side * rng.uniform(0.2, 0.6) * scene.edge[side], depth(8, 70)
+            yield Thing(x, z, ahead + rng.normal(0, 0.05), "car", paint_vehicle)
+        for _ in range(rng.poisson(domain.people / 2)):
+            x, z = off_road(side, rng.random()), depth(5, 22)
+            yield Thing(x, z, rng.uniform(0, 1), "person", paint_figure)
+        for _ in range(rng.poisson(domain.trees / 2)):
+            x, z = off_road(side, rng.uniform(0.4, 1.8)), depth(8, 80)
+            yield Thing(x, z, 0, "tree", paint_tree)
+        for _ in range(rng.poisson(domain.poles / 2)):
+            label = ("pole", "pole", "sign", "light")[rng.integers(4)]
+            yield Thing(off_road(side, 0.1), depth(5, 25), ahead + math.pi, label, paint_figure)
+    for label in near:
+        side = rng.choice(SIDES)
+        ahead, across = math.pi * (side == LEFT), rng.random() < 0.15
+        if label in ("truck", "bus", "train", "van"):
+            z = rng.uniform(5, 12) + (2 if across else VEHICLES[label].length / 2)
             yaw = math.pi / 2 * side if across else ahead + rng.normal(0, 0.1)
-            yield side * 0.5 * scene.edge[side], z, yaw, label, vehicle
-        elif label in (RIDER, MOTORCYCLE):
-            kind = MOTORCYCLE if label == MOTORCYCLE or rng.random() < 0.3 else BICYCLE
+            yield Thing(side * 0.5 * scene.edge[side], z, yaw, label, paint_vehicle)
+        elif label in ("rider", "motorcycle"):
+            motorcycle = label == "motorcycle" or rng.random() < 0.3
             yaw = rng.choice((0, math.pi)) + rng.uniform(-1.2, 1.2)
-            x = side * rng.uniform(0.2, 0.9) * scene.edge[side]
-            yield x, rng.uniform(4.5, 8), yaw, kind, ridden
-        elif label in (PERSON, BICYCLE, LIGHT, SIGN, POLE):
+            x, z = side * rng.uniform(0.2, 0.9) * scene.edge[side], rng.uniform(4.5, 8)
+            for part in ("motorcycle" if motorcycle else "bicycle", "rider"):
+                yield Thing(x, z, yaw, part, paint_figure)
+        elif label in ("person", "bicycle", "light", "sign", "pole"):
             for _ in range(rng.integers(2, 5)):
                 yaw = rng.uniform(-0.8, 0.8)
-                yield beside(side, 0.5 * rng.random()), rng.uniform(4.5, 9), yaw, label, upright
+                x, z = off_road(side, 0.5 * rng.random()), rng.uniform(4.5, 9)
+                yield Thing(x, z, yaw, label, paint_figure)
 
 
-def cast_shadows(scene: Scene, rows: list, things: list[Thing]) -> list[float]:
-    """Shadows of plots and things on the ground. -> how much of the sun reaches each thing"""
-    pen, side, reach = ImageDraw.Draw(scene.shade), scene.sun_side, scene.light.reach
+def cast_shadows(scene: Scene, rows: list[Row], things: list[Thing]) -> list[Thing]:
+    """Shadows of plots and things on the ground. -> the things with `sunlit` filled in"""
+    pen, side, reach = ImageDraw.Draw(scene.shade), scene.sun_side, scene.light.shadow
     strength = int(255 * min(1.0, 2 * scene.light.sun))
-    for offset, where, plots in rows:
-        for plot in plots if where == side else ():
-            tip, (z0, z1) = offset - plot.height * reach, (max(plot.start, 1), plot.stop)
+    for offset, row_side, plots in rows:
+        for plot in plots if row_side == side else ():
+            tip = offset - plot.height * reach
+            z0, z1 = max(plot.start, 1), plot.stop
             corners = ((offset, z0), (tip, z0 + 1), (tip, z1 + 1), (offset, z1))
             pen.polygon([scene.project(side * x, 0, z) for x, z in corners], strength)
-    sunlit = []
-    for x, z, *_ in things:
-        px, py = scene.project(x, 0, z)
-        inside = 0 <= px < scene.width and 0 <= py < scene.height
-        sunlit.append(1 - scene.shade.getpixel((int(px), int(py))) / 255 if inside else 1.0)
-    for x, z, yaw, label, paint in things:
-        long, wide, high = 0.3, 0.35, 1.5
-        if paint is vehicle:
-            long, wide = VEHICLES[label][0] / 2, VEHICLES[label][1] / 2 + 0.1
+    lit_things = []
+    for thing in things:
+        px, py = scene.project(thing.x, 0, thing.z)
+        if 0 <= px < scene.width and 0 <= py < scene.height:
+            shadow = scene.shade.getpixel((int(px), int(py))) / 255
+            thing = thing._replace(sunlit=1 - shadow)
+        lit_things.append(thing)
+    for x, z, yaw, label, *_ in things:
+        long, wide, high = 0.3, 0.35, 1.5  # half its length and width, its height, m
+        if label in VEHICLES:
+            long, wide = VEHICLES[label].length / 2, VEHICLES[label].width / 2 + 0.1
             long, wide = (wide, long) if abs(math.sin(yaw)) > 0.7 else (long, wide)
-        elif paint is tree:
+        elif label == "tree":
             long, wide, high = 2.5, 2.0, 6.0
-        shift = high * reach / 2
-        for dx, grey in ((shift, int(0.8 * strength)), (0, 0 if paint is tree else 235)):
-            turns = np.arange(16) * math.pi / 8
-            u, v = x - side * dx + (wide + dx) * np.cos(turns), z + long * np.sin(turns)
+        # A long shadow away from the sun, then a dark spot below all but trees.
+        shift, angles = high * reach / 2, np.arange(16) * math.pi / 8
+        for dx, grey in ((shift, int(0.8 * strength)), (0, 0 if label == "tree" else 235)):
+            u, v = x - side * dx + (wide + dx) * np.cos(angles), z + long * np.sin(angles)
             if grey:
-                pen.polygon([scene.project(*at) for at in zip(u, 0 * u, v, strict=True)], grey)
-    return sunlit
+                pen.polygon([scene.project(*p) for p in zip(u, 0 * u, v, strict=True)], grey)
+    return lit_things
 
 
 def render(domain: Domain, seed: int, index: int, size: tuple[int, int]) -> tuple[Image.Image, ...]:
-    """One scene -> image (RGB) and labels (L, our ids), both of the size H, W."""
-    rng = np.random.default_rng([seed, domain.number, index])
-    scene = Scene(domain, rng, size)
-    rare = [domain.rare[(5 * index + k) % len(domain.rare)] for k in range(5)]
-    rows = street(scene, rare)
-    things = sorted(furnish(scene, rare), key=lambda thing: -thing[1])
-    sunlit = cast_shadows(scene, rows, things)
+    """One scene -> image (RGB) and labels (L, the ids of LABELS), both of the size H, W."""
+    scene = Scene(domain, np.random.default_rng([seed, domain.number, index]), size)
+    labels = domain.near.split()
+    near = [labels[(5 * index + k) % len(labels)] for k in range(5)]
+    rows = make_rows(scene, near)
+    things = sorted(make_things(scene, near), key=lambda thing: -thing.z)  # far to near
+    things = cast_shadows(scene, rows, things)
     scene.paint_background(rows)
-    for (x, z, yaw, label, paint), scene.sunlit in zip(things, sunlit, strict=True):
-        paint(scene, x, z, yaw, label)
+    for thing in things:
+        thing.paint(scene, thing)
     if domain.bonnet:
-        arc = [(0, 1), (0, 0.97), (0.25, 0.93), (0.5, 0.915), (0.75, 0.93), (1, 0.97), (1, 1)]
-        scene.fill([(scene.width * x, scene.height * y) for x, y in arc], (28, 30, 31), EGO)
-    labels = np.ascontiguousarray(np.asarray(scene.ids)[1::2, 1::2])
+        arc = ((0, 1), (0, 0.97), (0.25, 0.93), (0.5, 0.915), (0.75, 0.93), (1, 0.97), (1, 1))
+        scene.fill([(scene.width * x, scene.height * y) for x, y in arc], (28, 30, 31), "ego")
+    labels = np.ascontiguousarray(np.asarray(scene.label_image)[1::2, 1::2])
     return develop(scene), Image.fromarray(labels)
 
 
 def develop(scene: Scene) -> Image.Image:
     """The camera: resampling, blur, colour, vignette, noise, compression."""
-    d, rng = scene.domain, scene.rng
-    image = scene.image.reduce(2).filter(ImageFilter.GaussianBlur(d.blur))
+    domain, rng = scene.domain, scene.rng
+    image = scene.image.reduce(2).filter(ImageFilter.GaussianBlur(domain.blur))
     x = np.asarray(image, np.float32) / 255  # [H,W,3]
     h, w = x.shape[:2]
     grey = x.mean(axis=2, keepdims=True)
-    gain = np.array(d.tint) * np.exp(rng.normal(0, d.balance, 3))
-    x = (grey + d.saturation * (x - grey)) * gain.astype(np.float32)
-    x = d.black + (1 - d.black) * (0.5 + d.contrast * (x - 0.5))
+    gain = np.array(domain.tint) * np.exp(rng.normal(0, domain.balance, 3))
+    x = (grey + domain.saturation * (x - grey)) * gain.astype(np.float32)
+    x = domain.black + (1 - domain.black) * (0.5 + domain.contrast * (x - 0.5))
     radius = np.hypot(np.linspace(-1, 1, h)[:, None], np.linspace(-1, 1, w)[None])
-    x *= (1 - d.vignette * 0.5 * radius**2)[..., None]
-    x = 255 * x + d.noise * rng.standard_normal((h, w, 1), np.float32)
+    x *= (1 - domain.vignette * 0.5 * radius**2)[..., None]
+    x = 255 * x + domain.noise * rng.standard_normal((h, w, 1), np.float32)
     image = Image.fromarray(x.clip(0, 255).astype(np.uint8))
-    if d.jpeg:
+    if domain.jpeg:
         buffer = io.BytesIO()
-        image.save(buffer, "JPEG", quality=d.jpeg)
+        image.save(buffer, "JPEG", quality=domain.jpeg)
         image = Image.open(buffer).convert("RGB")
     return image
 
 
 # ---- Files --------------------------------------------------------------------------------------
-Job = tuple[Domain, int, int, tuple[int, int], Path, Path]  # seed, index, size, image, label
+# An image and its label map to be written: domain, seed, index of the scene in its dataset, size
+# (H, W in px), and the two files.
+Pair = tuple[Domain, int, int, tuple[int, int], Path, Path]
 
 
-def jobs(root: Path, seed: int, scale: float) -> Iterator[Job]:
-    """Every pair of files of the four datasets; scale shrinks the counts."""
-
-    def count(full: int, least: int = 6) -> int:
-        return max(least, round(full * scale))
-
-    d = DOMAINS["vkitti2"]
-    variants = (("clone", d), ("fog", replace(d, haze=(0.02, 0.03))))
-    frames = count(80, 2)
+def list_pairs(root: Path, seed: int, scale: float) -> Iterator[Pair]:
+    """Every pair of files of the four datasets; scale shrinks their numbers."""
+    domain = DOMAINS["vkitti2"]
+    foggy = Domain(**{**vars(domain), "haze": (0.02, 0.03)})
+    frames = max(2, round(80 * scale))
     for k, name in enumerate(("01", "02", "06", "18", "20")):
-        for frame in range(frames):
-            for variant, domain in variants[: 2 if frame < 8 else 1]:
-                at = root / f"vkitti2/Scene{name}/{variant}/frames"
-                image = at / f"rgb/Camera_0/rgb_{frame:05}.jpg"
-                label = at / f"classSegmentation/Camera_0/classgt_{frame:05}.png"
-                yield domain, seed, k * frames + frame, d.size, image, label
-    d, at = DOMAINS["kitti"], root / "kitti/training"
-    for k in range(2 * count(100)):
-        h, w = d.size if k % 10 < 7 else (d.size[0] - k % 10 + 6, d.size[1] - k % 10 + 5)
-        yield d, seed, k, (h, w), at / f"image_2/{k:06}_10.png", at / f"semantic/{k:06}_10.png"
-    d, at = DOMAINS["gta5"], root / "gta5"
-    for k in range(count(400)):
-        yield d, seed, k, d.size, at / f"images/{k + 1:05}.png", at / f"labels/{k + 1:05}.png"
-    d, at, index = DOMAINS["cityscapes"], root / "cityscapes", 0
-    for city in ("train/adorf", "train/beheim", "train/cestadt", "val/dehain", "val/efurt"):
-        for k in range(count(100 if city.startswith("train") else 50, 3)):
-            stem = f"{city}/{city.split('/')[1]}_{k:06}_000019"
-            image = at / f"leftImg8bit/{stem}_leftImg8bit.png"
-            label = at / f"gtFine/{stem}_gtFine_labelIds.png"
-            yield d, seed, index, d.size, image, label
+        for n in range(frames):
+            variants = {"clone": domain, "fog": foggy} if n < 8 else {"clone": domain}
+            for variant, look in variants.items():
+                folder = root / f"vkitti2/Scene{name}/{variant}/frames"
+                image = folder / f"rgb/Camera_0/rgb_{n:05}.jpg"
+                label = folder / f"classSegmentation/Camera_0/classgt_{n:05}.png"
+                yield look, seed, k * frames + n, domain.size, image, label
+
+    domain, folder = DOMAINS["kitti"], root / "kitti/training"
+    for k in range(2 * max(6, round(100 * scale))):
+        h, w = domain.size
+        if k % 10 >= 7:  # KITTI's images are not all of one size
+            h, w = h - k % 10 + 6, w - k % 10 + 5
+        image, label = folder / f"image_2/{k:06}_10.png", folder / f"semantic/{k:06}_10.png"
+        yield domain, seed, k, (h, w), image, label
+
+    domain, folder = DOMAINS["gta5"], root / "gta5"
+    for k in range(max(6, round(400 * scale))):
+        image, label = folder / f"images/{k + 1:05}.png", folder / f"labels/{k + 1:05}.png"
+        yield domain, seed, k, domain.size, image, label
+
+    domain, folder, index = DOMAINS["cityscapes"], root / "cityscapes", 0
+    cities = {"train/adorf": 100, "train/beheim": 100, "train/cestadt": 100}
+    cities |= {"val/dehain": 50, "val/efurt": 50}
+    for city, count in cities.items():
+        for k in range(max(3, round(count * scale))):
+            stem = f"{city}/{Path(city).name}_{k:06}_000019"
+            image = folder / f"leftImg8bit/{stem}_leftImg8bit.png"
+            label = folder / f"gtFine/{stem}_gtFine_labelIds.png"
+            yield domain, seed, index, domain.size, image, label
             index += 1
 
 
-def draw(job: Job) -> None:
+def write_pair(pair: Pair) -> None:
     """Renders one pair and writes it in its dataset's format."""
-    domain, seed, index, size, image_path, label_path = job
+    domain, seed, index, size, image_path, label_path = pair
     image, labels = render(domain, seed, index, size)
-    for path in (image_path, label_path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    if domain.number == DOMAINS["vkitti2"].number:
+    image_path.parent.mkdir(parents=True, exist_ok=True)
+    label_path.parent.mkdir(parents=True, exist_ok=True)
+    if domain.name == "vkitti2":
         image.save(image_path, quality=95)
-        table = np.zeros((256, 3), np.uint8)
-        table[list(VKITTI_COLOURS)] = list(VKITTI_COLOURS.values())
-        labels = Image.fromarray(table[np.asarray(labels)])
+        labels = Image.fromarray(VKITTI2_COLOURS[np.asarray(labels)])
     else:
         image.save(image_path, compress_level=1)
-        labels = labels.point([{TREE: VEGETATION, VAN: CAR}.get(k, k) for k in range(256)])
-    if domain.number == DOMAINS["gta5"].number:
-        colours = [CITYSCAPES_COLOURS.get(k, (0, 0, 0)) for k in range(256)]
-        labels.putpalette([value for colour in colours for value in colour])  # L becomes P
+        merged = {IDS["tree"]: IDS["vegetation"], IDS["van"]: IDS["car"]}
+        labels = labels.point([merged.get(k, k) for k in range(256)])
+    if domain.name == "gta5":
+        labels.putpalette(GTA5_COLOURS.flatten().tolist())  # the indices stay the ids
     labels.save(label_path)
 
 
@@ -851,30 +934,37 @@ def marker(name: str, seed: int, scale: float) -> str:
 
 
 def is_current(out: Path, seed: int = 0, scale: float = 1.0) -> bool:
-    """Whether out holds the miniature of this version, seed and scale."""
+    """Whether `out` holds the miniature of this version, seed and scale."""
     files = {name: Path(out) / name / "miniature.json" for name in DOMAINS}
     return all(f.is_file() and f.read_text() == marker(n, seed, scale) for n, f in files.items())
 
 
 def write(out: Path, seed: int = 0, scale: float = 1.0, workers: int | None = None) -> None:
-    """Writes the four datasets below out; none of them is ever there by half.
+    """Writes the four datasets into a folder. An older miniature there is replaced.
 
-    An older miniature is replaced. FileExistsError where out holds anything else.
+    All is written beside it and then renamed, so no dataset is ever incomplete. FileExistsError
+    where the folder holds anything else, ValueError for a bad seed or scale.
+
+    Args:
+        out: Folder that will hold vkitti2/ kitti/ gta5/ cityscapes/.
+        seed: Every image follows from it.
+        scale: Share of the images to write; 0.05 is enough for a test.
+        workers: Processes. Default: one for each core.
     """
+    if seed < 0 or not 0 < scale <= 1:
+        raise ValueError(f"seed {seed}, scale {scale}: expected 0 or more, and above 0 up to 1")
     out = Path(out).resolve()
     if is_current(out, seed, scale):
         print(f"{out}: the miniature is there already")
         return
-    for found in out.iterdir() if out.exists() else ():
-        if found.name not in DOMAINS or not (found / "miniature.json").is_file():
-            raise FileExistsError(f"{out}: found {found.name}, expected an empty folder")
-    if out.exists() and any(out.iterdir()):
-        print(f"{out}: replacing a miniature of another seed, scale or version")
+    for path in out.iterdir() if out.exists() else ():
+        if path.name not in DOMAINS or not (path / "miniature.json").is_file():
+            raise FileExistsError(f"{out}: found {path.name}, expected an empty folder")
     part = out.with_name(f"{out.name}.{os.getpid()}.part")
     try:
         with ProcessPoolExecutor(workers or os.cpu_count(), get_context("spawn")) as pool:
-            for _ in pool.map(draw, jobs(part, seed, scale), chunksize=8):
-                pass
+            for _ in pool.map(write_pair, list_pairs(part, seed, scale), chunksize=8):
+                pass  # so that an error in a worker is raised here
         if is_current(out, seed, scale):
             return  # another process was quicker
         out.mkdir(parents=True, exist_ok=True)
@@ -886,39 +976,12 @@ def write(out: Path, seed: int = 0, scale: float = 1.0, workers: int | None = No
         shutil.rmtree(part, ignore_errors=True)
 
 
-@dataclass(frozen=True)
-class Args:
-    """What to write, and where."""
-
-    out: Path
-    """Folder that will hold vkitti2/ kitti/ gta5/ cityscapes/."""
-    seed: int = 0
-    """Every image follows from it."""
-    scale: float = 1.0
-    """Share of the images to write; 0.05 is enough for a test."""
-
-
-def main() -> None:
+if __name__ == "__main__":
     import tyro
 
     try:
-        first_two = "\n\n".join(__doc__.split("\n\n")[:2])
-        args = tyro.cli(Args, prog=Path(sys.argv[0]).name, description=first_two)
-    except BrokenPipeError:  # `| head` has seen enough; Python would complain again at its end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    if args.seed < 0 or not 0 < args.scale <= 1:
-        print("error: --seed must be at least 0, --scale in 0 to 1", file=sys.stderr)
-        sys.exit(2)
-    try:
-        write(args.out, args.seed, args.scale)
-    except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        tyro.cli(write, description=__doc__)
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
-        sys.exit(130)
-
-
-if __name__ == "__main__":
-    main()
+        sys.exit("interrupted; nothing was written")

@@ -1,102 +1,110 @@
 """The contract that every method keeps, over all of them."""
 
-import ast
 import dataclasses
 import importlib
+import re
 import shutil
-from collections.abc import Callable
+import subprocess
+import sys
+import typing
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, like
+from conftest import METHODS, ROOT, environment, like
+from docstring_parser import parse_from_object
 from PIL import Image
 
 import benchmark
 import common
 
-# What makes a method's own stages as short as the two updates of its network.
-SHORT: dict[str, dict[str, Any]] = {
-    "datarater": {
-        "meta_steps": 2, "population": 1, "shrink": 1, "inner_batch": 1, "warm_up": 2,
-        "compare": False,
-    },
-    "metasim": {
-        "scenes": 12, "objects": 2, "assets": 40, "width": 16, "reconstruct_steps": 4,
-        "match_steps": 4, "match_batch": 4, "match_photos": 4, "feature_steps": 3,
-    },
-    "reward_opt": {"look_every": 2},
-    "diffusion_bridge": {"unet_steps": 4, "reader_steps": 2, "sample_steps": 2, "width": 8},
-}  # fmt: skip
-ROWS = (*benchmark.BASELINES, *benchmark.METHODS)
+OWN = {"datarater": {"shrink": 1}}  # flags that so small a run needs
+SHARED = {field.name: field.default for field in dataclasses.fields(common.Args)}
 
 
-def runner(row: str) -> tuple[Callable[[Any], common.Result], type, dict[str, Any]]:
-    """A row's run, its Args and what they need to be short."""
-    if row in benchmark.BASELINES:
-        return benchmark.run_baseline, benchmark.BaselineArgs, {"row": row}
-    module = importlib.import_module(row)
-    return module.run, module.Args, SHORT.get(row, {})
+def weights_of(args: common.Args, row: str, out: str) -> tuple[dict, common.Result]:
+    """The weights and the result of a row after four steps."""
+    kind, run, own = benchmark.BaselineArgs, benchmark.run_baseline, {"row": row}
+    if row in METHODS:
+        module = importlib.import_module(row)
+        kind, run, own = module.Args, module.run, OWN.get(row, {})
+    result = run(like(args, kind, steps=4, data="data", out=Path(out), **own))
+    return common.read_checkpoint(Path(out, "checkpoint.pt"))["net"], result
 
 
-def weights_of(args: common.Args, row: str, data: Path, out: str) -> tuple[dict, common.Result]:
-    run, kind, own = runner(row)
-    one = like(args, kind, steps=4, data=str(data), out=Path(out), **own)
-    result = run(one)
-    return common.read_checkpoint(Path(out) / "checkpoint.pt")["net"], result
-
-
-def scramble(folder: Path, keep: int = 0) -> None:
+def scramble(folder: Path, keep: int) -> None:
     """Other labels, of the same size and of valid ids, into the files from the `keep`-th on."""
     rng = np.random.default_rng(0)
-    for path in sorted(folder.glob("kitti/training/semantic/*"))[keep:]:
+    for path in sorted(folder.iterdir())[keep:]:
         shape = np.asarray(Image.open(path)).shape
         Image.fromarray(rng.choice(np.array([7, 11, 23], np.uint8), shape)).save(path)
 
 
 @pytest.mark.usefixtures("no_figures")
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("row", (*benchmark.BASELINES, *METHODS))
 def test_labels_that_a_row_may_not_use_change_no_weight(args: common.Args, mini: Path, row: str):
-    """Bit for bit: the test photos' in any row; all of the target's in one that says it uses none,
-    and of a row that does say so they matter."""
-    plain, result = weights_of(args, row, mini, "plain")
-    shutil.copytree(mini, "other")
-    training = len(list(Path("other/kitti/training/semantic").iterdir())) // 2
-    scramble(Path("other"), keep=training if result.target_labels else 0)
-    other, changed = weights_of(args, row, Path("other"), "scrambled")
-    assert plain.keys() == other.keys() and all(torch.equal(plain[k], other[k]) for k in plain)
+    """Bit for bit: the test photos' in any row, all of the target's in one that uses none."""
+    shutil.copytree(mini, "data")
+    plain, result = weights_of(args, row, "plain")
+    scramble(Path("data/kitti/training/semantic"), keep=6 if result.target_labels else 0)
+    other, changed = weights_of(args, row, "scrambled")
+    assert all(torch.equal(plain[name], other[name]) for name in plain)
     assert result.miou != changed.miou  # the evaluator did see other labels
-    if result.target_labels and row in benchmark.BASELINES:
-        scramble(Path("other"))
-        used, _ = weights_of(args, row, Path("other"), "used")
-        assert not all(torch.equal(plain[k], used[k]) for k in plain)
 
 
-@pytest.mark.parametrize("method", benchmark.METHODS)
-def test_shared_flags_are_the_same_everywhere(method: str):
-    kind = importlib.import_module(method).Args
-    assert kind.__dataclass_params__.frozen
-    own = {f.name: (f.type, f.default) for f in dataclasses.fields(kind)}
-    for field in dataclasses.fields(common.Args):
-        assert own[field.name] == (field.type, field.default)
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_has_args_and_run(method: str):
+    module = importlib.import_module(method)
+    assert issubclass(module.Args, common.Args) and module.Args.__dataclass_params__.frozen
+    own = {field.name for field in dataclasses.fields(module.Args)} - set(SHARED)
+    assert all(getattr(module.Args, name) == default for name, default in SHARED.items())
+    texts = {text.arg_name for text in parse_from_object(module.Args).params if text.description}
+    assert len(own) <= 25 and own <= texts
+    assert typing.get_type_hints(module.run) == {"args": module.Args, "return": common.Result}
 
 
-def test_functions_of_one_name_are_one_function():
-    """A helper that two methods share is the same to the letter, or better in common.py."""
-    seen: dict[str, tuple[str, str]] = {}
-    for method in benchmark.METHODS:
-        for node in ast.parse((ROOT / f"{method}.py").read_text()).body:
-            if isinstance(node, ast.FunctionDef) and node.name != "run":
-                where, code = seen.setdefault(node.name, (method, ast.dump(node)))
-                assert code == ast.dump(node), f"{node.name} differs in {where} and {method}"
+@pytest.mark.parametrize("method", METHODS)
+def test_help_shows_the_own_flags_first(method: str, monkeypatch, capsys):
+    module = importlib.import_module(method)
+    monkeypatch.setattr(sys, "argv", [f"/a/long/path/{method}.py", "--help"])
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as ended:
+        common.main(module.Args, module.run, module.__doc__)
+    text = capsys.readouterr().out
+    assert ended.value.code == 0 and text.startswith(f"usage: {method}.py")
+    _, own, shared = re.split("own options|shared options", text)
+    assert max(map(len, text.splitlines())) <= 80
+    for field in dataclasses.fields(module.Args):
+        flag = rf"^. --{field.name.replace('_', '-')}(?![\w-])"
+        assert re.search(flag, shared if field.name in SHARED else own, re.M)
 
 
-def test_no_method_imports_another_or_the_miniature():
-    methods = set(benchmark.METHODS)
-    for method in methods:
-        for node in ast.walk(ast.parse((ROOT / f"{method}.py").read_text())):
-            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
-            names += [node.module] if isinstance(node, ast.ImportFrom) else []
-            assert not {"miniature", "benchmark", *methods} & set(names), method
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_imports_common_alone(method: str):
+    modules = re.findall(r"^\s*(?:import|from) (\w+)", (ROOT / f"{method}.py").read_text(), re.M)
+    assert "common" in modules and not {"miniature", "benchmark", *METHODS} & set(modules)
+
+
+IMPORT = """
+import os, random, sys, numpy, torch
+import rich.progress, torchvision.models.segmentation  # which do set something
+def state():
+    return [torch.get_rng_state().tolist(), str(numpy.random.get_state()), random.getstate(),
+            torch.get_num_threads(), torch.get_float32_matmul_precision(), dict(os.environ),
+            torch.backends.cudnn.benchmark, os.listdir()]
+def refuse(event, arguments):
+    assert event not in ("socket.connect", "subprocess.Popen"), (event, arguments)
+sys.addaudithook(refuse)
+before = state()
+for name in sys.argv[1:]:  # which are no flags
+    __import__(name)
+assert state() == before
+"""
+
+
+def test_importing_does_nothing():
+    """No file, no connection, no seed, no setting, no look at the command line."""
+    command = [sys.executable, "-c", IMPORT, "common", "miniature", "benchmark", *METHODS]
+    ended = subprocess.run(command, env=environment(), capture_output=True, text=True)
+    assert ended.returncode == 0 and ended.stdout + ended.stderr == "", ended.stderr
