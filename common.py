@@ -270,7 +270,10 @@ def create_array(path: Path, shape: tuple[int, ...]) -> np.ndarray:
     """
     if not path.exists() or np.load(path, mmap_mode="r").shape != shape:
         with replacing(path) as temporary, temporary.open("wb") as file:
-            np.save(file, np.broadcast_to(np.uint8(0), shape))
+            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(file, header)
+            for _ in range(shape[0]):
+                file.write(bytes(math.prod(shape[1:])))
     return np.load(path, mmap_mode="r+")
 
 
@@ -288,7 +291,7 @@ def fingerprint(path: Path, changed: int) -> tuple[str, int, int, int]:
 def digest(files: Sequence[Path]) -> str:
     """A hash of the files' names and content, the same wherever they lie."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        prints = list(pool.map(lambda path: fingerprint(path, path.stat().st_mtime_ns), files))
+        prints = list(pool.map(lambda path: fingerprint(path, path.stat().st_ctime_ns), files))
     return hashlib.sha256(repr(prints).encode()).hexdigest()[:16]
 
 
@@ -299,7 +302,7 @@ def cached(cache: Path, name: str, files: Sequence[Path], shape: tuple[int, ...]
     the shape, and the files' content. Two processes that build it at once both rename a whole file.
     """
     path = cache / f"{name}-{'x'.join(map(str, shape))}-{digest(files)}.npy"
-    if not path.exists():
+    if rank() == 0 and not path.exists():
         with replacing(path) as temporary, ThreadPoolExecutor(os.cpu_count()) as pool:
             array = create_array(temporary, (len(files), *shape))
             for start in show_progress(range(0, len(files), 64), f"caching {name}"):
@@ -309,6 +312,8 @@ def cached(cache: Path, name: str, files: Sequence[Path], shape: tuple[int, ...]
                 for i, values in zip(indices, pool.map(read, indices), strict=True):
                     array[i] = values
             array.flush()
+    while not path.exists():  # rank 0 is building it
+        time.sleep(1)
     return np.load(path, mmap_mode="r")
 
 
@@ -340,8 +345,10 @@ def dataset_root(data: str, dataset: Dataset) -> Path:
     """The folder of a dataset below --data; writes the miniature first where that is 'mini'."""
     if data == "mini":
         data = "data/mini"
-        if not miniature.is_current(Path(data)):
+        if rank() == 0 and not miniature.is_current(Path(data)):
             miniature.write(Path(data))
+        while not miniature.is_current(Path(data)):  # rank 0 is writing it
+            time.sleep(1)
     root = Path(data) / dataset.name
     if not root.is_dir():
         expected = f"{dataset.name}/ with {dataset.images.format(split='train')}"
@@ -446,6 +453,12 @@ def to_tensor(images: np.ndarray, device: torch.device) -> Tensor:
     return to_device(torch.from_numpy(np.array(images)), device).permute(0, 3, 1, 2) / 255
 
 
+@functools.lru_cache(maxsize=8)
+def shuffled(n: int, *stream: int | str) -> np.ndarray:
+    """A random order of n things. int64 [n]."""
+    return np.random.default_rng(seed_of(*stream)).permutation(n)
+
+
 class Loader:
     """Endless shuffled batches of a split: `images, labels = loader(step)`.
 
@@ -460,9 +473,9 @@ class Loader:
         """Places in the split of this process's share of a batch. -> int64 [B]."""
         n, first = len(self.split), step * self.batch_size
         epochs = range(first // n, (first + self.batch_size - 1) // n + 1)
-        orders = [np.random.default_rng(seed_of(*self.stream, e)).permutation(n) for e in epochs]
+        order = np.concatenate([shuffled(n, *self.stream, epoch) for epoch in epochs])
         offset = first - epochs[0] * n
-        indices = np.concatenate(orders)[offset : offset + self.batch_size]
+        indices = order[offset : offset + self.batch_size]
         return np.array_split(indices, world_size())[rank()]
 
     def __call__(self, step: int) -> tuple[Tensor, Tensor | None]:
@@ -757,7 +770,7 @@ def iou(confusion: np.ndarray) -> np.ndarray:
     """Intersection over union in %, NaN where the truth lacks the class. [...,C,C] -> [...,C]."""
     hit, truth = np.diagonal(confusion, axis1=-2, axis2=-1), confusion.sum(axis=-1)
     union = truth + confusion.sum(axis=-2) - hit
-    return np.where(truth > 0, 100 * hit / np.maximum(union, 1), np.nan)
+    return np.where(truth > 0, 100 * (hit / np.maximum(union, 1)), np.nan)
 
 
 def scores(confusion: np.ndarray) -> dict[str, float]:
@@ -870,11 +883,13 @@ def resolve(args: Any, method: str) -> Any:
     defaults["pretrained"] = not small and args.net != "tiny"
     defaults["out"] = Path("runs") / args.benchmark / method / f"seed{args.seed}"
     args = replace(args, **{k: v for k, v in defaults.items() if getattr(args, k) is None})
-    cuda = torch.cuda.is_available()
     if args.device == "auto":
-        args = replace(args, device="cuda" if cuda else "cpu")
-    if args.device.startswith("cuda") and not cuda:
-        raise UserError(f"--device {args.device}: torch sees no CUDA device")
+        args = replace(args, device="cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(1, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--device {args.device}: not available ({reason})") from error
     if any(side < STRIDE or side % STRIDE for side in args.size):
         raise UserError(f"--size {args.size[0]} {args.size[1]}: expected multiples of {STRIDE}")
     if args.pretrained and args.net == "tiny":
@@ -1102,6 +1117,7 @@ class Run:
                 part.load_state_dict(checkpoint["state"][name])
             done, self.seconds_before = checkpoint["step"], checkpoint["seconds"]
             self.start, self.logged = time.perf_counter(), checkpoint["scalars_bytes"]
+        barrier()  # until all have seen whether there is a checkpoint
         if done < total:
             self.rewind()
         self.stage, self.total, saved = self.stage + 1, total, time.monotonic()
@@ -1128,6 +1144,8 @@ class Run:
                 )
                 saved = time.monotonic()
         self.steps_before += total
+        # What a method makes after the stage does not depend on whether the stage was resumed.
+        torch.manual_seed(seed_of(self.args.seed, stage, "end"))
 
     def rewind(self) -> None:
         """Removes what was logged after the last checkpoint: it is logged again."""
@@ -1206,10 +1224,10 @@ class Run:
             with replacing(path) as temporary, temporary.open("wb") as file:
                 np.save(file, confusion)
             write_csvs(self.out, read_scalars(self.out))
-            write_json(self.out / "result.json", asdict(self.result))
+            draw_predictions(self.out / "figures/predictions.png", self.test, {"prediction": net})
+            write_json(self.out / "result.json", asdict(self.result))  # the run is finished
             for path in self.out.glob("stage_*.pt"):  # nothing is left to resume
                 path.unlink()
-            draw_predictions(self.out / "figures/predictions.png", self.test, {"prediction": net})
         return self.result
 
 

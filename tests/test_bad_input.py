@@ -155,7 +155,7 @@ def test_flags_that_cannot_be(args: common.Args, change: dict, message: str):
 
 def test_a_device_that_is_not_there(args: common.Args, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    expect(replace(args, device="cuda:1"), "--device cuda:1: torch sees no CUDA device")
+    expect(replace(args, device="cuda:1"), "--device cuda:1: not available")
 
 
 # ---- Checkpoints and training sets --------------------------------------------------------------

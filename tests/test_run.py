@@ -221,7 +221,22 @@ def test_a_run_cut_off_anywhere_ends_with_the_same_weights(args, monkeypatch, no
     assert not list(Path().glob("cut.old*")) and not list(Path("cut").glob("stage_*"))
 
 
-@pytest.mark.parametrize("broken", ["write_csvs", "write_json"])
+def test_a_module_made_between_two_stages_is_the_same_after_a_restart(args, monkeypatch):
+    def method(out: str) -> torch.Tensor:
+        one = common.Run(replace(args, out=Path(out)), "x", stages=2)
+        for step in one.steps("one", 3):
+            torch.rand(step)  # dropout, say
+        discriminator = torch.nn.Linear(2, 1)
+        for _ in one.steps("two", 2, discriminator=discriminator):
+            pass
+        return discriminator.weight
+
+    with interrupted(monkeypatch, "two", 1):
+        method("cut")
+    assert torch.equal(method("whole"), method("cut"))
+
+
+@pytest.mark.parametrize("broken", ["write_csvs", "write_json", "draw_predictions"])
 def test_what_dies_while_it_finishes_is_finished_by_the_next(args, monkeypatch, broken):
     """No step is trained again, and no file is missing in the end."""
     run(args, "source_only", "whole")
@@ -316,13 +331,12 @@ common.main(common.Args, method, None)
 
 
 def test_two_processes_end_like_one_and_a_killed_one_ends_both(mini: Path):
-    """At the same global batch, also after a restart; rank 0 alone writes and speaks."""
+    """At the same global batch, also after a restart; rank 0 alone writes, the cache too."""
     Path("two.py").write_text(TWO)
     options = {"env": {**environment(), "PYTHONDONTWRITEBYTECODE": "1"}, "text": True}
     options |= {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     alone, both = [sys.executable, "two.py", str(mini)], [sys.executable, "-m"]
     both += ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", *alone[1:]]
-    subprocess.run([*alone, "alone", "0"], check=True, **options)
 
     cut = subprocess.Popen([*both, "both", "8"], **options)
     lines = list(itertools.takewhile(lambda line: line != "KILLED\n", cut.stdout))
@@ -335,6 +349,7 @@ def test_two_processes_end_like_one_and_a_killed_one_ends_both(mini: Path):
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.count("mIoU") == ended.stdout.count("stage 1 of 1") == 1
     assert "WROTE" not in "".join(lines) + ended.stdout
+    subprocess.run([*alone, "alone", "0"], check=True, **options)
     losses = [[line["loss"] for line in scalars(x) if "loss" in line] for x in ("alone", "both")]
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)
     one, two = weights("alone"), weights("both")
