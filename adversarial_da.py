@@ -1,7 +1,8 @@
 """Adapts a segmentation network to unlabelled photos: alignment, image translation, self-training.
 
 AdaptSegNet (arXiv:1802.10349v3), ADVENT (arXiv:1811.12833v2), FDA (arXiv:2004.05498v1), AdaBN
-(arXiv:1603.04779v4) and DACS (arXiv:2007.08702v2), each a switch, alone and together:
+(arXiv:1603.04779v4) and DACS (arXiv:2007.08702v2), each a switch, alone and together. The source
+are labelled synthetic images, the target are photos; their labels are never used:
 
     python adversarial_da.py                                                  (colour transfer)
 
@@ -13,13 +14,16 @@ AdaptSegNet (arXiv:1802.10349v3), ADVENT (arXiv:1811.12833v2), FDA (arXiv:2004.0
 
 The first takes half a minute on one CPU core and reaches 65 mIoU on the miniature; training on
 the source alone reaches 44. The others take up to a minute and a half. `--translate fda` is FDA,
-`--align entropy` ADVENT. What a discriminator adds is the difference to AdaBN alone.
+`--align entropy` is ADVENT. To see what the discriminator adds, compare the last command with
+the one before it.
 
 The --steps updates of the segmentation network are divided among up to three stages: training on
 the translated source images, then alignment, then self-training. In the last two stages each
-update sees a batch of source images and a batch of photos. No label of a photo is used.
+update sees a batch of source images and a batch of photos. With --init CHECKPOINT the first stage
+and its steps are left out.
 
-scalars.json has the discriminator's accuracy: near 1 it wins outright, near 0.5 it loses.
+scalars.json has the discriminator's accuracy: near 1 it tells the domains apart, near 0.5 it
+guesses.
 """
 
 import copy
@@ -51,11 +55,12 @@ class Args(common.Args):
     self_train: bool = False
     """Add a last stage, in which a student learns the pseudo-labels of its teacher (DACS)."""
     statistics: Literal["joint", "separate", "target"] = "separate"
-    """Batch normalisation of two domains. joint: one forward pass for both. separate: one for
-    each, but in training alone, since both update one set of running statistics in turn. target:
-    like separate, but the final running statistics are those of the photos (AdaBN)."""
+    """Batch normalisation in the last two stages. joint: one forward pass for both domains.
+    separate: one for each, with the statistics of its own batch; both update the same running
+    statistics, so the tested network has a mixture. target: like separate, but at the end the
+    running statistics are measured again on the photos (AdaBN)."""
     align_share: float = 0.75
-    """Share of the steps before self-training that are aligned. The first steps never are."""
+    """Share of the steps before self-training that are aligned; those before are source-only."""
     self_train_share: float = 0.75
     """Share of --steps that is self-training, at the end."""
     lambda_adv: float = 0.01
@@ -63,7 +68,8 @@ class Args(common.Args):
     lambda_adv_aux: float = 0.002
     """The same at the first auxiliary head, if the network has one. AdaptSegNet: 0.0002."""
     lambda_ent: float = 0.0
-    """Weight of the photos' entropy while aligning. ADVENT's MinEnt: 0.001, --lambda-adv 0."""
+    """Weight of the photos' entropy while aligning. ADVENT's MinEnt: 0.001, with --lambda-adv 0
+    and --lambda-adv-aux 0."""
     discriminator_lr: float = 1e-3
     """Initial learning rate of the discriminator's Adam. The papers: 1e-4, for 250,000 steps."""
     discriminator_width: int = 16
@@ -123,7 +129,7 @@ class Discriminator(nn.Sequential):
 def self_information(logits: Tensor) -> Tensor:
     """-p log p of each class and pixel (ADVENT, sec. 3.2). [B,C,H,W] -> [B,C,H,W].
 
-    In units of log C, so that the sum over classes, the entropy (eq. 2), is in [0, 1].
+    Divided by log C, so that the sum over classes, the entropy (eq. 2), is in [0, 1].
     """
     log_p = logits.log_softmax(dim=1)
     return -log_p.exp() * log_p / math.log(logits.shape[1])
@@ -141,7 +147,7 @@ def bce_loss(scores: Tensor, is_source: bool) -> Tensor:
 
 
 def adversarial_loss(discriminators: nn.ModuleList, target: list[Tensor], args: Args) -> Tensor:
-    """Small where photos pass for source images (AdaptSegNet, eq. 4 and 5).
+    """Small where the discriminators take photos for source images (AdaptSegNet, eq. 4 and 5).
 
     target: logits [B,C,H,W] of every head -> scalar.
     """
@@ -161,6 +167,7 @@ def discriminator_loss(
     """
     loss, accuracies = 0.0, []
     for discriminator, *logits in zip(discriminators, source, target, strict=False):
+        # Detached: this loss trains the discriminator alone.
         maps = compared(torch.cat(logits).detach(), align)  # [2B,C,H,W]
         on_source, on_target = discriminator(maps).chunk(2)  # [B,1,h,w] each
         loss_source = bce_loss(on_source, is_source=True)
@@ -210,7 +217,7 @@ def align(run: Run, net: Network, source: Split, photos: Split, steps: int) -> N
         x_target, _ = common.crop_flip(x_target, None, rng)
 
         # Step 1: the segmentation network
-        discriminators.requires_grad_(False)
+        discriminators.requires_grad_(False)  # this loss trains the network alone
         with run.autocast():
             on_source, on_target = forward_both(model, x, x_target, args.statistics)
             loss = common.segmentation_loss(on_source, y)
@@ -246,7 +253,8 @@ def pseudo_labels(teacher: nn.Module, images: Tensor, threshold: float) -> Tenso
 def class_mix_mask(labels: Tensor, num_classes: int, rng: torch.Generator) -> Tensor:
     """The pixels of a random half of each image's classes (ClassMix, arXiv:2007.07936v2).
 
-    labels [B,H,W] -> bool [B,H,W]. Of n classes (n + 1) // 2, and no ignored pixel.
+    labels [B,H,W] -> bool [B,H,W]. It draws (n + 1) // 2 of the n classes of an image. Ignored
+    pixels are never drawn.
     """
     present = [(labels == c).flatten(1).any(dim=1) for c in range(num_classes)]
     present = torch.stack(present, dim=1)  # [B,C]
@@ -264,7 +272,8 @@ def self_train(run: Run, net: Network, source: Split, photos: Split, steps: int)
     source_loader = Loader(source, args.batch_size, run.device, seed, "self_train", "source")
     target_loader = Loader(photos, args.batch_size, run.device, seed, "self_train", "target")
     teacher = copy.deepcopy(net).requires_grad_(False)
-    teacher.train(args.statistics == "target")  # it sees photos alone
+    # It sees photos alone. With AdaBN it normalises them by the statistics of their batch.
+    teacher.train(args.statistics == "target")
     model, optimizer = common.parallel(net), common.make_optimizer(net, args.lr)
     net.train()
     for step in run.steps("self_train", steps, net=net, teacher=teacher, optimizer=optimizer):
@@ -286,7 +295,8 @@ def self_train(run: Run, net: Network, source: Split, photos: Split, steps: int)
         if args.augment:
             x_mixed = common.random_augmentation(x_mixed, rng)
 
-        # Step 2: the student. Mixed images count by the photos' share of confident pixels.
+        # Step 2: the student. Its loss on mixed images is multiplied by the share of confident
+        # pixels. DACS keeps the other pseudo-labels too; here they are ignored.
         confident = common.mean_over_processes((y_target != common.IGNORE).float().mean())
         with run.autocast():
             on_source, on_mixed = forward_both(model, x, x_mixed, args.statistics)
@@ -308,7 +318,7 @@ def self_train(run: Run, net: Network, source: Split, photos: Split, steps: int)
 
 # ---- The method ---------------------------------------------------------------------------------
 def adapt_statistics(net: Network, photos: Split, batch_size: int, device: torch.device) -> None:
-    """AdaBN: running statistics become the means over all photos, in batches of `batch_size`."""
+    """AdaBN: running statistics are reset, then averaged over batches of all photos."""
     batches = np.array_split(np.arange(len(photos)), max(1, len(photos) // batch_size))
     update_bn((common.to_tensor(photos.images[batch], device) for batch in batches), net)
 

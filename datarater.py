@@ -14,10 +14,10 @@ reaches 56, training on the images as they are 44.
 
 A run has three parts. 1. Meta-training: a rater scores images. Inner networks train on batches of
 augmented source images, each weighted by the softmax of the batch's scores. After a few of these
-updates comes the outer loss, that of labelled target photos. Its derivative with respect to the
-weights says which images should have counted more, and trains the rater. 2. The choice: the rater
-scores all candidates (each image with each augmentation); the best ones make a training set.
-3. The segmentation network is trained from scratch on this set; --steps counts these updates.
+updates the loss on labelled target photos is measured, the outer loss. Its derivative with respect
+to the weights of the images says which images should have counted more, and trains the rater.
+2. The choice: the rater scores all candidates (each image with each augmentation); the best ones
+make a training set. 3. The segmentation network is trained from scratch on this set; --steps counts these updates.
 
 The run folder gets best_augmentations_step_X.pt (scores and choice of each image) and set/, the
 training set, which other methods take as --init RUN/set. Without --out the controls and --corrupt
@@ -56,8 +56,8 @@ class Args(common.Args):
     k: int = 1
     """Candidates of each image to train on."""
     corrupt: float = 0.0
-    """Share of source images with 10-90% of their pixels at random, to see whether the rater
-    detects them."""
+    """Share of source images in which 10-90% of the pixels are replaced by random colours, to see
+    whether the rater detects them."""
     meta_steps: int | None = None
     """Updates of the rater. Default: half of --steps; a quarter with --corrupt."""
     meta_lr: float = 1e-3
@@ -67,12 +67,12 @@ class Args(common.Args):
     population: int = 2
     """Inner networks. The paper: 8."""
     lifetime: int | None = None
-    """Meta-steps after which an inner network starts anew; those of a population take turns.
-    Default: a quarter of --steps."""
+    """Meta-steps after which an inner network starts anew. The restarts of a population are spread
+    evenly over this time. Default: a quarter of --steps."""
     warm_up: int | None = None
     """Updates of a new inner network, on candidates of equal weights, before its first meta-step.
-    At random weights any image helps, so what helps there is not what helps a network that has
-    learnt something. Default: 3/4 of --steps; 5/2 with --corrupt. The paper: 0."""
+    An untrained network gains from any image, so its meta-gradient tells little about a trained
+    one. Default: 0.75 times --steps; 2.5 times with --corrupt. The paper: 0."""
     inner_updates: int | None = None
     """T, inner updates that are differentiated. Default: 2, as in the paper; 16 with --corrupt."""
     inner_batch: int | None = None
@@ -107,8 +107,8 @@ class Rater(nn.Sequential):
 
 # ---- Inner networks -----------------------------------------------------------------------------
 class BatchNorm(nn.BatchNorm2d):
-    """Batch normalisation whose forward-mode derivative can be differentiated again. In that of
-    torch 2.14 the mean and the variance of the batch count as constants, which is wrong."""
+    """Batch normalisation whose forward-mode derivative can be differentiated again. The derivative
+    of torch 2.14 takes the mean and the variance of the batch as constants, which is wrong."""
 
     def forward(self, x: Tensor) -> Tensor:  # [B,C,H,W]
         if forward_ad.unpack_dual(x).tangent is None:
@@ -121,7 +121,8 @@ class BatchNorm(nn.BatchNorm2d):
 
 
 def replace_layers(module: nn.Module) -> None:
-    """In place: our BatchNorm, and no dropout, since a loss is computed twice and must be equal."""
+    """In place: our BatchNorm, and no dropout, since each loss is computed twice, by `losses` and
+    by `slopes`, and both must agree."""
     for name, layer in module.named_children():
         if isinstance(layer, nn.BatchNorm2d):
             norm = BatchNorm(layer.num_features, layer.eps, layer.momentum)
@@ -202,12 +203,13 @@ def mixed(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Trains an inner network for T updates, and differentiates the outer loss through them.
 
-    batches: T batches of B source images; weights [T,B]; photos: a batch of target photos
-    -> gradient of the outer loss by the weights [T,B], outer loss, losses of the images [T,B].
+    batches: T batches of B candidates; weights [T,B]; photos: a batch of target photos -> gradient
+    of the outer loss with respect to the weights [T,B], outer loss, losses of the images [T,B].
 
+    Update t uses the gradient g = sum_i w_i grad l_i. So d outer / d w_i = grad l_i . d outer / dg.
     Mixed-mode differentiation (MixFlow-MG): only the parameters of each update are kept. Backwards
-    through time, forward mode gives the derivative of the losses along one direction, and reverse
-    mode over it the product of that direction with the Hessian.
+    through time, forward mode gives the derivatives of all l_i along the direction d outer / dg.
+    Reverse mode, applied to their weighted sum, gives the Hessian of the loss times this direction.
     """
     theta, momentum = member.theta(), member.momentum
     thetas, losses = [], []
@@ -219,14 +221,14 @@ def mixed(
         theta, momentum = sgd(theta, momentum, gradient, args)
     member.update(theta, momentum)
 
-    # The outer loss, by running statistics as at test. They count as constants in its derivative,
-    # though the updates have changed them.
+    # The outer loss, with running statistics as at test. Its derivative ignores that they depend on
+    # the parameters, too.
     theta = theta.requires_grad_()
     member.eval()
     outer_loss = member.losses(theta, *photos).mean()
     member.train()
 
-    # Its derivatives with respect to theta and momentum after update t, for t = T to 1.
+    # Derivatives of the outer loss with respect to theta and momentum after update t = T to 1.
     (to_theta,) = torch.autograd.grad(outer_loss, theta)
     to_momentum = torch.zeros_like(to_theta)
     to_weights = torch.empty_like(weights)
@@ -237,7 +239,7 @@ def mixed(
         to_theta = (1 - args.inner_lr * args.inner_decay) * to_theta
         slopes = member.slopes(thetas[t], to_gradient, *batches[t])  # [B]
         to_weights[t] = slopes.detach()
-        if t > 0:  # the gradient depends on theta: Hessian times to_gradient
+        if t > 0:  # g depends on theta: the Hessian of the weighted loss, times to_gradient
             (product,) = torch.autograd.grad(weights[t] @ slopes, thetas[t])
             to_theta = to_theta + product
     return to_weights, outer_loss.detach(), torch.stack(losses).detach()
@@ -274,14 +276,15 @@ def meta_train(
     run: Run, rater: Rater, source: Split, few: Split, augmentations: Augmentations
 ) -> None:
     """Trains the rater, in place."""
-    args, seed, updates = run.args, run.args.seed, run.args.inner_updates
+    args, seed = with_lengths(run.args), run.args.seed
+    updates = args.inner_updates
     batch_size = args.inner_batch * common.world_size()
     source_loader = Loader(source, batch_size, run.device, seed, "rater", "source")
     photo_loader = Loader(few, args.batch_size, run.device, seed, "rater", "photos")
     members = nn.ModuleList(new_inner_network(run) for _ in range(args.population))
     # As in DataRater, each inner network has an Adam of its own, and the rater moves by the mean of
-    # their updates. No update of Adam depends on the parameters, so the mean is taken by making
-    # all of them, one after the other, each with its share of the learning rate.
+    # their updates. An update of Adam depends on the gradient alone, so all of them, one after the
+    # other at a share of the learning rate, add up to the mean.
     lr = args.meta_lr / args.population
     adams = [torch.optim.Adam(rater.parameters(), lr) for _ in members]
     state = {f"adam_{p}": adam for p, adam in enumerate(adams)}
@@ -450,19 +453,18 @@ def check(args: Args) -> None:
     if args.net == "lraspp":
         raise UserError("--net lraspp: torch has no second derivative of its hard sigmoid")
     if any(side // args.shrink % common.STRIDE for side in args.size):
-        raise UserError(f"--shrink {args.shrink}: expected sides that are multiples of 32")
+        raise UserError(f"--shrink {args.shrink}: --size over it is no multiple of 32")
 
 
 def run(args: Args) -> Result:
     method = "datarater" if args.choose == "best" else f"datarater_{args.choose}"
     method = f"{method}_corrupt" if args.corrupt else method
-    args = with_lengths(common.resolve(args, method))
-    check(args)
+    check(with_lengths(common.resolve(args, method)))
     rated = args.choose in ("best", "worst")
     run = Run(args, method, stages=1 + rated)
     if run.result:
         return run.result
-    args, net = run.args, run.network()
+    args, net = with_lengths(run.args), run.network()
     source, amount = common.load(args, "source"), None
     if args.corrupt:
         source, amount = corrupted(source, args.corrupt, args.seed)

@@ -56,11 +56,11 @@ class Args(common.Args):
     strength: float = 0.97
     """Highest noise level, as a share of the way from the image to pure noise."""
     sample_steps: int | None = None
-    """Evaluations of the U-Net to encode, and again to decode. Default: 16; with fewer than 160
-    --steps a tenth of them."""
+    """Evaluations of the U-Net to encode, and again to decode. Default: a tenth of --steps, at
+    least 2 and at most 16."""
     min_agreement: float = 0.0
-    """Least share of an image's pixels that the reader must read as the labels say. Of images
-    below it all pixels are ignored in training."""
+    """If the reader agrees with the labels on a smaller share of an image's pixels than this,
+    training ignores the whole image."""
     unet_steps: int | None = None
     """Updates of the U-Net. Default: one and a half times --steps."""
     reader_steps: int | None = None
@@ -107,8 +107,8 @@ class TranslateArgs:
     sample_steps: int = 16
     """Evaluations of the U-Net to encode, and again to decode."""
     min_agreement: float = 0.0
-    """Least share of an image's pixels that the reader must read as before the translation, or as
-    --mask-labels say. Images below it are not written."""
+    """Share of an image's pixels on which the reader's result for the translation must equal the
+    mask, or, with --mask-labels none, its result before. Images below it are not written."""
     batch_size: int = 16
     """Images of equal size that are translated together."""
     seed: int = 0
@@ -117,7 +117,10 @@ class TranslateArgs:
 
 # ---- What is diffused, and its conditions -------------------------------------------------------
 def hadamard(x: Tensor) -> Tensor:
-    """Mean and differences (times 2) of each four channels; orthonormal and its own inverse."""
+    """For each group of four channels: twice their mean, and twice three signed means.
+
+    Orthonormal and its own inverse. [B,4K,h,w] -> [B,4K,h,w].
+    """
     a, b, c, d = x.unflatten(1, (-1, 4)).unbind(dim=2)  # [B,K,h,w] each
     bands = (a + b + c + d, a - b + c - d, a + b - c - d, a - b - c + d)
     return torch.stack(bands, dim=2).flatten(1, 2) / 2
@@ -149,8 +152,8 @@ def appearance(images: Tensor) -> Tensor:
 
 # ---- The U-Net ----------------------------------------------------------------------------------
 def channel_norm(x: Tensor) -> Tensor:
-    """Layer normalisation over the channels of each cell. Statistics of the whole image would not
-    be those of its tiles."""
+    """Layer normalisation over the channels of each cell. A norm over the whole image would give
+    other results in a tile than in the whole image."""
     return F.layer_norm(x.permute(0, 2, 3, 1), x.shape[1:2]).permute(0, 3, 1, 2)
 
 
@@ -214,8 +217,8 @@ def flow(velocity: Callable[[Tensor, float], Tensor], x: Tensor, angles: Sequenc
     """The probability flow dx/da = v(x, a) along `angles`, rising to encode, falling to decode.
 
     x [B,K,h,w] at the first angle -> at the last. The first step is that of DDIM
-    (arXiv:2202.00512v2, app. D). From the second on, image and noise are extrapolated to the middle
-    of the step, which is of second order.
+    (arXiv:2202.00512v2, app. D). From the second step on, we extrapolate image and noise linearly
+    to the angle in the middle of the step, so that the solver is of second order.
     """
     previous, last = None, 0.0
     for a, b in pairwise(angles):
@@ -284,7 +287,7 @@ class Bridge(nn.Module):
         self.to(memory_format=torch.channels_last)
 
     def encode(self, images: Tensor) -> Tensor:
-        """Haar coefficients of patches, normalised; above a side of 2, those of all bands again.
+        """Haar coefficients of patches, normalised; for a side of 4 or 8 repeated on all bands.
 
         images [B,3,H,W] in [0,1] -> [B,K,h,w] with K = 3 patch^2, h = H / patch, w = W / patch.
         """
@@ -422,7 +425,7 @@ def train_unet(run: Run, bridge: Bridge, source: Split, photos: Split, steps: in
         common.set_lr(optimizer, lr)
         rng = common.generator(args.seed, "unet", step)
 
-        # Step 1: a batch, half source and half photos, of which a random half is flipped
+        # Step 1: a batch, half source and half photos; each image is flipped or not at random
         (images, labels), (photo_images, photo_labels) = source_loader(step), photo_loader(step)
         domain = torch.tensor([SOURCE] * len(images) + [TARGET] * len(photo_images))  # [B]
         images = torch.cat([images, photo_images])  # [B,3,H,W]
@@ -434,7 +437,7 @@ def train_unet(run: Run, bridge: Bridge, source: Split, photos: Split, steps: in
         maps = bridge.class_maps(labels)  # [B,C,h,w]
         statistics = appearance(images)  # [B,S]
 
-        # Step 3: noise. There is one angle in each b-th of the range, so that the loss varies less.
+        # Step 3: noise. Each of B equal parts of the range has one angle: the loss varies less.
         order = torch.randperm(len(images), generator=rng)
         angle = (order + common.draw(rng, len(images))) / len(images) * math.pi / 2
         angle = common.to_device(angle, device)  # [B]
@@ -444,7 +447,7 @@ def train_unet(run: Run, bridge: Bridge, source: Split, photos: Split, steps: in
         noise_rng.manual_seed(common.seed_of(args.seed, "unet noise", step, common.rank()))
         noise = torch.randn(x.shape, generator=noise_rng, device=device)
 
-        # Step 4: the U-Net and its average (arXiv:2202.00512v2: v = alpha e - sigma x)
+        # Step 4: the U-Net and its average. v = cos(a) e - sin(a) x (arXiv:2202.00512v2)
         with run.autocast():
             v = model(cos * x + sin * noise, maps, angle, domain, statistics)
             loss = F.mse_loss(v, cos * noise - sin * x)

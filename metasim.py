@@ -49,7 +49,7 @@ class Args(common.Args):
     scenes: int | None = None
     """Scenes that are rendered for training. Default: 5 times --steps, at most 20,000."""
     objects: int = 1
-    """Most objects that are added to a source image; their number is uniform from 0."""
+    """Largest number of objects that are added to a source image; it is uniform from 0 to this."""
     cut_outs: int = 600
     """Objects to cut out of the source images, in equal parts of all classes."""
     width: int = 64
@@ -71,17 +71,18 @@ class Args(common.Args):
     bandwidths: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0)
     """Standard deviations of the Gaussian kernels, as multiples of the median distance."""
     lambda_prior: float = 0.01
-    """Weight of the mean squared change of the attributes in stage 2. It keeps attributes at the
-    prior that the photos say nothing about. The paper: 0."""
+    """Weight of the mean squared change of the attributes in stage 2. Attributes about which the
+    photos say nothing then stay at the prior. The paper: 0."""
     reward_rounds: int = 4
     """Updates of stage 3."""
     reward_samples: int = 4
     """Rewards in an update of stage 3, at least 2."""
     reward_steps: int | None = None
-    """Updates of the task network for each reward. It is reset to the network of the features.
-    Default: 1/16 of --steps."""
+    """Updates of the task network for each reward. Before each it is copied from the network of
+    the features. Default: 1/16 of --steps."""
     reward_sigma: float = 0.2
-    """Standard deviation of the attributes in stage 3, in scales. The paper's code: 0.02."""
+    """Standard deviation of the attributes in stage 3, in units of each attribute's scale. The
+    paper's code: 0.02."""
     reward_lr: float = 1e-3
     """Learning rate of stage 3."""
 
@@ -184,10 +185,10 @@ MIN_AREA = 0.0015  # of a cut-out, as a share of the image
 def cut_out(split: Split, horizon: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     """About `count` connected regions of the object classes, in equal parts of all classes.
 
-    An image gives at most one object of a class, which the frame does not cut off. -> premultiplied
-    RGBA at its own resolution in a corner of a canvas, uint8 [A,4,h,w]; classes int64 [A]; boxes
-    [A,4]: centre x, centre y below the horizon, half width, half height, in half widths and half
-    heights of the image. UserError where there is no object.
+    An image gives at most one object of a class, and only one that is not cut off at the sides or
+    below. -> RGBA (colours times alpha) at its own resolution in a corner of a canvas, uint8
+    [A,4,h,w]; classes int64 [A]; boxes [A,4]: centre x, centre y below the horizon, half width,
+    half height, in half widths and half heights of the image. UserError where there is no object.
     """
     height, width = split.images.shape[1:3]
     names, rng = split.dataset.classes, np.random.default_rng(common.seed_of(seed, "cut_out"))
@@ -378,8 +379,9 @@ class RoadScenes:
 
 # ---- Distribution transformer -------------------------------------------------------------------
 class GraphLayer(nn.Module):
-    """A graph convolution. Messages of a node to itself, from the root to its children, and from
-    the children to the root have weights and a gate of their own. [B,V,D] -> [B,V,O]."""
+    """A graph convolution. There are three types of messages: from a node to itself, from the root
+    to its children, and from the children to the root. Each has weights and a gate of its own.
+    [B,V,D] -> [B,V,O]."""
 
     def __init__(self, i: int, o: int) -> None:
         super().__init__()
@@ -460,7 +462,7 @@ MEASURED = (*TONE, "haze (dark channel)", "blur (steps of 2 px over 1 px)", "noi
 
 
 def measure(images: Tensor) -> Tensor:
-    """What can be seen of a scene's attributes in an image itself. [B,3,H,W] -> [B,8], MEASURED."""
+    """Statistics of images that reflect the attributes of a scene. [B,3,H,W] -> [B,8], MEASURED."""
     luma = images.mean(dim=1, keepdim=True)  # [B,1,H,W]
     # The darkest value of a patch near the horizon is near 0 in clear air (He et al., CVPR 2009).
     dark = -F.max_pool2d(-images.amin(dim=1, keepdim=True), 5, stride=1, padding=2)
@@ -489,8 +491,8 @@ def scene_features(net: Network, images: Tensor) -> list[Tensor]:
 
 class Features:
     """Groups of features, scaled so that the median distance of a scene and a photo is 1 in each.
-    groups: images [B,C,H,W] -> one [B,D] a group; scenes, photos: batches of images. min_std: least
-    deviation of a feature over the root mean square of its group's."""
+    groups: images [B,C,H,W] -> one [B,D] a group; scenes, photos: batches of images. min_std: the
+    deviation of a feature counts as at least this share of the root mean square of its group's."""
 
     @torch.no_grad()
     def __init__(
@@ -585,9 +587,11 @@ def learn_attributes(run: Run, args: Args, roads: RoadScenes, photos: Split) -> 
 
 
 def reinforce_loss(samples: Tensor, mean: Tensor, sigma: float, rewards: Tensor) -> Tensor:
-    """Its gradient is an unbiased estimate of minus that of the expected reward. samples [S,...]
-    from N(mean, sigma^2), mean [...], rewards [S] -> scalar. The baseline of a reward is the mean
-    of the others, which does not depend on the sample itself."""
+    """Its gradient is an unbiased estimate of -grad E[reward].
+
+    samples [S,...] from N(mean, sigma^2), mean [...], rewards [S] -> scalar. The baseline of a
+    reward is the mean of the others, which does not depend on the sample itself.
+    """
     baseline = (rewards.sum() - rewards) / (len(rewards) - 1)
     squared = (samples.detach() - mean).square().flatten(1).sum(dim=1)  # [S]
     log_probability = -squared / (2 * sigma**2)  # up to a constant
@@ -639,7 +643,7 @@ def render_training_set(run: Run, args: Args, roads: RoadScenes, transformer: An
     """The scenes that the segmentation network trains on, in set/ of the run folder. Under torchrun
     each process renders its share of them."""
     folder, split, names = run.out / "set", roads.split, []
-    if not (folder / "set.json").exists():  # else an interrupted run continues
+    if not (folder / "set.json").exists():  # else it is that of a run that was interrupted later
         shape = (args.scenes, *args.size)
         if common.rank() == 0:
             common.create_array(folder / "images.npy", (*shape, 3))
@@ -692,7 +696,8 @@ def run(args: Args) -> Result:
     roads = RoadScenes(source, args, run.device)
     if learned:
         transformer = learn_attributes(run, args, roads, photos)
-        updates = f"{args.feature_steps} feature network, {args.match_steps} MMD updates"
+        updates = f"{args.feature_steps} updates of the feature network, "
+        updates += f"{args.reconstruct_steps + args.match_steps} of the transformer"
     if args.task_reward:
         rewards = args.reward_rounds * args.reward_samples
         updates += f", {rewards * args.reward_steps} of the task network"

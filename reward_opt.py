@@ -14,15 +14,16 @@ maps drawn from it is maximised, together with cross-entropy (the anchor) on the
 
 Each takes half a minute on one CPU core. The first reaches 65 mIoU on the miniature.
 
-REINFORCE has one reward for all pixels of an image, so its gradient is very noisy. The default
-estimator, `counterfactual`, asks for each pixel what the reward would be if this pixel alone had
-another label, and takes the exact expectation over the label of this pixel. For a reward made of
-intersections and unions a table of C x C x C numbers answers that for all pixels of an image.
+REINFORCE gives the same reward to all pixels of an image, so a pixel does not know whether it
+helped, and the gradient is very noisy. The default estimator, `counterfactual`, asks for each pixel
+what the reward would be if this pixel alone had another label, and takes the exact expectation over
+the label of this pixel. A reward that is computed from the counts of each class changes by an
+amount that depends only on the old label, the true class and the new label of the pixel. So a table
+of C x C x C numbers holds the answer for all pixels of an image.
 
-What this amounts to: for the IoU of single images the exact gradient of the expected reward is
-nearly that of a soft-Jaccard loss (measured cosine: 1.0000), because the counts of thousands of
-pixels hardly differ from their expectations. So the reward gains what `--objective soft_jaccard`
-gains, which draws no sample.
+For the IoU of single images this gradient is nearly that of a soft-Jaccard loss (their cosine was
+1.0000), because the counts of thousands of pixels hardly differ from their expectations. So
+`--objective soft_jaccard` gains as much, and it draws no sample.
 """
 
 import copy
@@ -53,11 +54,12 @@ class Args(common.Args):
     reward: Literal["miou", "weighted_iou", "accuracy"] = "miou"
     """What is maximised, by its name in REWARDS."""
     estimator: Literal["counterfactual", "leave_one_out"] = "counterfactual"
-    """Of the gradient: exact for each pixel given the others (counterfactual), or REINFORCE with
+    """Of the gradient: exact over the label of one pixel, with the others as drawn
+    (counterfactual), or REINFORCE with
     the mean reward of the other samples as its baseline (leave_one_out)."""
     over: Literal["image", "batch"] = "image"
-    """What has a reward: each label map, or all maps of a batch as one large map (under torchrun
-    all maps of one process)."""
+    """Whether the reward is computed for each image, or for a batch as one large image (under
+    torchrun for the batch of one process)."""
     samples: int | None = None
     """K, label maps drawn of each image. Default: 1 for counterfactual, 4 for leave_one_out."""
     weight: float = 5.0
@@ -74,7 +76,7 @@ class Args(common.Args):
 
 
 # ---- Rewards ------------------------------------------------------------------------------------
-# A reward maps counts (right, predicted, true [...,C]) and class weights [C] to [...].
+# A reward is a function of counts (right, predicted, true [...,C]) and class weights [C] -> [...].
 def counts(labels: Tensor, truth: Tensor, num_classes: int) -> tuple[Tensor, Tensor, Tensor]:
     """Pixels of each class that are right, predicted, true; ignored ones count in none of them.
 
@@ -95,7 +97,7 @@ def expected_counts(p: Tensor, truth: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def weighted_iou(right: Tensor, predicted: Tensor, true: Tensor, weights: Tensor) -> Tensor:
-    """Mean IoU of the classes that the truth has, by the class weights; 0 where it has none."""
+    """Weighted mean of the IoU over the classes that the truth has; 0 where it has none."""
     weights = weights * (true > 0)
     union = (predicted + true - right).clamp(min=1)
     return (weights * right / union).sum(dim=-1) / weights.sum(dim=-1).clamp(min=1e-9)
@@ -129,7 +131,7 @@ def class_weights(pixels: np.ndarray, smooth: float, classes: tuple[str, ...]) -
 def sample(p: Tensor, rng: torch.Generator) -> Tensor:
     """A label of each pixel, independently, from its probabilities. [B,H,W,C] -> [B,H,W]."""
     u = common.to_device(common.draw(rng, *p.shape[:3], 1), p.device)
-    labels = (p.detach().cumsum(dim=3) < u).sum(dim=3)
+    labels = (p.detach().cumsum(dim=3) < u).sum(dim=3)  # inverse of the distribution function
     return labels.clamp(max=p.shape[3] - 1)  # where rounding lets the sum end below 1
 
 
@@ -138,8 +140,9 @@ def gain_table(
 ) -> Tensor:
     """What the reward gains if one pixel of true class t gets the label k instead of a.
 
-    right, predicted, true: counts [B,C] with the label a -> [B,a,t,k], in float64, since one pixel
-    changes a reward by about 1 / pixels. Entries of (a, t) that no pixel has mean nothing.
+    right, predicted, true: counts [B,C] of the present map -> [B,a,t,k], in float64, since one
+    pixel changes a reward by about 1 / pixels. Entries of pairs (a, t) that no pixel has are never
+    used.
     """
     eye = torch.eye(len(weights), dtype=right.dtype, device=right.device)
     same = eye.bool()
@@ -160,7 +163,7 @@ def gain_table(
 def counterfactual(
     p: Tensor, labels: Tensor, truth: Tensor, reward: Reward, weights: Tensor
 ) -> Tensor:
-    """For each pixel the expectation over its own label, the other pixels as drawn; summed.
+    """Sum over pixels of the expected gain of the reward if only this pixel were drawn again.
 
     p [B,H,W,C], labels drawn from it [B,H,W] -> [B], whose gradient is the estimate. It is
     unbiased: grad E[R] = E[sum over pixels and k of grad p(k) R(labels, with k at this pixel)].
@@ -169,6 +172,7 @@ def counterfactual(
     gains = gain_table(reward, *counts(labels, truth, len(weights)), weights)  # [B,a,t,k]
     valid = truth != IGNORE
     image = torch.arange(len(p), device=p.device).view(-1, 1, 1)
+    # The row (a, t) of the table for each pixel. Labels are drawn, so it has no gradient.
     gain = gains.to(p.dtype)[image, labels, truth.where(valid, 0)]  # [B,H,W,k]
     gain = gain * valid[..., None]
     return (p * gain).sum(dim=(1, 2, 3))
@@ -177,7 +181,7 @@ def counterfactual(
 def leave_one_out(log_p: Tensor, labels: Tensor, truth: Tensor, rewards: Tensor) -> Tensor:
     """REINFORCE, with the mean reward of the other samples as its baseline (algorithm 2).
 
-    The paper learns from one sample, with the others as its baseline; here each takes its turn.
+    The paper learns from one of the K samples. Here each is used, with the others as its baseline.
     log_p [B,H,W,C], labels drawn from it [K,B,H,W], rewards [K,B] -> [B], whose gradient is the
     estimate.
     """
@@ -239,7 +243,7 @@ def as_one_map(logits: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
 def tune(run: Run, net: Network, split: Split, steps: int) -> None:
     """The stage with the reward, or with the objective that stands in for it."""
     args, reward = run.args, REWARDS[run.args.reward]
-    # Its name seeds the batches: "few" gives those of the baseline few_label.
+    # The stage's name is part of the seed of the batches: "few" gives those of few_label.
     stage = "few" if args.reward_on == "few" else "reward"
     loader = Loader(split, args.batch_size, run.device, args.seed, stage)
     model, optimizer = common.parallel(net), common.make_optimizer(net, args.lr)

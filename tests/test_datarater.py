@@ -292,7 +292,7 @@ def test_what_cannot_run(args: common.Args):
     for changes, message in (
         ({"k": 9}, "--k 9: expected 1 to 4"),
         ({"k": 2, "choose": "original"}, "--k 2: expected 1 to 1"),
-        ({"shrink": 2}, "--shrink 2: expected sides"),
+        ({"shrink": 2}, "--shrink 2: --size over it"),
         ({"augmentations": ("blur", "sharpen")}, "--augmentations blur sharpen: expected names"),
         ({"augmentations": ("blur",)}, "--inner-batch 1: a single candidate"),
         ({"net": "lraspp"}, "--net lraspp"),
