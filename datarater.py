@@ -17,7 +17,8 @@ augmented source images, each weighted by the softmax of the batch's scores. Aft
 updates the loss on labelled target photos is measured, the outer loss. Its derivative with respect
 to the weights of the images says which images should have counted more, and trains the rater.
 2. The choice: the rater scores all candidates (each image with each augmentation); the best ones
-make a training set. 3. The segmentation network is trained from scratch on this set; --steps counts these updates.
+make a training set. 3. The segmentation network is trained from scratch on this set; --steps counts
+these updates.
 
 The run folder gets best_augmentations_step_X.pt (scores and choice of each image) and set/, the
 training set, which other methods take as --init RUN/set. Without --out the controls and --corrupt
