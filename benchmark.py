@@ -74,6 +74,8 @@ class BaselineArgs(common.Args):
 def run_baseline(args: BaselineArgs) -> Result:
     """Trains a baseline: the segmentation network without any adaptation method."""
     few_label = args.row == "few_label"
+    if not 0 < args.finetune <= 1 or args.finetune_lr <= 0:
+        raise UserError("--finetune: expected 0 to 1, --finetune-lr: expected above 0")
     run = common.Run(args, args.row, stages=2 if few_label else 1)
     if run.result:
         return run.result
@@ -83,6 +85,8 @@ def run_baseline(args: BaselineArgs) -> Result:
         photos = common.load(args, "target_train")
         common.train(run, net, photos, args.steps, "target")
         return run.finish(net, target_labels=len(photos))
+
+    labelled = common.load(args, "target_few") if few_label else None  # errors come first
 
     # Step 1: training on the source. A checkpoint given by --init has had it already.
     finetune_steps = max(1, round(args.steps * args.finetune)) if few_label else 0
@@ -104,7 +108,7 @@ def run_baseline(args: BaselineArgs) -> Result:
 
     # Step 2: fine-tuning on the labelled photos.
     if few_label:
-        labelled, lr = common.load(args, "target_few"), args.lr * args.finetune_lr
+        lr = args.lr * args.finetune_lr
         common.train(run, net, labelled, finetune_steps, "few", lr=lr)
     labels = args.labelled if few_label else 0
     return run.finish(net, target_labels=labels, steps=source_steps + finetune_steps)
@@ -226,6 +230,9 @@ def run_row(row: Row, args: Args, running: list[subprocess.Popen]) -> Result:
         try:
             process.wait(args.timeout)
         except subprocess.TimeoutExpired:
+            process.terminate()  # it removes its temporary files
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(10)
             process.kill()
             error = f"stopped after --timeout {args.timeout:g} s"
     result, status = finished(row), process.returncode
@@ -264,7 +271,8 @@ def run_rows(rows: list[Row], args: Args) -> dict[Key, Result]:
 
     with ThreadPoolExecutor(len(slots)) as pool:
         try:
-            futures |= {row.key: pool.submit(task, row) for row in rows}
+            for row in rows:
+                futures[row.key] = pool.submit(task, row)
             for count, future in enumerate(as_completed(futures.values()), start=1):
                 row, result = future.result()
                 if result.error:
@@ -288,42 +296,63 @@ def run_rows(rows: list[Row], args: Args) -> dict[Key, Result]:
 
 
 # ---- Results ------------------------------------------------------------------------------------
+def settings_of(folder: Path) -> dict[str, Any]:
+    """What must be the same in all rows that are compared."""
+    names = ("steps", "batch_size", "size", "net", "lr", "pretrained")
+    names += ("miniature", "source_files", "target_files", "test_files")
+    config = common.read_json(folder / "config.json")
+    return {name: config[name] for name in names if name in config}
+
+
+def is_variant(folder: Path, method: str) -> bool:
+    """Whether a known method ran with flags of its own: that is not the row of the table."""
+    try:
+        kind = importlib.import_module(method).Args if method in METHODS else BaselineArgs
+    except ImportError:  # a method of somebody else
+        return False
+    shared = {field.name for field in dataclasses.fields(common.Args)} | {"row"}
+    defaults = {f.name: f.default for f in dataclasses.fields(kind) if f.name not in shared}
+    config = common.read_json(folder / "config.json")
+    return any(config.get(n, d) != json.loads(json.dumps(d)) for n, d in defaults.items())
+
+
 def gather(args: Args, failed: dict[Key, Result]) -> tuple[list[Result], dict[Key, Path]]:
     """Writes results.json: its rows of earlier commands, all finished run folders, what failed.
 
-    -> the rows in the table's order, and the run folders. UserError where results.json is damaged,
-    or where two run folders below --collect are the same row or do not compare.
+    -> the rows in the table's order, and the run folders. UserError where a file is damaged, or
+    where two run folders below --collect are the same row or do not compare.
     """
     path, folders, first = args.out / "results.json", {}, {}
     try:
-        earlier = json.loads(path.read_text()) if path.exists() else []
+        earlier = json.loads(path.read_text()) if path.exists() and not args.collect else []
         results = {(r["benchmark"], r["method"], r["seed"]): Result(**r) for r in earlier}
+        paths = [p for root in args.collect or [args.out] for p in root.glob("**/result.json")]
+        for path in sorted(paths):
+            folder, result = path.parent, Result(**common.read_json(path))
+            name = folder.parent.name if folder.name == f"seed{result.seed}" else result.method
+            key = result.benchmark, name, result.seed  # the name may be that of a combination
+            usual = args.out / key[0] / name / f"seed{result.seed}"
+            if ".old" in folder.name or (not args.collect and folder != usual):
+                continue
+            settings = settings_of(folder)
+            if args.collect and settings != first.setdefault(result.benchmark, settings):
+                expected = first[result.benchmark]
+                raise UserError(f"{folder}: found {settings}, expected {expected} as in the others")
+            if key in folders:
+                raise UserError(f"{folder}: the same row as {folders[key]}")
+            if args.collect or not is_variant(folder, result.method):
+                results[key], folders[key] = replace(result, method=name), folder
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"{path}: damaged, or of another version ({error}); move it") from error
-    paths = [path for root in args.collect for path in root.glob("**/result.json")]
-    for path in sorted(paths or args.out.glob("*/*/seed*/result.json")):
-        folder, config = path.parent, common.read_json(path.parent / "config.json")
-        result = common.read_json(path)
-        if not (config and result) or ".old" in folder.name:
-            continue
-        result = Result(**result)
-        name = folder.parent.name if folder.name == f"seed{result.seed}" else result.method
-        key = result.benchmark, name, result.seed  # the name may be that of a combination
-        names = ("steps", "batch_size", "size", "net", "lr", "pretrained")
-        files = ("source_files", "target_files", "test_files")
-        settings = {setting: config.get(setting) for setting in names + files}
-        other, expected = first.setdefault(result.benchmark, (folder, settings))
-        if args.collect and settings != expected:
-            raise UserError(f"{folder}: found {settings}, expected {expected} as in {other}")
-        if key in folders:
-            raise UserError(f"{folder}: the same row as {folders[key]}")
-        results[key], folders[key] = replace(result, method=name), folder
+    if args.collect and not folders:
+        raise UserError(f"--collect {' '.join(map(str, args.collect))}: no finished run folder")
     for key in sorted(folders, key=lambda key: key[1].count("+")):
         parent = key[0], key[1].rpartition("+")[0], key[2]
-        if parent in results:
+        if parent in results and not results[parent].error:
             results[key] = combined(results[key], results[parent])
         elif "+" in key[1]:
-            raise UserError(f"{folders[key]}: the run of {parent[1]} is missing")
+            reason = f"the run of {parent[1]}, from which it starts, is missing"
+            results[key] = Result(*key, status="failed", error=reason)
     results |= failed
     place = {name: i for i, name in enumerate([*BENCHMARKS, *BASELINES, *METHODS])}
     keys = sorted(results, key=lambda k: (place[k[0]], k[1].count("+"), place.get(k[1], 99), k))
@@ -449,7 +478,7 @@ def class_table(methods: Methods) -> Cells:
     return list(table.values())
 
 
-def notes(results: list[Result]) -> list[str]:
+def notes(results: list[Result], folders: dict[Key, Path]) -> list[str]:
     """What has to be said below the tables."""
     over = "paired bootstrap over test images, Student's t over seeds"
     if len({result.seed for result in results}) == 1:
@@ -464,8 +493,14 @@ def notes(results: list[Result]) -> list[str]:
         if absent:
             names = ", ".join(sorted(absent))
             lines.append(f"{benchmark}: no test photo contains {names}; left out of the mean.")
-        for name in ("commit", "device", "versions", "steps"):
-            values = {str(getattr(r, name)) for r in rows if "+" not in r.method}
+        own = [f for key, f in folders.items() if key[0] == benchmark and "+" not in key[1]]
+        settings = [settings_of(folder) for folder in own]
+        if any(setting.get("miniature") for setting in settings):
+            lines.append(f"{benchmark}: the miniature; do not compare with published numbers.")
+        values_of = {name: {str(s.get(name)) for s in settings} for s in settings for name in s}
+        for name in ("commit", "device", "versions"):
+            values_of[name] = {str(getattr(r, name)) for r in rows if "+" not in r.method}
+        for name, values in values_of.items():
             if len(values) > 1:
                 lines.append(f"warning: {benchmark}: {name} differs: {', '.join(sorted(values))}")
     return lines
@@ -503,10 +538,12 @@ def write_tables(results: list[Result], folders: dict[Key, Path], out: Path) -> 
     tables = {title: table for title, table in tables.items() if table}
     for title, table in reversed(tables.items()):  # the most important table comes last
         show(title, table, columns=5 if "IoU in percent" in title else 4)
-    Console().print("\n".join(notes(results)), highlight=False, markup=False)
+    Console().print("\n".join(notes(results, folders)), highlight=False, markup=False)
     text = [f"## {title}\n\n{markdown(table)}" for title, table in tables.items()]
     with common.replacing(out / "results.md") as temporary:
-        temporary.write_text("\n\n".join([*text, *notes(results)]) + "\n", encoding="utf-8")
+        temporary.write_text(
+            "\n\n".join([*text, *notes(results, folders)]) + "\n", encoding="utf-8"
+        )
 
 
 # ---- Figures ------------------------------------------------------------------------------------
@@ -580,6 +617,8 @@ def draw_curves(args: Args) -> None:
         for axis, key in zip(axes, ("loss", "mIoU"), strict=True):
             steps = np.array([line["step"] for line in lines if key in line])
             values = np.array([line[key] for line in lines if key in line])
+            if not len(values):
+                continue
             axis.plot(steps, values, "-" if key == "loss" else ".", color=f"C{k}", alpha=0.4)
             window = len(values) // 20 * 2 + 1  # odd, about a tenth of the curve
             smooth = np.convolve(values, np.ones(window) / window, "valid")
@@ -607,7 +646,10 @@ def study_networks(args: Args) -> None:
         net = common.Network(name, len(BENCHMARKS[benchmark].source.classes)).eval()
         net.to(flags.device, memory_format=torch.channels_last)
         seconds, amp = [], flags.amp and images.device.type == "cuda"
-        with torch.inference_mode(), torch.autocast(images.device.type, enabled=amp):
+        with (
+            torch.inference_mode(),
+            torch.autocast(images.device.type, torch.bfloat16, enabled=amp),
+        ):
             with FlopCounterMode(display=False) as flops:
                 net(images[:1])
             for x in (images[:1], images):
@@ -629,6 +671,8 @@ def study_networks(args: Args) -> None:
 # ---- Command line -------------------------------------------------------------------------------
 def main(args: Args) -> None:
     sys.stdout.reconfigure(errors="replace")  # not every terminal has every character
+    if args.jobs < 1 or any("+" in name for name in args.methods):
+        raise UserError("--jobs: expected at least 1; --methods: joined methods go to --combine")
     if args.curves:
         return draw_curves(args)
     if args.networks:
@@ -644,14 +688,18 @@ def main(args: Args) -> None:
     gather(args, {})  # a damaged file is reported before hours of work
     if not args.collect:
         for benchmark in args.benchmarks:  # a wrong flag, too; and this writes the miniature
-            common.resolve(shared_args(args, benchmark=benchmark, device="cpu"), "benchmark")
+            shared = shared_args(args, benchmark=benchmark, device="cpu")
+            shared = common.resolve(shared, "benchmark")
+            for role in ("source", "target_unlabelled", "target_test"):
+                common.load(shared, role)  # so that no row is charged with the cache
         failed = run_rows(rows, args)
-        draw_sheets(rows, failed, args)
     results, folders = gather(args, failed)
     if not results:
         raise UserError("no row to run, no finished run folder")
     write_tables(results, folders, args.out)
     draw_figures(results, folders, args.out)
+    if not args.collect:
+        draw_sheets(rows, failed, args)
     print(f"written: {args.out}/results.json, results.md, figures/")
     if failed:
         sys.exit(1)

@@ -20,6 +20,7 @@ import json
 import math
 import os
 import resource
+import signal
 import subprocess
 import sys
 import textwrap
@@ -31,6 +32,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -380,6 +382,8 @@ def load(args: "Args", role: Role) -> Split:
         if not 1 <= k <= n:
             raise UserError(f"--labelled {k}: {root} has {n} labelled training photos")
         pairs = [pairs[(2 * i + 1) * n // (2 * k)] for i in range(k)]
+    if role == "target_train" and not pairs:
+        raise UserError(f"{root}: no labelled training photo")
     images, labels = [image for image, _ in pairs], [label for _, label in pairs]
     if role == "target_unlabelled":
         images = sorted(images + unlabelled)
@@ -467,6 +471,8 @@ class Loader:
     """
 
     def __init__(self, split: Split, batch_size: int, device: torch.device, *stream: int | str):
+        if batch_size % world_size():
+            raise UserError(f"a batch of {batch_size}: no multiple of {world_size()} processes")
         self.split, self.batch_size, self.device, self.stream = split, batch_size, device, stream
 
     def indices(self, step: int) -> np.ndarray:
@@ -721,14 +727,17 @@ def world_size() -> int:
 
 def join_processes(device: str) -> str:
     """Joins the other processes of torchrun, if there are any. -> this process's device."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "LOCAL_RANK" not in os.environ:
         return device
     cuda = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
     if cuda:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
+        if int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
+            raise UserError(f"torchrun: no card {device}, there are {torch.cuda.device_count()}")
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo")
+        # Others may wait for hours while rank 0 writes a large set.
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(days=1))
     return device
 
 
@@ -1041,6 +1050,8 @@ class Run:
             return
         if args.checkpoint:  # one that is of no use must not move an old run aside
             load_weights(Network(args.net, len(self.classes)), args.checkpoint)
+        if args.init and args.init.resolve().is_relative_to(self.out.resolve()):
+            raise UserError(f"--init {args.init}: lies in the run folder; give another --out")
         config = configuration(args, method)
         barrier()  # until all have seen that there is no result
         if rank() == 0:
@@ -1294,7 +1305,7 @@ def train(
     flip, `augment` what comes after. lr: the initial learning rate, --lr where None. evaluated: a
     network that is not the method's result is not evaluated, and its loss is called STAGE_loss.
     """
-    args, initial = run.args, lr or run.args.lr
+    args, initial = run.args, run.args.lr if lr is None else lr
     optimizer, model = make_optimizer(net, initial), parallel(net)
     loader = Loader(split, args.batch_size, run.device, args.seed, stage)
     net.train()
@@ -1387,6 +1398,7 @@ def draw_predictions(path: Path, split: Split, networks: dict[str, Network]) -> 
 # ---- Command line -------------------------------------------------------------------------------
 def main(args_class: type, run: Callable[[Any], Any], doc: str | None) -> None:
     """The command line of a script: one line and exit status 1 for what the user can mend."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C, it cleans up
     try:
         result = run(parse(args_class, doc))
         if isinstance(result, Result) and rank() == 0:
@@ -1451,6 +1463,8 @@ def look(args: LookArgs) -> None:
     dataset = DATASETS[args.dataset]
     pairs, unlabelled = list_files(dataset, dataset_root(args.data, dataset), args.split)
     print(f"{len(pairs):,} pairs, {len(unlabelled):,} images without a label")
+    if not pairs:
+        raise UserError(f"{unlabelled[0]}: has no label, and no other image has one")
     pixels, images = np.zeros(256, np.int64), np.zeros(256, np.int64)
     for image, label in show_progress(pairs, "reading"):
         counts = np.bincount(read_label(label, dataset, image).ravel(), minlength=256)

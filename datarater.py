@@ -460,6 +460,7 @@ def check(args: Args) -> None:
 def run(args: Args) -> Result:
     method = "datarater" if args.choose == "best" else f"datarater_{args.choose}"
     method = f"{method}_corrupt" if args.corrupt else method
+    args = replace(args, device=common.join_processes(args.device))
     check(with_lengths(common.resolve(args, method)))
     rated = args.choose in ("best", "worst")
     run = Run(args, method, stages=1 + rated)

@@ -2,8 +2,10 @@
 
 import ast
 import dataclasses
+import importlib
 import io
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -31,7 +33,7 @@ def confusion_of(accuracy: np.ndarray | float, images: int = 20, classes: int = 
     return right * eye + (100 - right) * np.roll(eye, 1, axis=1)
 
 
-def write_run(folder: Path, method: str, accuracy: Any, seed: int = 0, **changes: Any) -> None:
+def write_run(folder: Path, method: str, accuracy: Any, seed: int = 0, **changes: Any) -> Path:
     """A finished run folder FOLDER/vkitti2kitti/METHOD/seedSEED as a method writes it."""
     out = folder / VKITTI / method / f"seed{seed}"
     confusion = confusion_of(accuracy)
@@ -45,6 +47,7 @@ def write_run(folder: Path, method: str, accuracy: Any, seed: int = 0, **changes
     common.write_json(out / "result.json", dataclasses.asdict(result))
     common.write_json(out / "config.json", {"method": module, "steps": result.steps})
     np.save(out / "confusion.npy", confusion)
+    return out
 
 
 def rows_in(folder: str) -> dict[tuple[str, int], dict[str, Any]]:
@@ -231,21 +234,58 @@ def test_collected_runs_make_a_table_on_any_terminal(
 def test_rows_that_do_not_compare(tmp_path: Path):
     write_run(tmp_path, "source_only", 0.5)
     write_run(tmp_path, "oracle", 0.9, steps=50, commit="d")
-    with pytest.raises(UserError, match=r"source_only/seed0: found .*'steps': 5, .*expected"):
+    with pytest.raises(UserError, match=r"source_only/seed0: found .*'steps': 5.*expected"):
         benchmark.gather(benchmark.Args(collect=(tmp_path,), out=Path("table")), {})
     results, folders = benchmark.gather(benchmark.Args(out=tmp_path), {})  # of two commands
     pair = [results[1]], [results[0]]
     assert benchmark.interval_of(folders, *pair)[0] > 0
     np.save(folders[VKITTI, "oracle", 0] / "confusion.npy", confusion_of(0.9, images=19))
     assert benchmark.interval_of(folders, *pair) is None  # not of the same test photos
-    warnings = [line for line in benchmark.notes(results) if line.startswith("warning")]
-    assert warnings == [
+    warnings = [line for line in benchmark.notes(results, folders) if line.startswith("warning")]
+    assert sorted(warnings) == [
         f"warning: {VKITTI}: commit differs: c, d",
         f"warning: {VKITTI}: steps differs: 5, 50",
     ]
     Path(tmp_path, "results.json").write_text('[{"method":')
     with pytest.raises(UserError, match=r"results\.json: damaged"):
         benchmark.gather(benchmark.Args(out=tmp_path), {})
+
+
+def test_a_variant_in_the_usual_folder_is_no_row(tmp_path: Path):
+    folder = write_run(tmp_path, "adversarial_da", 0.5)
+    config = json.loads((folder / "config.json").read_text())
+    assert len(benchmark.gather(benchmark.Args(out=tmp_path), {})[0]) == 1
+    (tmp_path / "results.json").unlink()
+    (folder / "config.json").write_text(json.dumps(config | {"align": "output"}))
+    assert benchmark.gather(benchmark.Args(out=tmp_path), {})[0] == []
+
+
+def test_a_combination_without_its_parent_fails_alone(tmp_path: Path):
+    write_run(tmp_path, "metasim", 0.5)
+    write_run(tmp_path, "metasim+few_label", 0.6)
+    key = VKITTI, "metasim", 0
+    failed = {key: Result(*key, status="failed", error="killed")}
+    benchmark.gather(benchmark.Args(out=tmp_path), failed)
+    shutil.rmtree(tmp_path / VKITTI / "metasim")
+    results, _ = benchmark.gather(benchmark.Args(out=tmp_path), {})
+    reason = "the run of metasim, from which it starts, is missing"
+    assert [r.error for r in results] == ["killed", reason]
+
+
+@pytest.mark.parametrize("method", benchmark.METHODS)
+def test_the_benchmark_knows_a_finished_run(method: str, args: common.Args, monkeypatch):
+    """The method and the benchmark compute the same configuration of a run."""
+    module, configs = importlib.import_module(method), []
+    own = module.Args(**vars(dataclasses.replace(args, size=(64, 128))))
+
+    def stop(run: common.Run, args: common.Args, name: str, stages: int) -> None:
+        configs.append(common.configuration(common.resolve(args, name), name))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(common.Run, "__init__", stop)
+    with pytest.raises(KeyboardInterrupt):
+        module.run(own)
+    assert configs == [common.configuration(common.resolve(own, method), method)]
 
 
 def test_a_failed_row_and_an_absent_class_are_named():
@@ -255,7 +295,7 @@ def test_a_failed_row_and_an_absent_class_are_named():
     bad = Result(VKITTI, "metasim", 1, status="failed", error="no such file")
     table = benchmark.method_table({"metasim": [good, bad]}, {}, labelled=False)
     assert table[0]["mIoU"] == "50.0; seed 1 failed: no such file"
-    assert any("no test photo contains pole" in line for line in benchmark.notes([good, bad]))
+    assert any("no test photo contains pole" in line for line in benchmark.notes([good, bad], {}))
     assert {"class": "pole", "metasim": "-"} in benchmark.class_table({"metasim": [good, bad]})
     spread = [dataclasses.replace(good, miou=value) for value in (1.0, 2.0, 4.5)]
     table = benchmark.method_table({"metasim": spread}, {}, labelled=False)
