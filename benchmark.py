@@ -313,7 +313,7 @@ def is_variant(folder: Path, method: str) -> bool:
     shared = {field.name for field in dataclasses.fields(common.Args)} | {"row"}
     defaults = {f.name: f.default for f in dataclasses.fields(kind) if f.name not in shared}
     config = common.read_json(folder / "config.json")
-    return any(config.get(n, d) != json.loads(json.dumps(d)) for n, d in defaults.items())
+    return any(config[n] != json.loads(json.dumps(defaults[n])) for n in {*defaults} & {*config})
 
 
 def gather(args: Args, failed: dict[Key, Result]) -> tuple[list[Result], dict[Key, Path]]:
@@ -328,20 +328,21 @@ def gather(args: Args, failed: dict[Key, Result]) -> tuple[list[Result], dict[Ke
         results = {(r["benchmark"], r["method"], r["seed"]): Result(**r) for r in earlier}
         paths = [p for root in args.collect or [args.out] for p in root.glob("**/result.json")]
         for path in sorted(paths):
-            folder, result = path.parent, Result(**common.read_json(path))
-            name = folder.parent.name if folder.name == f"seed{result.seed}" else result.method
-            key = result.benchmark, name, result.seed  # the name may be that of a combination
-            usual = args.out / key[0] / name / f"seed{result.seed}"
-            if ".old" in folder.name or (not args.collect and folder != usual):
+            folder, record = path.parent, common.read_json(path)
+            # A run folder is BENCHMARK/METHOD/seedSEED; METHOD may be a combination.
+            benchmark, name, seed = folder.resolve().parts[-3:]
+            if (benchmark, seed) != (record.get("benchmark"), f"seed{record.get('seed')}"):
                 continue
+            if is_variant(folder, record["method"]):
+                continue
+            result, key = Result(**record), (benchmark, name, record["seed"])
             settings = settings_of(folder)
-            if args.collect and settings != first.setdefault(result.benchmark, settings):
-                expected = first[result.benchmark]
+            if args.collect and settings != first.setdefault(benchmark, settings):
+                expected = first[benchmark]
                 raise UserError(f"{folder}: found {settings}, expected {expected} as in the others")
             if key in folders:
                 raise UserError(f"{folder}: the same row as {folders[key]}")
-            if args.collect or not is_variant(folder, result.method):
-                results[key], folders[key] = replace(result, method=name), folder
+            results[key], folders[key] = replace(result, method=name), folder
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"{path}: damaged, or of another version ({error}); move it") from error
     if args.collect and not folders:
