@@ -2,7 +2,7 @@
 
 Run as a script it checks a dataset, which is the first thing to do with a fresh download:
 
-    python common.py --dataset gta5 --data /datasets/gta5
+    python common.py --dataset gta5 --data /datasets
 
 Letters in shape comments: B batch, C classes, H x W height and width in pixels, N images of a
 split. Images are float RGB in [0, 1] (the networks normalise them), labels are train ids 0..C-1
