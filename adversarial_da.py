@@ -14,16 +14,14 @@ are labelled synthetic images, the target are photos; their labels are never use
 
 The first takes half a minute on one CPU core and reaches 65 mIoU on the miniature; training on
 the source alone reaches 44. The others take up to a minute and a half. `--translate fda` is FDA,
-`--align entropy` is ADVENT. To see what the discriminator adds, compare the last command with
-the one before it.
+`--align entropy` is ADVENT. What the discriminator adds is the gain of the last command over AdaBN.
 
 The --steps updates of the segmentation network are divided among up to three stages: training on
 the translated source images, then alignment, then self-training. In the last two stages each
 update sees a batch of source images and a batch of photos. With --init CHECKPOINT the first stage
 and its steps are left out.
 
-scalars.json has the discriminator's accuracy: near 1 it tells the domains apart, near 0.5 it
-guesses.
+scalars.json has the discriminator's accuracy: near 1 it knows the domains, near 0.5 it guesses.
 """
 
 import copy
@@ -40,8 +38,6 @@ from torch.optim.swa_utils import update_bn
 
 import common
 from common import Loader, Network, Result, Run, Split, UserError
-
-METHOD = "adversarial_da"
 
 
 @dataclass(frozen=True)
@@ -253,8 +249,7 @@ def pseudo_labels(teacher: nn.Module, images: Tensor, threshold: float) -> Tenso
 def class_mix_mask(labels: Tensor, num_classes: int, rng: torch.Generator) -> Tensor:
     """The pixels of a random half of each image's classes (ClassMix, arXiv:2007.07936v2).
 
-    labels [B,H,W] -> bool [B,H,W]. It draws (n + 1) // 2 of the n classes of an image. Ignored
-    pixels are never drawn.
+    labels [B,H,W] -> bool [B,H,W]: (n + 1) // 2 of n classes are drawn, ignored pixels never are.
     """
     present = [(labels == c).flatten(1).any(dim=1) for c in range(num_classes)]
     present = torch.stack(present, dim=1)  # [B,C]
@@ -295,8 +290,7 @@ def self_train(run: Run, net: Network, source: Split, photos: Split, steps: int)
         if args.augment:
             x_mixed = common.random_augmentation(x_mixed, rng)
 
-        # Step 2: the student. Its loss on mixed images is multiplied by the share of confident
-        # pixels. DACS keeps the other pseudo-labels too; here they are ignored.
+        # Step 2: the student. Unlike DACS, pseudo-labels that are not confident are left out.
         confident = common.mean_over_processes((y_target != common.IGNORE).float().mean())
         with run.autocast():
             on_source, on_mixed = forward_both(model, x, x_mixed, args.statistics)
@@ -344,7 +338,7 @@ def run(args: Args) -> Result:
     adapts = args.align != "none" or args.self_train
     trained = adapts and args.checkpoint is not None  # --init replaces the first stage
     stages = (not trained) + (args.align != "none") + args.self_train
-    run = Run(args, METHOD, stages)
+    run = Run(args, "adversarial_da", stages)
     if run.result:
         return run.result
     args, net = run.args, run.network()

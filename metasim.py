@@ -379,9 +379,8 @@ class RoadScenes:
 
 # ---- Distribution transformer -------------------------------------------------------------------
 class GraphLayer(nn.Module):
-    """A graph convolution. There are three types of messages: from a node to itself, from the root
-    to its children, and from the children to the root. Each has weights and a gate of its own.
-    [B,V,D] -> [B,V,O]."""
+    """A graph convolution, [B,V,D] -> [B,V,O]. Messages from a node to itself, from the root to its
+    children and from the children to the root have weights and a gate each."""
 
     def __init__(self, i: int, o: int) -> None:
         super().__init__()
