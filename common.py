@@ -1356,7 +1356,7 @@ def save_figure(figure: Any, path: Path) -> None:
 
 
 def draw_sheet(path: Path, columns: dict[str, list[np.ndarray]], classes: Sequence[str]) -> None:
-    """Pictures, uint8 [h,w,3], or label maps [h,w], in titled columns over a legend of classes."""
+    """Pictures, uint8 [h,w,3], or label maps [h,w], in titled columns; a legend of any classes."""
     first = next(iter(columns.values()))
     height, width = first[0].shape[:2]
     inches = max(2.2, 10 / len(columns))
@@ -1372,7 +1372,9 @@ def draw_sheet(path: Path, columns: dict[str, list[np.ndarray]], classes: Sequen
             axis.axis("off")
     handles = [Patch(color=colours[i] / 255, label=name) for i, name in enumerate(classes)]
     handles.append(Patch(color="black", label="ignored"))
-    figure.legend(handles=handles, loc="outside lower center", ncols=7, fontsize=7, frameon=False)
+    if classes:
+        place = {"loc": "outside lower center", "frameon": False}
+        figure.legend(handles=handles, ncols=7, fontsize=7, **place)
     save_figure(figure, path)
 
 

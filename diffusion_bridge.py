@@ -569,9 +569,7 @@ def verdict(table: dict[str, Any], unet_steps: int) -> list[str]:
     return lines
 
 
-def draw_translations(
-    path: Path, columns: dict[str, np.ndarray], masks: np.ndarray, classes: Sequence[str]
-) -> None:
+def draw_translations(path: Path, columns: dict[str, np.ndarray], masks: np.ndarray) -> None:
     """Five images of each column, uint8 [N,H,W,3]; then the borders of the masks, [N,H,W] of any
     ids, over those of "source" and "translated"."""
     shown = {}
@@ -582,7 +580,7 @@ def draw_translations(
     for title in ("source", "translated"):
         pairs = zip(edges, shown[title], strict=True)
         shown[f"mask on {title}"] = [np.where(edge, yellow, image) for edge, image in pairs]
-    common.draw_sheet(path, shown, classes)
+    common.draw_sheet(path, shown, ())
 
 
 # ---- The benchmark's row ------------------------------------------------------------------------
@@ -642,7 +640,7 @@ def run(args: Args) -> Result:
         run.say("\n".join(verdict(table, bridge.config["unet_steps"])))
         common.write_json(run.out / "checks.json", table)
         columns = {"source": before, "translated": after, "photo": photos.images}
-        draw_translations(run.out / "figures/translation.png", columns, labels, run.classes)
+        draw_translations(run.out / "figures/translation.png", columns, labels)
     common.train(run, net, translated, args.steps, "segmenter")
     return run.finish(net, 0, other_updates=f"{bridge.config['unet_steps']} U-Net updates")
 
@@ -862,7 +860,7 @@ def check_folder(
     masks = np.stack([np.asarray(m.resize((w, h), Image.Resampling.NEAREST)) for m in masks])
     columns = {"source": before, "translated": after}
     sheet = out.with_name(f"{out.name}-sheet.png")
-    draw_translations(sheet, columns, masks, bridge.config["classes"])
+    draw_translations(sheet, columns, masks)
     return check(bridge, before, after, masks, args.mask_labels != "none")
 
 

@@ -386,3 +386,14 @@ def test_every_flag_is_explained(name: str):
                 if isinstance(field, ast.AnnAssign):
                     text = isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)
                     assert text, f"{name}: {node.name}.{field.target.id} has no docstring"
+
+
+def test_the_readme_shows_the_results_of_its_run():
+    results = json.loads((ROOT / "docs/results.json").read_text())
+    readme = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    for method in dict.fromkeys(row["method"] for row in results):
+        line = next(line for line in readme if line.startswith(f"| `{method}` |"))
+        for name in common.BENCHMARKS:
+            rows = [r for r in results if (r["method"], r["benchmark"]) == (method, name)]
+            values = [row["miou"] for row in rows]
+            assert f"| {np.mean(values):.1f} ± {np.std(values, ddof=1):.1f} |" in line
