@@ -278,10 +278,8 @@ def run_rows(rows: list[Row], args: Args) -> dict[Key, Result]:
                 if result.error:
                     failed[row.key] = result
                 gather(args, failed)
-                name, outcome = (
-                    "{} {} seed {}".format(*row.key),
-                    result.error or f"{result.miou:.1f}",
-                )
+                name = "{} {} seed {}".format(*row.key)
+                outcome = result.error or f"{result.miou:.1f}"
                 seconds_left = mean(seconds.values() or [0]) * (len(rows) - count) / len(slots)
                 times = f"{seconds.get(row.key, 0):.0f} s, {seconds_left / 60:.1f} min left"
                 print(f"{count} of {len(rows)}: {name}: {outcome}, {times}", flush=True)
@@ -326,7 +324,9 @@ def gather(args: Args, failed: dict[Key, Result]) -> tuple[list[Result], dict[Ke
     try:
         earlier = json.loads(path.read_text()) if path.exists() and not args.collect else []
         results = {(r["benchmark"], r["method"], r["seed"]): Result(**r) for r in earlier}
-        paths = [p for root in args.collect or [args.out] for p in root.glob("**/result.json")]
+        paths = [p for root in args.collect for p in root.glob("**/seed*/result.json")]
+        if not args.collect:  # a folder below OUT may be the OUT of another command
+            paths = list(args.out.glob("*/*/seed*/result.json"))
         for path in sorted(paths):
             folder, record = path.parent, common.read_json(path)
             # A run folder is BENCHMARK/METHOD/seedSEED; METHOD may be a combination.

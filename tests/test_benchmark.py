@@ -260,6 +260,15 @@ def test_a_variant_in_the_usual_folder_is_no_row(tmp_path: Path):
     assert benchmark.gather(benchmark.Args(out=tmp_path), {})[0] == []
 
 
+def test_the_table_of_another_command_below_is_left_alone(tmp_path: Path):
+    write_run(tmp_path, "source_only", 0.5)
+    write_run(tmp_path / "quick", "source_only", 0.6)
+    results, folders = benchmark.gather(benchmark.Args(out=tmp_path), {})
+    assert len(results) == 1 and "quick" not in str(*folders.values())
+    with pytest.raises(UserError, match="the same row as"):
+        benchmark.gather(benchmark.Args(collect=(tmp_path,), out=tmp_path / "table"), {})
+
+
 def test_a_combination_without_its_parent_fails_alone(tmp_path: Path):
     write_run(tmp_path, "metasim", 0.5)
     write_run(tmp_path, "metasim+few_label", 0.6)
