@@ -100,8 +100,7 @@ def translate(images: Tensor, rng: torch.Generator, photos: Split, args: Args) -
     """Source images in the style of random photos. [B,3,H,W] -> [B,3,H,W] in [0,1]."""
     if args.translate == "none":
         return images
-    indices = (common.draw(rng, len(images)) * len(photos)).long().numpy()  # [B]
-    style = common.to_tensor(photos.images[indices], images.device)  # [B,3,H,W]
+    style = common.random_images(photos, len(images), rng, images.device)  # [B,3,H,W]
     if args.translate == "color":
         return common.color_transfer(images, style).clamp(0, 1)
     return fourier_transfer(images, style, args.beta).clamp(0, 1)

@@ -98,8 +98,7 @@ def run_baseline(args: BaselineArgs) -> Result:
         photos = common.load(args, "target_unlabelled")
 
         def translate(images: Tensor, rng: torch.Generator) -> Tensor:  # [B,3,H,W]
-            indices = (common.draw(rng, len(images)) * len(photos)).long()  # [B]
-            styles = common.to_tensor(photos.images[indices.numpy()], run.device)
+            styles = common.random_images(photos, len(images), rng, run.device)
             return common.color_transfer(images, styles).clamp(0, 1)
 
     if source_steps > 0:

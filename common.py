@@ -265,6 +265,11 @@ def write_json(path: Path, value: Any) -> None:
         temporary.write_text(json.dumps(value, indent=1, default=str, allow_nan=False) + "\n")
 
 
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def create_array(path: Path, shape: tuple[int, ...]) -> np.ndarray:
     """A uint8 array in a .npy file, to be filled piece by piece; one of this shape is kept.
 
@@ -308,9 +313,8 @@ def cached(cache: Path, name: str, files: Sequence[Path], shape: tuple[int, ...]
         with replacing(path) as temporary, ThreadPoolExecutor(os.cpu_count()) as pool:
             array = create_array(temporary, (len(files), *shape))
             for start in show_progress(range(0, len(files), 64), f"caching {name}"):
-                indices = range(
-                    start, min(start + 64, len(files))
-                )  # few, since they wait in memory
+                # Few at a time, since they wait in memory.
+                indices = range(start, min(start + 64, len(files)))
                 for i, values in zip(indices, pool.map(read, indices), strict=True):
                     array[i] = values
             array.flush()
@@ -358,11 +362,6 @@ def dataset_root(data: str, dataset: Dataset) -> Path:
     return root
 
 
-def is_miniature(root: Path) -> bool:
-    """Whether a dataset's folder holds a procedural stand-in."""
-    return (root / "miniature.json").exists()
-
-
 def load(args: "Args", role: Role) -> Split:
     """The images of a role, through the cache. `args` are resolved.
 
@@ -408,8 +407,7 @@ def save_set(folder: Path, split: Split, labels: np.ndarray, names: Sequence[str
     create_array(folder / "labels.npy", labels.shape)[:] = labels
     record = {"dataset": split.dataset.name, "names": list(names)}
     for name in ("images", "labels"):
-        with (folder / f"{name}.npy").open("rb") as file:
-            record[name] = hashlib.file_digest(file, "sha256").hexdigest()
+        record[name] = sha256(folder / f"{name}.npy")
     write_json(folder / "set.json", record)
 
 
@@ -457,10 +455,21 @@ def to_tensor(images: np.ndarray, device: torch.device) -> Tensor:
     return to_device(torch.from_numpy(np.array(images)), device).permute(0, 3, 1, 2) / 255
 
 
+def to_uint8(images: Tensor) -> np.ndarray:
+    """The inverse of `to_tensor`. [B,C,H,W] in [0,1] -> uint8 [B,H,W,C]."""
+    return (255 * images.float()).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
 @functools.lru_cache(maxsize=8)
 def shuffled(n: int, *stream: int | str) -> np.ndarray:
     """A random order of n things. int64 [n]."""
     return np.random.default_rng(seed_of(*stream)).permutation(n)
+
+
+def random_images(split: Split, count: int, rng: torch.Generator, device: torch.device) -> Tensor:
+    """Random images of a split, such as the style of each image of a batch. -> [count,3,H,W]."""
+    indices = (draw(rng, count) * len(split)).long().numpy()
+    return to_tensor(split.images[indices], device)
 
 
 class Loader:
@@ -883,7 +892,11 @@ class Args(SharedArgs):
 
 
 def resolve(args: Any, method: str) -> Any:
-    """The arguments with every default filled in and checked; UserError for what cannot run."""
+    """The arguments with every default filled in and checked; UserError for what cannot run.
+
+    Under torchrun it joins the other processes first, so that rank 0 alone writes the miniature.
+    """
+    args = replace(args, device=join_processes(args.device))
     source = BENCHMARKS[args.benchmark].source
     pairs, unlabelled = list_files(source, dataset_root(args.data, source), "train")
     with open_image([*[image for image, _ in pairs], *unlabelled][0], decode=False) as image:
@@ -944,7 +957,7 @@ def configuration(args: Any, method: str) -> dict[str, Any]:
         del config[name]
     if args.init and args.init.exists():
         file = args.init / "set.json" if args.init.is_dir() else args.init
-        config["init"] = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+        config["init"] = sha256(file)[:16]
     source, target = BENCHMARKS[args.benchmark]
     splits = {"source": (source, "train"), "target": (target, "train"), "test": (target, "test")}
     for name, (dataset, split) in splits.items():
@@ -952,7 +965,7 @@ def configuration(args: Any, method: str) -> dict[str, Any]:
         pairs, unlabelled = list_files(dataset, root, split)
         config[f"{name}_images"] = len(pairs) + len(unlabelled)
         config[f"{name}_files"] = digest([*itertools.chain(*pairs), *unlabelled])
-        config["miniature"] = is_miniature(root)
+        config["miniature"] = (root / "miniature.json").exists()
     return json.loads(json.dumps(config, default=str))
 
 
@@ -1039,7 +1052,6 @@ class Run:
     """
 
     def __init__(self, args: Any, method: str, stages: int) -> None:
-        args = replace(args, device=join_processes(args.device))
         self.args = args = resolve(args, method)
         self.result = finished(args, method)
         self.method, self.device, self.out = method, torch.device(args.device), args.out

@@ -348,8 +348,7 @@ class Candidates:
         name = list(self.augmentations)[a]
         rng = common.generator(self.seed, "candidate", self.split.names[n], name)
         image = common.to_tensor(self.split.images[n : n + 1], torch.device("cpu"))  # [1,3,H,W]
-        image = self.augmentations[name](image, rng)[0]
-        return (255 * image).round().byte().permute(1, 2, 0).numpy()
+        return common.to_uint8(self.augmentations[name](image, rng))[0]
 
 
 @torch.no_grad()
@@ -460,7 +459,6 @@ def check(args: Args) -> None:
 def run(args: Args) -> Result:
     method = "datarater" if args.choose == "best" else f"datarater_{args.choose}"
     method = f"{method}_corrupt" if args.corrupt else method
-    args = replace(args, device=common.join_processes(args.device))
     check(with_lengths(common.resolve(args, method)))
     rated = args.choose in ("best", "worst")
     run = Run(args, method, stages=1 + rated)

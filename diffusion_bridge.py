@@ -375,8 +375,7 @@ def train_bridge(run: Run, source: Split, photos: Split) -> Bridge:
 
     # Step 1: the reader is trained on the source in the colours of photos, and labels the photos.
     def recolor(images: Tensor, rng: torch.Generator) -> Tensor:
-        indices = (common.draw(rng, len(images)) * len(photos)).long().numpy()  # [B]
-        style = common.to_tensor(photos.images[indices], device)  # [B,3,H,W]
+        style = common.random_images(photos, len(images), rng, device)  # [B,3,H,W]
         chosen = common.draw(rng, len(images), 1, 1, 1) < args.reader_color
         recolored = common.color_transfer(images, style).clamp(0, 1)
         images = torch.where(common.to_device(chosen, device), recolored, images)
@@ -584,11 +583,6 @@ def draw_translations(path: Path, columns: dict[str, np.ndarray], masks: np.ndar
 
 
 # ---- The benchmark's row ------------------------------------------------------------------------
-def to_uint8(images: Tensor) -> Tensor:
-    """[B,3,H,W] in [0,1] -> uint8 [B,H,W,3]."""
-    return (255 * images.float()).round().byte().permute(0, 2, 3, 1).contiguous()
-
-
 def translate_set(run: Run, args: Args, bridge: Bridge, source: Split) -> None:
     """The source translated into OUT/set. Each process translates its share of every batch."""
     folder, device = run.out / "set", run.device
@@ -605,7 +599,8 @@ def translate_set(run: Run, args: Args, bridge: Bridge, source: Split) -> None:
             old_labels = torch.from_numpy(source.labels[batch[own]]).to(device).long()  # [B,H,W]
             names = [source.names[i] for i in batch[own]]
             with run.autocast():
-                result[own] = to_uint8(bridge.translate(old, old_labels, names, args))
+                new = bridge.translate(old, old_labels, names, args)
+            result[own] = torch.from_numpy(common.to_uint8(new)).to(device)
         if common.world_size() > 1:
             torch.distributed.all_reduce(result)  # a sum: each image is 0 in all processes but one
         if common.rank() == 0:
@@ -662,11 +657,6 @@ class Pair(NamedTuple):
     name: str  # path of the image below INPUT_DIR, and of its translation below OUTPUT_DIR
     mask_name: str  # path of the mask's copy below OUTPUT_DIR
     size: tuple[int, int]  # width, height
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def find_pairs(inputs: Path, mask_dir: Path) -> tuple[list[Pair], int]:
@@ -752,7 +742,7 @@ def translate_batch(
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
         train_ids = torch.from_numpy(labels).to(device).long()
         new = bridge.translate(common.to_tensor(old, device), train_ids, names, args)
-    new = to_uint8(new).cpu().numpy()
+    new = common.to_uint8(new)
     classes, _ = read(bridge.reader, new, device)
     return new, agreement(classes, labels)
 
@@ -792,7 +782,7 @@ def translate_folder(args: TranslateArgs) -> None:
         batches += [group[i : i + args.batch_size] for i in range(0, len(group), args.batch_size)]
 
     # Step 1: a new output folder, or one of the same settings
-    settings = {**asdict(args), "checkpoint": sha256(args.checkpoint)}
+    settings = {**asdict(args), "checkpoint": common.sha256(args.checkpoint)}
     for name in ("input_dir", "mask_dir", "output_dir", "config"):
         del settings[name]  # which change no byte of an image
     metadata = out / "metadata.json"
@@ -828,8 +818,9 @@ def translate_folder(args: TranslateArgs) -> None:
                     shutil.copyfile(pair.mask, temporary)
             line = {"image": pair.name, "mask": pair.mask_name, "left_out": left_out}
             line |= {"seed": common.seed_of(args.seed, pair.name), "agreement": float(share)}
-            line |= {"source_sha256": sha256(pair.image), "mask_sha256": sha256(pair.mask)}
-            line["output_sha256"] = None if left_out else sha256(out / pair.name)
+            line |= {"source_sha256": common.sha256(pair.image)}
+            line |= {"mask_sha256": common.sha256(pair.mask)}
+            line["output_sha256"] = None if left_out else common.sha256(out / pair.name)
             record.append(line)
         common.write_json(records[number], record)
 

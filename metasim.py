@@ -655,7 +655,7 @@ def render_training_set(run: Run, args: Args, roads: RoadScenes, transformer: An
             names += [split.names[n] for n in graphs.picture[:, 0]]
             if start // 32 % common.world_size() == common.rank():
                 x, y = render_graphs(roads, transformer, graphs)
-                images[start:stop], labels[start:stop] = to_bytes(x), y.byte().cpu().numpy()
+                images[start:stop], labels[start:stop] = common.to_uint8(x), y.byte().cpu().numpy()
         images.flush()
         labels.flush()
         common.barrier()
@@ -909,7 +909,7 @@ def run_digits(args: DigitsArgs) -> None:
     result["seconds"] = time.perf_counter() - start_time
     common.write_json(out / "result.json", result)
     learned, _ = render_graphs(world, transformer, draw)
-    rows = [np.concatenate(to_bytes(x[:16]), axis=1) for x in (prior, learned, photos)]
+    rows = [np.concatenate(common.to_uint8(x[:16]), axis=1) for x in (prior, learned, photos)]
     with common.replacing(out / "figures/digits.png") as temporary:
         Image.fromarray(np.concatenate(rows)[..., 0]).save(temporary, format="png")
     print(f"task accuracy {before:.1f}% before, {after:.1f}% after, with {kind} digits")
@@ -918,18 +918,13 @@ def run_digits(args: DigitsArgs) -> None:
 
 
 # ---- Figures ------------------------------------------------------------------------------------
-def to_bytes(images: Tensor) -> np.ndarray:
-    """[B,C,H,W] in [0,1] -> uint8 [B,H,W,C]."""
-    return (255 * images).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-
-
 def save_sheet(out: Path, roads: RoadScenes, transformer: Transformer, step: int) -> None:
     """Sixteen scenes of the same graphs, four a row, as figures/training/STEP.png."""
     if common.rank() > 0:
         return
     graphs = roads.sample(16, common.generator(0, "sheet"))
     images, _ = render_graphs(roads, transformer, graphs)
-    rows = [np.concatenate(to_bytes(row), axis=1) for row in images.split(4)]
+    rows = [np.concatenate(common.to_uint8(row), axis=1) for row in images.split(4)]
     with common.replacing(out / f"figures/training/{step:06d}.png") as temporary:
         Image.fromarray(np.concatenate(rows)).save(temporary, format="png")
 
@@ -943,7 +938,7 @@ def draw_scenes(run: Run, roads: RoadScenes, transformer: Transformer, photos: S
         batches = (render_graphs(roads, rewrite, graphs)[0] for graphs in draws)
         measured[title] = torch.cat([measure(images) for images in batches])  # [256,8]
         images, labels = render_graphs(roads, rewrite, draws[0])
-        columns[title] = list(to_bytes(images[:6]))
+        columns[title] = list(common.to_uint8(images[:6]))
         columns[f"labels, {title}"] = list(labels[:6].byte().cpu().numpy())
     columns["photo"] = list(photos.images[np.arange(6) * (len(photos) - 1) // 5])
     common.draw_sheet(folder / "scenes.png", columns, run.classes)

@@ -459,7 +459,7 @@ def test_labels_of_the_masks_and_the_filter(trained: tuple, tmp_path: Path, no_f
     # The folder's images are those of the row, but for what their names decide.
     images, labels, _ = batch(trained, 3)
     names = [f"{k}.png" for k in range(3)]
-    expected = db.to_uint8(bridge.translate(images, labels, names, args)).numpy()
+    expected = common.to_uint8(bridge.translate(images, labels, names, args))
     found = np.stack([np.asarray(Image.open(tmp_path / "out" / name)) for name in names])
     np.testing.assert_array_equal(found, expected)
     db.translate_folder(made(tmp_path, trained, min_agreement=1.1, output_dir=tmp_path / "none"))

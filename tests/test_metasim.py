@@ -111,7 +111,7 @@ def test_a_neutral_scene_is_the_source_image(roads: metasim.RoadScenes):
     graphs.picture[:, 2:], graphs.classes[:, 2:] = -1, 0
     images, labels = roads.render(graphs, neutral(roads, graphs))
     index = graphs.picture[:, 0].numpy()
-    np.testing.assert_array_equal(metasim.to_bytes(images), roads.split.images[index])
+    np.testing.assert_array_equal(common.to_uint8(images), roads.split.images[index])
     np.testing.assert_array_equal(labels, roads.split.labels[index])
 
 
