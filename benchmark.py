@@ -551,6 +551,8 @@ def draw_figures(results: list[Result], folders: dict[Key, Path], out: Path) -> 
     """miou.png: mIoU of every method with its 95% interval. cost.png: mIoU over seconds."""
     benchmarks = list(dict.fromkeys(r.benchmark for r in results))
     bars, costs = common.new_figure(9, 5), common.new_figure(9, 6)
+    from matplotlib.ticker import LogLocator
+
     bar_axes = bars.subplots(1, len(benchmarks), squeeze=False)[0]
     cost_axes = costs.subplots(1, len(benchmarks), squeeze=False)[0]
     finished = [r for r in results if not r.error]
@@ -569,6 +571,9 @@ def draw_figures(results: list[Result], folders: dict[Key, Path], out: Path) -> 
         bar.margins(x=0.12)
         bar.set(xlabel="mIoU (%), orange: with target labels", title=benchmark)
         cost.set(xscale="log", xlabel="seconds, squares: with target labels", title=benchmark)
+        cost.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        cost.xaxis.set_major_formatter("{x:g}")
+        cost.minorticks_off()
         cost.set_ylabel("mIoU (%)")
         cost.grid(alpha=0.3)
         cost.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2, fontsize=7)
