@@ -27,7 +27,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-VERSION = 1  # to be raised when the images change: older miniatures are then written anew
+VERSION = 2  # to be raised when the images change: older miniatures are then written anew
 LEFT, RIGHT = -1, 1  # the sides of the street: the sign of x
 SIDES = (LEFT, RIGHT)
 RGB = tuple[float, float, float]
@@ -104,32 +104,43 @@ PROPERTIES = read_table("""
     horizon     0.42, 0.50     0.38, 0.52     0.36, 0.56  0.38, 0.47    image heights, from the top
     yaw         0.08           0.1            0.3         0.1           image widths: largest shift
     bend        0.002          0.004          0.004       0.002         1/m: the road's curvature
-    left        5.0, 8.5       3.0, 6.0       3.0, 8.0    3.5, 6.0      m: camera to road's edge
-    right       3.0, 4.5       2.2, 5.0       2.0, 5.5    2.5, 5.5      m: the same on the right
+    left        5.0, 8.5       3.0, 5.0       3.0, 8.0    3.5, 6.0      m: camera to road's edge
+    right       3.0, 4.5       2.0, 4.2       2.0, 5.5    2.5, 5.5      m: the same on the right
     pavement    0, 0           0, 2.2         1.5, 6.0    3.0, 5.5      m: width
-    verge       2, 7           0.5, 4         0, 1.0      0, 1.5        m: grass behind it
+    verge       2, 7           0.3, 2.5       0, 1.0      0, 1.5        m: grass behind it
     plot        10, 24         7, 20          8, 22       12, 28        m: length along the street
-    built       0.45           0.5            0.75        0.7           share: plots with a building
-    storeys     1, 3           1, 3           2, 7        3, 6          number in a building
+    built       0.45           0.7            0.75        0.7           share: plots with a building
+    storeys     1, 3           1, 4           2, 7        3, 6          number in a building
     end         60, 140        40, 120        25, 120     40, 120       m: distance of the far end
-    parked      2              4              3           4             mean number at each kerb
-    traffic     3              1.5            2           2             mean number of moving cars
+    parked      2              6              3           4             mean number at each kerb
+    traffic     3              3              2           2             mean number of moving cars
+    car         4.7, 1.32      3.8, 1.65      4.5, 1.45   3.9, 1.6      m: its length and height
+    figure      1.0, 1.25      0.8, 1.05      1.0, 1.25   0.8, 1.05     size of people, signs, ...
+    steel       0.2, 0.3       0.06, 0.2      0.1, 0.3    0.05, 0.15    brightness of poles
+    housing     0.01           0.2            0.01        0.2           brightness: traffic lights
+    boards      0              1              0           1             1: fences of rails; paints
     people      0              0.5            4           5             mean number
-    trees       9              10             4           5             mean number
-    bare        0              0.15           0.4         0.1           share: trees without leaves
-    poles       4              4              4           4             mean number, lights, signs
-    texture     0.12           0.3            0.35        0.3           contrast of surfaces
+    trees       9              14             4           5             mean number
+    bare        0              0.4            0.4         0.1           share: trees without leaves
+    poles       4              6              4           4             mean number, lights, signs
+    texture     0.06           0.5            0.3         0.45          contrast of surfaces
+    masonry     0.0            0.35           0.15        0.4           contrast of bricks and slabs
+    repairs     0.0            0.5            0.2         0.5           contrast of patches on roads
+    dapple      0.0            0.85           0.2         0.5           darkness of leaves' shadows
+    gloss       0.0            0.9            0.15        0.6           share of sky in glass
+    ragged      0.1            1.0            0.3         0.8           unevenness of greenery
+    gables      0.0            0.7            0.1         0.6           share: gabled buildings
     haze        0.0005, 0.002  0.0, 0.002     0.0, 0.006  0.001, 0.005  1/m: extinction
-    exposure    -0.2, 0.2      -0.1, 0.6      -0.9, 0.6   -0.3, 0.2     stops
+    exposure    -0.2, 0.2      -0.6, 0.7      -0.9, 0.6   -0.3, 0.2     stops
     tint        1, 1, 1        0.97, 1, 1.04  1, 1, 1     0.9, 1, 0.92  gain of red, green, blue
-    balance     0.015          0.0            0.05        0.01          deviation of log(gain)
-    saturation  1.25           0.9            1.0         0.85          gain, 1: unchanged
-    contrast    1.0            1.1            1.0         0.88          gain, 1: unchanged
-    black       0.0            0.0            0.0         0.025         0..1: level of black
-    blur        0.0            0.4            0.3         0.5           px: standard deviation
+    balance     0.015          0.03           0.05        0.01          deviation of log(gain)
+    saturation  1.05           0.9            1.0         0.7           gain, 1: unchanged
+    contrast    1.0            1.1            1.0         0.78          gain, 1: unchanged
+    black       0.0            0.0            0.0         0.04          0..1: level of black
+    blur        0.0            0.5            0.3         0.5           px: standard deviation
     noise       0.0            4.0            1.5         2.0           grey levels: the same
     vignette    0.0            0.15           0.1         0.15          share: darker corners
-    jpeg        0              70             0           0             quality, 0: uncompressed
+    jpeg        0              45             0           0             quality, 0: uncompressed
     bonnet      0              0              0           1             1: that of our car is seen
 """)
 BRICKS = read_colours("0.48 0.30 0.24, 0.62 0.52 0.40, 0.72 0.68 0.60, 0.55 0.55 0.54")
@@ -143,24 +154,26 @@ STREETSIDE = ("fence", "wall", "vegetation")
 # barriers that may stand between street and plots, and the colours of its surfaces in sRGB 0..1.
 SURROUNDINGS = {
     "vkitti2": {
-        "lights": ("game", "game", "noon"),
+        "lights": ("game", "noon", "glare"),
         "near": RURAL,
         "barriers": ("rail", "static"),
         "asphalt": read_colours("0.42 0.42 0.45, 0.48 0.47 0.46"),
         "paving": read_colours("0.6 0.6 0.6"),
-        "grass": read_colours("0.36 0.55 0.20, 0.45 0.58 0.25"),
-        "leaves": read_colours("0.22 0.45 0.12, 0.32 0.52 0.16"),
+        "grass": read_colours("0.38 0.50 0.22, 0.46 0.52 0.28"),
+        "leaves": read_colours("0.22 0.40 0.14, 0.30 0.44 0.18"),
         "facades": read_colours("0.82 0.72 0.55, 0.75 0.45 0.35, 0.88 0.86 0.8"),
     },
     "kitti": {
-        "lights": ("glare", "noon", "afternoon", "afternoon"),
+        "lights": ("glare", "noon", "afternoon", "gloom", "overcast"),
         "near": RURAL,
         "barriers": STREETSIDE,
-        "asphalt": read_colours("0.40 0.41 0.43, 0.33 0.33 0.35"),
-        "paving": read_colours("0.62 0.60 0.56"),
-        "grass": read_colours("0.33 0.40 0.18, 0.40 0.40 0.24"),
-        "leaves": read_colours("0.20 0.28 0.10, 0.28 0.34 0.14, 0.18 0.25 0.12"),
-        "facades": BRICKS + PLASTER,
+        "asphalt": read_colours("0.58 0.57 0.55, 0.48 0.48 0.48, 0.36 0.36 0.37"),
+        "paving": read_colours("0.62 0.60 0.56, 0.40 0.39 0.38"),
+        "grass": read_colours("0.52 0.48 0.32, 0.42 0.42 0.25, 0.36 0.33 0.25"),
+        "leaves": read_colours("0.38 0.34 0.16, 0.20 0.24 0.12, 0.12 0.16 0.10, 0.34 0.22 0.12"),
+        "facades": BRICKS
+        + PLASTER
+        + read_colours("0.36 0.25 0.21, 0.30 0.30 0.30, 0.27 0.32 0.27"),
     },
     "gta5": {
         "lights": ("noon", "afternoon", "overcast", "gloom", "dusk", "glare"),
@@ -176,11 +189,11 @@ SURROUNDINGS = {
         "lights": ("hazy", "hazy", "overcast", "gloom"),
         "near": URBAN,
         "barriers": STREETSIDE,
-        "asphalt": read_colours("0.40 0.41 0.40, 0.35 0.36 0.36"),
-        "paving": read_colours("0.52 0.51 0.50, 0.50 0.46 0.44"),
-        "grass": read_colours("0.28 0.40 0.18"),
-        "leaves": read_colours("0.18 0.28 0.12, 0.22 0.30 0.14"),
-        "facades": PLASTER,
+        "asphalt": read_colours("0.52 0.52 0.51, 0.44 0.44 0.44, 0.35 0.35 0.36"),
+        "paving": read_colours("0.42 0.40 0.39, 0.50 0.44 0.40, 0.36 0.36 0.37"),
+        "grass": read_colours("0.42 0.38 0.26, 0.34 0.36 0.22"),
+        "leaves": read_colours("0.16 0.22 0.12, 0.30 0.26 0.14, 0.26 0.20 0.12"),
+        "facades": PLASTER + read_colours("0.34 0.30 0.28, 0.30 0.32 0.34, 0.62 0.48 0.30"),
     },
 }
 
@@ -208,6 +221,12 @@ def noise_tile() -> np.ndarray:
 def grain(u: np.ndarray, v: np.ndarray) -> np.ndarray:
     """The noise at the positions u, v (in texels, broadcast together)."""
     return noise_tile()[u.astype(np.int32) & 255, v.astype(np.int32) & 255]
+
+
+def tiles(u: np.ndarray, v: np.ndarray, long: float, high: float) -> np.ndarray:
+    """One random number for each tile of so many m, every other row shifted by half a tile."""
+    row = np.floor(v / high)
+    return grain(37 * np.floor(u / long + 0.5 * (row % 2)), 53 * row)
 
 
 def linear(colour: RGB) -> np.ndarray:
@@ -341,17 +360,20 @@ class Scene:
         fade = self.domain.texture / (1 + z / 30)
         fine, coarse = grain(18 * x, 12 * z), grain(1.3 * x + 99, 0.9 * z)
         albedo = self.colour("grass") * np.exp(fade * (0.9 * fine + 0.8 * coarse))[..., None]
+        slabs = tiles(x, z, 0.9, 0.9) * np.exp(-z / 25)
         for side in SIDES:
             out = side * x - self.edge[side]
             paved = (out > 0) & (out < self.pavement[side])
-            joints = ((out % 0.9 < 0.06) | (z % 0.9 < 0.06)) & (z < 15)
-            light = np.exp(fade * 0.4 * (fine + coarse)) * (1 - self.domain.texture * joints)
+            light = np.exp(fade * 0.4 * (fine + coarse) + self.domain.masonry * slabs)
             light[out < 0.18] *= 1.25  # the kerb
             albedo[paved] = (self.colour("paving") * light[..., None])[paved]
             labels[paved] = IDS["pavement"]
         road = (x > -self.edge[LEFT]) & (x < self.edge[RIGHT])
         track = np.cos((x - self.edge[RIGHT]) * 2 * math.pi / 1.75)  # worn by wheels
+        patches = tiles(x + 0.4 * coarse, z, 2.3, 9.0)
         light = np.exp(fade * (0.5 * fine + 0.45 * coarse + 0.2 * track))
+        light *= np.exp(self.domain.repairs * np.where(patches > 0.6, 0.8, -0.3 * (patches < -0.8)))
+        light[np.abs(grain(5 * x, 3 * z) + 0.3 * fine) < 0.1 * self.domain.repairs] *= 0.6  # cracks
         for side in SIDES:
             light[np.abs(side * x - self.edge[side] + 0.15) < 0.12] *= 0.6  # the gutter
         asphalt = self.colour("asphalt") * light[..., None]
@@ -359,9 +381,15 @@ class Scene:
         asphalt[self.markings(x, z) & ~worn] = self.rng.uniform(0.45, 0.75)
         albedo[road], labels[road] = asphalt[road], IDS["road"]
         soft = self.shade.filter(ImageFilter.GaussianBlur(0.006 * self.width))
-        dark = np.asarray(soft, np.float32)[rows, :, None] / 255  # [h,W,1]
+        dark = np.asarray(soft, np.float32)[rows] / 255
+        leaves = self.domain.dapple * min(1.0, 2 * self.light.sun) * self.speckle(x, z)
+        dark = np.maximum(dark, leaves)[..., None]  # [h,W,1]
         light = (self.light.ambient + 0.8 * self.sun * (1 - dark)) * (1 - 0.35 * dark)
         self.pixels[rows], self.labels[rows] = self.expose(albedo * light, z[..., None]), labels
+
+    def speckle(self, u: np.ndarray, v: np.ndarray) -> np.ndarray:
+        """Where leaves shade a surface, at positions in m. -> bool, of the shape of u and v"""
+        return grain(1.1 * u + self.end, 1.1 * v) + 0.8 * grain(7 * u, 7 * v + self.end) > 0.5
 
     def markings(self, x: np.ndarray, z: np.ndarray) -> np.ndarray:
         """Lane lines, edge lines and sometimes a zebra crossing. -> bool [h,W]"""
@@ -397,7 +425,9 @@ class Scene:
             bottom = min(self.height, int(self.y0 + near * self.eye) + 2)
             y = self.eye - self.dy[top:bottom, None] * z[columns]  # [h,C] metres above ground
             colour, solid, opaque = self.surface(plot, along[columns], y)
-            light = self.light.ambient + self.sun * max(facing, 0)
+            leaves = self.speckle(along[columns], y) & (y < 6)
+            leaves = 1 - self.domain.dapple * leaves[..., None]
+            light = self.light.ambient + self.sun * max(facing, 0) * leaves
             light = light * (0.75 + 0.25 * np.clip(y / 3, 0, 1))[..., None]
             block = np.ix_(range(top, bottom), columns)
             radiance = self.expose(colour * light, z[columns, None])
@@ -409,17 +439,23 @@ class Scene:
         amount = self.domain.texture
         fine, coarse = grain(14 * u + plot.phase, 14 * y), grain(1.5 * u + plot.phase, 1.2 * y)
         light = np.exp(amount * 0.5 * (fine + coarse))
-        solid = opaque = (y > -0.05) & (y < plot.height)
+        slope = np.abs(2 * (u - plot.start) / (plot.stop - plot.start) - 1)  # 0 in the middle
+        gable = plot.label == "building" and plot.phase % 7 < 7 * self.domain.gables
+        solid = opaque = (y > -0.05) & (y < plot.height * (1.1 - 0.35 * slope * gable))
         if plot.label == "vegetation":
-            ragged = 1 + 0.1 * grain(6 * u + plot.phase, 0 * u)
+            bumps = grain(6 * u + plot.phase, 0 * u) + grain(25 * u + plot.phase, 0 * u)
+            ragged = 1 + (0.05 + 0.25 * self.domain.ragged) * bumps
             solid = opaque = (y > -0.05) & (y < plot.height * ragged)
             light *= np.exp((0.3 + amount) * fine - 0.3 * (1 - y / plot.height))
-        elif plot.label == "wall":
-            light *= 1 - amount * ((y % 0.35 < 0.05) | (u % 0.8 < 0.05))
+        elif plot.label in ("wall", "building"):
+            light *= np.exp(self.domain.masonry * tiles(u + plot.phase, y, 1.1, 0.5))
+        if plot.label == "wall":
             light[y > plot.height - 0.15] *= 1.3
         elif plot.label == "fence":
             spacing = 0.1 * plot.bay  # of the pickets
             opaque = solid & ((y > plot.height - 0.12) | (u % spacing < 0.55 * spacing))
+            if self.domain.boards:
+                opaque = solid & ((y % 0.4 > 0.12) | (u % 2.5 < 0.15))
         elif plot.label == "rail":
             opaque = solid & ((y > 0.35) | (u % 2.0 < 0.12))
         colour = plot.colour * light[..., None]
@@ -439,6 +475,7 @@ class Scene:
         pane = upper & (across < plot.glass / 2) & (up > 0.28) & (up < 0.82)
         mirrored = grain(37 * np.floor(bay) + plot.phase, 53 * np.floor(floor))  # one per window
         glass = 0.05 * np.exp(0.7 * mirrored)[..., None] * np.array([0.85, 0.95, 1.1], np.float32)
+        glass += self.domain.gloss * (mirrored > -0.2)[..., None] * self.air
         colour[frame] = 0.4 * colour[frame] + 0.28
         colour[pane] = glass[pane]
         colour[(y > eave - 0.4) & (y < eave)] *= 1.3
@@ -468,6 +505,12 @@ PAINTS = {
     "truck": read_colours("0.85 0.85 0.83, 0.25 0.35 0.55, 0.60 0.45 0.25"),
     "bus": read_colours("0.75 0.15 0.12, 0.80 0.75 0.65, 0.15 0.30 0.60"),
     "train": read_colours("0.85 0.65 0.15, 0.80 0.80 0.78, 0.20 0.45 0.35"),
+}
+EUROPEAN_PAINTS = {
+    "car": read_colours("0.62 0.63 0.65, 0.06 0.06 0.07, 0.22 0.23 0.25, 0.30 0.34 0.42"),
+    "truck": read_colours("0.30 0.42 0.35, 0.62 0.60 0.56, 0.70 0.30 0.15"),
+    "bus": read_colours("0.78 0.74 0.66, 0.36 0.46 0.40, 0.60 0.20 0.16"),
+    "train": read_colours("0.80 0.68 0.30, 0.40 0.44 0.52, 0.30 0.30 0.32"),
 }
 # An upright box: its rear and its front along the vehicle, from the middle; its width, bottom and
 # top; by how much the rear and the front recede towards the top. All in m.
@@ -514,12 +557,17 @@ def quad(at: Callable, s0: float, s1: float, t0: float, t1: float) -> list:
 def paint_vehicle(scene: Scene, thing: Thing) -> None:
     """A body on wheels, a glazed cabin and (trucks) a cargo box, the farthest first."""
     rng, label, body = scene.rng, thing.label, VEHICLES[thing.label]
-    length, width, belt = body.length, body.width, body.belt
-    height = body.height * rng.uniform(0.95, 1.1)
-    paints = PAINTS.get(label, PAINTS["car"])
+    length, width, height, belt = body.length, body.width, body.height, body.belt
+    if label == "car":
+        length, height = scene.domain.car
+        belt = 0.6 * height
+    height *= rng.uniform(0.95, 1.1)
+    paints = EUROPEAN_PAINTS if scene.domain.boards else PAINTS
+    paints = paints.get(label, paints["car"])
     paint = linear(paints[rng.integers(len(paints))]) * rng.uniform(0.7, 1.2)
     load = scene.colour("facades") * 0.5 + 0.5 * paint
-    black, glass = (0.012, 0.012, 0.014), (0.045, 0.055, 0.065)
+    black, glass = (0.012, 0.012, 0.014), np.array([0.045, 0.055, 0.065])
+    glass = glass + scene.domain.gloss * rng.uniform(0, 1.3) * scene.air
     lamps = {"rear": (0.5, 0.02, 0.02), "front": (0.8, 0.8, 0.75)}
     rear, front = -length / 2, length / 2
     cabin_rear, cabin_front = (rear + share * length for share in body.cabin)
@@ -590,7 +638,7 @@ FIGURES = """
     motorcycle  rim 0.3 -0.62 0.33 -0.62 0.33         rim 0.3 0.62 0.33 0.62 0.33
     motorcycle  paint 0.5 -0.45 0.65 0.3 0.7          tyre 0.2 -0.7 0.85 0 0.85
     motorcycle  paint 0.2 0.62 0.4 0.45 1.1
-    light       steel 0.24 0 0 0 2.4                  tyre 0.6 0 2.4 0 3.3
+    light       steel 0.24 0 0 0 2.4                  housing 0.6 0 2.4 0 3.3
     light       green 0.36 0 2.42 0 2.42              amber 0.36 0 2.85 0 2.85
     light       red 0.36 0 3.28 0 3.28
     pole        steel 0.36 0 0 0 7.5                  steel 0.12 0 7.5 1.8 7.8
@@ -611,12 +659,13 @@ SIGN_INSIDES = read_colours("0.9 0.9 0.9, 0.9 0.9 0.9, 0.05 0.2 0.6, 0.9 0.9 0.9
 def paint_figure(scene: Scene, thing: Thing) -> None:
     """People, cycles, lights, poles and signs: flat figures made of strokes."""
     rng, x, z = scene.rng, thing.x, thing.z
-    size, turn = rng.uniform(1.0, 1.25), math.cos(thing.yaw)
+    size, turn = rng.uniform(*scene.domain.figure), math.cos(thing.yaw)
     coat, legs = (linear(CLOTHES[rng.integers(len(CLOTHES))]) for _ in range(2))
     inks = {
         "coat": coat,
         "legs": legs,
-        "steel": (rng.uniform(0.03, 0.3),) * 3,
+        "steel": (rng.uniform(*scene.domain.steel),) * 3,
+        "housing": (scene.domain.housing, 0.8 * scene.domain.housing, 0.01),
         "skin": (0.42, 0.26, 0.19),
         "hair": rng.uniform(0, 0.1, 3),
         "tyre": (0.01,) * 3,
@@ -665,7 +714,8 @@ def paint_tree(scene: Scene, thing: Thing) -> None:
     v, u = step[:, None], step[None]  # the crown is where u^2 + v^2 < 1
     a, b = rng.uniform(0, 256, 2)
     coarse, fine = grain(40 * u + a, 40 * v + b), grain(110 * u + b, 110 * v + a)  # [2r+1,2r+1]
-    shape = 1 - u * u - v * v + 0.25 * coarse
+    ragged = scene.domain.ragged
+    shape = 1 - u * u - v * v + (0.15 + 0.5 * ragged) * coarse - 0.5 * ragged
     left, top = int(px) - r, int(py) - r
     box = (left, top, left + 2 * r + 1, top + 2 * r + 1)
     scene.label_image.paste(IDS[thing.label], box, Image.fromarray(shape > 0.15))
@@ -676,7 +726,7 @@ def paint_tree(scene: Scene, thing: Thing) -> None:
     light *= 1 + 0.4 * scene.sun_side * u * min(1.0, scene.light.sun)
     colour = (scene.light.ambient + 0.4 * scene.sun) * scene.colour("leaves")
     crown = scene.expose(colour * 0.8 * light[..., None], z).astype(np.uint8)
-    leafy = (shape > 0.15) & ((fine > -1.2) | (shape > 0.6))
+    leafy = (shape > 0.15) & ((fine > 1.5 * ragged - 1.4) | (shape > 0.6 + ragged))
     scene.image.paste(Image.fromarray(crown), (left, top), Image.fromarray(leafy))
 
 
