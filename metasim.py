@@ -4,7 +4,8 @@ Meta-Sim (arXiv:1904.11621v1). A probabilistic grammar draws scene graphs. A gra
 distribution transformer, rewrites their attributes. A differentiable renderer turns them into
 images and labels. The transformer minimises the maximum mean discrepancy (MMD) between features of
 these images and of unlabelled photos. Each scene is a labelled source image with a new camera,
-light and weather, and with objects that are cut out of other source images.
+light, weather and surfaces, and with objects that are cut out of other source images. The
+segmentation network trains on scenes that are rendered anew for every update.
 
     python metasim.py                                            (attributes by MMD, no label used)
 
@@ -45,9 +46,10 @@ class Args(common.Args):
     attributes: Literal["learned", "prior"] = "learned"
     """Attributes of the scenes: rewritten by the transformer, or as the grammar draws them."""
     task_reward: bool = False
-    """Add stage 3: REINFORCE on the mIoU on the labelled photos."""
+    """After the MMD, REINFORCE on the mIoU on the labelled photos."""
     scenes: int | None = None
-    """Scenes that are rendered for training. Default: 5 times --steps, at most 20,000."""
+    """Scenes that are written to set/ after training, for --init of another method; 0 writes none.
+    Default: 5 times --steps, at most 2,000."""
     objects: int = 1
     """Largest number of objects that are added to a source image; it is uniform from 0 to this."""
     cut_outs: int = 600
@@ -56,35 +58,34 @@ class Args(common.Args):
     """Features of a node in the distribution transformer."""
     feature_steps: int | None = None
     """Updates of the network whose features are compared. Default: a quarter of --steps."""
-    reconstruct_steps: int | None = None
-    """Updates of stage 1, reconstruction. Default: 3/4 of --steps. The paper: 7 epochs."""
-    reconstruct_lr: float = 3e-3
-    """Learning rate of stage 1."""
     match_steps: int | None = None
-    """Updates of stage 2, MMD. Default: half of --steps."""
+    """Updates of the transformer by MMD. Default: a quarter of --steps."""
     match_lr: float = 2e-3
-    """Learning rate of stage 2. The paper's code: 1e-3."""
+    """Learning rate of these updates. The paper's code: 1e-3."""
     match_batch: int = 32
-    """Scenes in an update of stages 1 and 2. The paper's code: 50."""
+    """Scenes in an update by MMD. The paper's code: 50."""
     match_photos: int = 128
-    """Photos in an update of stage 2. The paper's code: 200."""
+    """Photos in an update by MMD. The paper's code: 200."""
     bandwidths: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0)
     """Standard deviations of the Gaussian kernels, as multiples of the median distance."""
+    lambda_content: float = 1.0
+    """Weight of the MMD of the content: which classes the feature network sees in which part of
+    the image, and their colours. 0: tone and texture alone."""
     lambda_prior: float = 0.01
-    """Weight of the mean squared change of the attributes in stage 2. Attributes about which the
-    photos say nothing then stay at the prior. The paper: 0."""
+    """Weight of the mean squared change of the attributes. Attributes about which the photos say
+    nothing then stay at the prior. The paper: 0."""
     reward_rounds: int = 4
-    """Updates of stage 3."""
+    """Updates of the transformer by REINFORCE."""
     reward_samples: int = 4
-    """Rewards in an update of stage 3, at least 2."""
+    """Rewards in an update by REINFORCE, at least 2."""
     reward_steps: int | None = None
     """Updates of the task network for each reward. Before each it is copied from the network of
     the features. Default: 1/16 of --steps."""
     reward_sigma: float = 0.2
-    """Standard deviation of the attributes in stage 3, in units of each attribute's scale. The
+    """Standard deviation of the attributes in REINFORCE, in units of each attribute's scale. The
     paper's code: 0.02."""
     reward_lr: float = 1e-3
-    """Learning rate of stage 3."""
+    """Learning rate of REINFORCE."""
 
 
 # ---- Probabilistic scene grammar ----------------------------------------------------------------
@@ -117,6 +118,12 @@ CAMERA = {
     "shift_y": Attribute(0, 0.03, 0.1, "half heights"),
     "zoom": Attribute(0.1, 0.05, 0.2, "log2 of the magnification"),
     "roll": Attribute(0, 1, 2, "degrees"),
+}
+SURFACE = {
+    "albedo": Attribute(0, 0.1, 0.3, "log2 of the gain"),
+    "warmth": Attribute(0, 0.05, 0.2, "log2 of red / blue"),
+    "hue": Attribute(0, 0.05, 0.2, "log2 of green / sqrt(red blue)"),
+    "texture": Attribute(0, 0.1, 0.3, "log2 of the gain of what a blur of 1 px removes"),
 }
 OBJECT = {
     "lateral": Attribute(0, 0.3, 0.3, "half widths right of its own place"),
@@ -179,28 +186,46 @@ OBJECTS = (
     *("train", "motorcycle", "bicycle"),
 )
 GROUND = ("road", "sidewalk", "terrain")
+SURFACES = (  # the classes of each
+    ("road", "sidewalk"),
+    ("vegetation", "terrain"),
+    ("building", "wall", "fence"),
+    ("sky",),
+)
+FIRST = 2 + len(SURFACES)  # node of the first object; before it: scene, camera, surfaces
 MIN_AREA = 0.0015  # of a cut-out, as a share of the image
+MAX_READ = 2000  # source images that are searched for objects
 
 
-def cut_out(split: Split, horizon: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+def horizons(labels: np.ndarray, names: Sequence[str]) -> Tensor:
+    """The row at which a quarter of the columns have reached the ground, at least a quarter of the
+    height away from the edges. [B,H,W] train ids -> [B] in half heights, -1 at the top."""
+    ground = np.isin(labels, [c for c, name in enumerate(names) if name in GROUND])
+    reached = np.logical_or.accumulate(ground, axis=1).mean(axis=2)  # [B,H]
+    return 2 * torch.from_numpy(reached < 0.25).float().mean(dim=1).clamp(0.25, 0.75) - 1
+
+
+def cut_out(split: Split, count: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     """About `count` connected regions of the object classes, in equal parts of all classes.
 
-    An image gives at most one object of a class, and only one that is not cut off at the sides or
-    below. -> RGBA (colours times alpha) at its own resolution in a corner of a canvas, uint8
-    [A,4,h,w]; classes int64 [A]; boxes [A,4]: centre x, centre y below the horizon, half width,
-    half height, in half widths and half heights of the image. UserError where there is no object.
+    At most MAX_READ images are read. An image gives at most one object of a class, and only one
+    that is not cut off at the sides or below. -> RGBA (colours times alpha) at its own resolution
+    in a corner of a canvas, uint8 [A,4,h,w]; classes int64 [A]; boxes [A,4]: centre x, centre y
+    below the horizon, half width, half height, in half widths and half heights of the image.
     """
     height, width = split.images.shape[1:3]
     names, rng = split.dataset.classes, np.random.default_rng(common.seed_of(seed, "cut_out"))
     missing = {c: math.ceil(count / len(OBJECTS)) for c, n in enumerate(names) if n in OBJECTS}
     pictures, classes, boxes = [], [], []
-    for n in rng.permutation(len(split)):
-        pixels = np.bincount(split.labels[n].ravel(), minlength=256)
+    order = rng.permutation(len(split))[:MAX_READ]
+    for n in common.show_progress(order, "cutting out objects"):
+        labels = np.array(split.labels[n])
+        pixels = np.bincount(labels.ravel(), minlength=256)
         for c in [c for c, m in missing.items() if m and pixels[c] >= MIN_AREA * height * width]:
-            label = Image.fromarray(split.labels[n]).copy()  # one that can be written to
-            y, x = rng.choice(np.argwhere(split.labels[n] == c))
-            ImageDraw.floodfill(label, (int(x), int(y)), common.UNKNOWN)  # 4-neighbourhood
-            mask = np.asarray(label) == common.UNKNOWN  # [H,W]
+            filled = Image.fromarray(labels).copy()
+            y, x = rng.choice(np.argwhere(labels == c))
+            ImageDraw.floodfill(filled, (int(x), int(y)), common.UNKNOWN)  # 4-neighbourhood
+            mask = np.asarray(filled) == common.UNKNOWN  # [H,W]
             left, top, right, bottom = Image.fromarray(mask).getbbox()
             whole = left > 0 and right < width and bottom < height and right - left <= width // 2
             if mask.sum() < MIN_AREA * height * width or not whole:
@@ -209,35 +234,40 @@ def cut_out(split: Split, horizon: Tensor, count: int, seed: int) -> tuple[Tenso
             corner = rgba[: bottom - top, : right - left]
             corner[..., :3], corner[..., 3] = split.images[n][top:bottom, left:right], 255
             corner[~mask[top:bottom, left:right]] = 0
-            centre = (left + right) / width - 1, (top + bottom) / height - 1 - float(horizon[n])
+            horizon = float(horizons(labels[None], names))
+            centre = (left + right) / width - 1, (top + bottom) / height - 1 - horizon
             pictures.append(rgba)
             classes.append(c)
             boxes.append([*centre, (right - left) / width, (bottom - top) / height])
             missing[c] -= 1
-    if not pictures:
-        raise UserError(f"{split.dataset.name}: no object in {len(split)} images to cut out")
+    if not pictures:  # one that is never used
+        empty = np.zeros((height, width // 2, 4), np.uint8)
+        pictures, classes, boxes = [empty], [0], [[0.0, 0.0, 0.1, 0.1]]
     rgba = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
     return rgba, torch.tensor(classes), torch.tensor(boxes)
 
 
 # ---- Differentiable renderer --------------------------------------------------------------------
-BINOMIAL = torch.tensor([1.0, 4, 6, 4, 1]) / 16  # a blur with a standard deviation of 1 px
+BINOMIAL = torch.tensor([1.0, 4, 6, 4, 1]) / 16
 
 
-def blurred(images: Tensor, share: Tensor) -> Tensor:
-    """Images mixed with their blur of 1 px by `share`. [B,3,H,W], [B,1,1,1] -> [B,3,H,W]."""
+def blur(images: Tensor) -> Tensor:
+    """A blur with a standard deviation of 1 px. [B,3,H,W] -> [B,3,H,W]."""
     kernel = torch.outer(BINOMIAL, BINOMIAL).expand(3, 1, 5, 5).to(images)
-    smooth = F.conv2d(F.pad(images, (2, 2, 2, 2), mode="replicate"), kernel, groups=3)
-    return torch.lerp(images, smooth, share)
+    images = F.pad(images, (2, 2, 2, 2), mode="replicate")
+    # On a CPU this is eight times as fast with the channels last in memory.
+    return F.conv2d(images.contiguous(memory_format=torch.channels_last), kernel, groups=3)
 
 
 def tone(images: Tensor) -> Tensor:
     """TONE as measured in images, finite for a single colour too. [B,3,H,W] -> [B,5]."""
-    red, green, blue = images.mean(dim=(2, 3)).clamp(min=1e-3).unbind(dim=1)  # [B] each
-    luma = images.mean(dim=1, keepdim=True)  # [B,1,H,W]
-    illumination = luma.mean(dim=(1, 2, 3)).clamp(min=1e-3)
-    contrast = luma.var(dim=(1, 2, 3)).clamp(min=1e-6).sqrt()
-    saturation = (images - luma).var(dim=(2, 3)).mean(dim=1).clamp(min=1e-6).sqrt()
+    mean = images.mean(dim=(2, 3), keepdim=True)
+    red, green, blue = mean.flatten(1).clamp(min=1e-3).unbind(dim=1)  # [B] each
+    difference = images - mean
+    luma = difference.mean(dim=1, keepdim=True)  # [B,1,H,W]
+    contrast = luma.square().mean(dim=(1, 2, 3)).clamp(min=1e-6).sqrt()
+    saturation = (difference - luma).square().mean(dim=(1, 2, 3)).clamp(min=1e-6).sqrt()
+    illumination = mean.mean(dim=(1, 2, 3)).clamp(min=1e-3)
     values = [illumination, red / blue, green / (red * blue).sqrt(), contrast, saturation]
     return torch.stack(values, dim=1).log2()
 
@@ -259,14 +289,15 @@ def photometry(image: Tensor, depth: Tensor, white: Tensor, v: dict[str, Tensor]
     image [B,3,H,W]; depth [B,1,H,W] over that of the horizon; white: noise N(0,1) [B,3,H,W];
     v: the scene's attributes [B,1] each -> [B,3,H,W] in [0,1].
     """
-    haze, airlight, blur, noise, grain = (v[name][..., None, None] for name in WEATHER)
+    haze, airlight, share, noise, grain = (v[name][..., None, None] for name in WEATHER)
     image = torch.lerp(2**airlight, image, torch.exp(-haze * depth))  # Koschmieder's law
     image = retone(image, torch.cat([v[name] for name in TONE], dim=1))
-    image = blurred(image, blur)
+    image = torch.lerp(image, blur(image), share)
     # The grain's kernel is (1 - grain) delta + grain blur; its sum of squares is the variance.
     middle, squares = BINOMIAL[2].item() ** 2, BINOMIAL.square().sum().item() ** 2
     variance = (1 - grain) ** 2 + 2 * middle * grain * (1 - grain) + squares * grain**2
-    return (image + 2**noise * blurred(white, grain) / variance.sqrt()).clamp(0, 1)
+    noise = 2**noise * torch.lerp(white, blur(white), grain) / variance.sqrt()
+    return (image + noise).clamp(0, 1)
 
 
 class RoadScenes:
@@ -274,27 +305,20 @@ class RoadScenes:
 
     def __init__(self, split: Split, args: Args, device: torch.device) -> None:
         self.split, self.device, self.size = split, device, args.size
-        names, rows, tones = split.dataset.classes, [], []
-        ground = [c for c, name in enumerate(names) if name in GROUND]
-        for start in common.show_progress(range(0, len(split), 16), "reading the source"):
-            chunk = slice(start, start + 16)
-            # The horizon is the row at which a quarter of the columns have reached the ground.
-            reached = np.logical_or.accumulate(np.isin(split.labels[chunk], ground), axis=1)
-            rows.append((reached.mean(axis=2) < 0.25).sum(axis=1))
-            tones.append(tone(common.to_tensor(split.images[chunk], device)).cpu())
-        horizon = 2 * torch.from_numpy(np.concatenate(rows)) / args.size[0] - 1
-        self.horizon = horizon.clamp(-0.5, 0.5)  # [N] in half heights, -1 at the top
-        self.rgba, self.kinds, self.box = cut_out(split, self.horizon, args.cut_outs, args.seed)
-        self.grammar = Grammar([({**TONE, **WEATHER}, 1), (CAMERA, 1), (OBJECT, args.objects)])
-        self.num_classes = 3 + len(names)  # of nodes: empty, scene, camera, the objects'
+        self.names = split.dataset.classes
+        self.rgba, self.kinds, self.box = cut_out(split, args.cut_outs, args.seed)
+        self.objects = args.objects if self.rgba.any() else 0
+        kinds = [({**TONE, **WEATHER}, 1), (CAMERA, 1), (SURFACE, len(SURFACES))]
+        self.grammar = Grammar([*kinds, (OBJECT, self.objects)])
+        # Nodes that are empty, scene, camera, the surfaces; then the objects by their train ids
+        self.num_classes = 1 + FIRST + len(self.names)
         self.num_fixed = 4  # immutable attributes: the box of an object, the horizon of a scene
-        mean, scale = (x[0, : len(TONE)] for x in (self.grammar.mean, self.grammar.scale))
-        self.tones = (torch.cat(tones) - mean) / scale  # [N,5]
+        surfaces = [[name in surface for name in self.names] for surface in SURFACES]
+        self.surfaces = torch.tensor(surfaces, device=device)  # [4,C]
 
     def sample(self, count: int, rng: torch.Generator) -> Graphs:
         """Scene graphs from the prior, on the CPU."""
-        nodes, kinds = len(self.grammar.mean), self.kinds.unique()
-        objects = nodes - 2
+        objects, kinds = self.objects, self.kinds.unique()
         source = torch.randint(len(self.split), (count,), generator=rng)
         present = torch.arange(objects) < torch.randint(objects + 1, (count, 1), generator=rng)
         # A class first, then one of its cut-outs: rare classes come as often as cars.
@@ -302,13 +326,20 @@ class RoadScenes:
         numbers = torch.rand(count, objects, len(self.kinds), generator=rng)
         asset = (numbers * (self.kinds == kind[..., None])).argmax(dim=2)  # [B,K]
 
-        values = self.grammar.sample(count, rng)
-        values[:, 0, : len(TONE)] += self.tones[source]
-        classes = torch.cat([torch.tensor([[1, 2]]).expand(count, 2), (3 + kind) * present], dim=1)
-        fixed = torch.zeros(count, nodes, self.num_fixed)
-        fixed[:, 0, 0], fixed[:, 2:] = self.horizon[source], self.box[asset] * present[..., None]
-        picture = torch.full((count, nodes), -1)
-        picture[:, 0], picture[:, 2:] = source, asset.where(present, -1)
+        # Horizon and tone of the source images, from at most 256 of their columns
+        every, grammar, tones = max(1, self.size[1] // 256), self.grammar, len(TONE)
+        horizon = horizons(self.split.labels[source.numpy(), ::every, ::every], self.names)
+        images = self.split.images[source.numpy(), ::every, ::every]
+        measured = tone(common.to_tensor(images, torch.device("cpu")))
+        measured = (measured - grammar.mean[0, :tones]) / grammar.scale[0, :tones]
+        values = grammar.sample(count, rng)
+        values[:, 0, :tones] += measured.clamp(-6, 6)  # an image of a single colour is far outside
+        classes = torch.arange(1, 1 + FIRST).expand(count, FIRST)
+        classes = torch.cat([classes, (1 + FIRST + kind) * present], dim=1)
+        fixed = torch.zeros(*classes.shape, self.num_fixed)
+        fixed[:, 0, 0], fixed[:, FIRST:] = horizon, self.box[asset] * present[..., None]
+        picture = torch.full(classes.shape, -1)
+        picture[:, 0], picture[:, FIRST:] = source, asset.where(present, -1)
         seed = torch.randint(2**31, (count,), generator=rng)
         return Graphs(values, classes, fixed, picture, seed)
 
@@ -322,7 +353,7 @@ class RoadScenes:
         source = graphs.picture[:, 0].numpy()
         image = common.to_tensor(self.split.images[source], self.device).to(values)  # [B,3,H,W]
         labels = torch.from_numpy(np.array(self.split.labels[source]))
-        horizon = common.to_device(self.horizon[source, None], self.device).to(values)  # [B,1]
+        horizon = common.to_device(graphs.fixed[:, 0, :1], self.device).to(values)  # [B,1]
 
         # Step 1: the camera moves over the source image
         angle, scale = torch.deg2rad(v["roll"]), 2 ** -v["zoom"]  # [B,1]
@@ -335,12 +366,23 @@ class RoadScenes:
         labels = F.grid_sample(labels, grid, mode="nearest", align_corners=False)[:, 0].long()
         labels = labels.where(labels > 0, IGNORE + 1) - 1  # 0 beyond the edge of the source image
 
-        # Step 2: objects are laid over it. One that comes nearer grows about the vanishing point,
+        # Step 2: its surfaces get other colours, and more or less texture
+        masks = F.pad(self.surfaces, (0, IGNORE + 1 - len(self.names)))[:, labels]  # [4,B,H,W]
+        masks = masks.transpose(0, 1).flatten(2).to(values)  # [B,4,HW]
+        changes = [v["albedo"] + v["warmth"] / 2, v["albedo"] + v["hue"]]
+        changes += [v["albedo"] - v["warmth"] / 2, v["texture"]]
+        gains = 1 + (2 ** torch.stack(changes, dim=1) - 1) @ masks
+        gains = gains.unflatten(2, self.size)  # [B,4,H,W] for red, green, blue and texture
+        image = gains[:, :3] * torch.lerp(blur(image), image, gains[:, 3:])
+
+        # Step 3: objects are laid over it. One that comes nearer grows about the vanishing point,
         # which is the middle of the horizon, so that it stays on the ground.
-        assets = graphs.picture[:, 2:].clamp(min=0)  # [B,K]
+        assets = graphs.picture[:, FIRST:].clamp(min=0)  # [B,K]
         box = common.to_device(self.box[assets], self.device).to(values)  # [B,K,4]
         rgba = common.to_device(self.rgba[assets], self.device)  # uint8 [B,K,4,h,w]
-        classes = common.to_device(graphs.classes[:, 2:], self.device) - 3  # below 0: none
+        classes = (
+            common.to_device(graphs.classes[:, FIRST:], self.device) - 1 - FIRST
+        )  # below 0: none
         near = 2 ** -v["distance"]  # [B,K]
         half = box[..., 2:] * (near * 2 ** v["size"])[..., None]  # [B,K,2] half sides
         feet = horizon + (box[..., 1] + box[..., 3]) * near  # [B,K]
@@ -366,7 +408,7 @@ class RoadScenes:
             labels = torch.where(alpha > share, classes[rows, k][:, None, None], labels)
             share = torch.maximum(alpha, share)
 
-        # Step 3: air, lens and sensor. The image's lower edge is at 1/7 of the horizon's depth.
+        # Step 4: air, lens and sensor. The image's lower edge is at 1/7 of the horizon's depth.
         horizon = horizon[..., None]  # [B,1,1]
         below = ((grid[..., 1] - horizon) / (1 - horizon)).clamp(min=0)
         depth = 1 / (1 + 6 * below)[:, None]  # [B,1,H,W]
@@ -400,8 +442,8 @@ class GraphLayer(nn.Module):
 class Transformer(nn.Module):
     """The distribution transformer: an encoder and a decoder of two graph layers each.
 
-    graphs -> new mutable attributes [B,V,M]. Classes and immutable attributes stay as they are, so
-    it does not have to reconstruct them, as it does in the paper.
+    graphs -> new mutable attributes [B,V,M]. Its output is added to the old ones, and is 0 at the
+    start. In the paper it is not added, and a first stage teaches the network to reconstruct.
     """
 
     def __init__(self, grammar: Grammar, classes: int, fixed: int, width: int) -> None:
@@ -410,6 +452,9 @@ class Transformer(nn.Module):
         self.register_buffer("mutable", grammar.mutable.float(), persistent=False)
         widths = [nodes + classes + fixed + outputs, width, width, width, outputs]
         self.layers = nn.ModuleList(map(GraphLayer, widths[:-1], widths[1:]))
+        for linear in (self.layers[-1].own, self.layers[-1].down, self.layers[-1].up):
+            nn.init.zeros_(linear.weight)
+            nn.init.zeros_(linear.bias)
 
     def forward(self, graphs: Graphs) -> Tensor:
         graphs = graphs.to(self.mutable.device)
@@ -420,15 +465,7 @@ class Transformer(nn.Module):
         present = (graphs.classes > 0).to(h)[..., None]
         for layer in self.layers[:-1]:
             h = F.silu(layer(h, present))
-        return self.layers[-1](h, present) * self.mutable
-
-
-def squared_change(values: Tensor, graphs: Graphs, mutable: Tensor) -> Tensor:
-    """Mean squared difference from the graphs' own attributes. values [B,V,M], mutable [V,M]."""
-    graphs = graphs.to(values.device)
-    mask = mutable * (graphs.classes > 0)[..., None]  # [B,V,M]
-    count = common.mean_over_processes(mask.sum())
-    return ((values - graphs.values) * mask).square().sum() / count
+        return graphs.values + self.layers[-1](h, present) * self.mutable
 
 
 @torch.no_grad()
@@ -450,11 +487,9 @@ def mmd2(x: Tensor, y: Tensor, bandwidths: Sequence[float]) -> Tensor:
         squared = a.square().sum(dim=1)[:, None] + b.square().sum(dim=1) - 2 * a @ b.T  # [n,m]
         return sum(torch.exp(-squared / (2 * s**2)) for s in bandwidths) / len(bandwidths)
 
-    def within(a: Tensor) -> Tensor:
-        matrix = kernel(a, a)
-        return (matrix.sum() - matrix.trace()) / (len(a) * (len(a) - 1))
-
-    return within(x) + within(y) - 2 * kernel(x, y).mean()
+    (n, m), xx, yy = (len(x), len(y)), kernel(x, x), kernel(y, y)
+    within = (xx.sum() - xx.trace()) / (n * (n - 1)) + (yy.sum() - yy.trace()) / (m * (m - 1))
+    return within - 2 * kernel(x, y).mean()
 
 
 MEASURED = (*TONE, "haze (dark channel)", "blur (steps of 2 px over 1 px)", "noise (log2)")
@@ -482,34 +517,53 @@ def band_statistics(x: Tensor, bands: int) -> Tensor:
 
 
 def scene_features(net: Network, images: Tensor) -> list[Tensor]:
-    """MEASURED [B,8], colours [B,24], and first features of a tiny network [B,384]. [B,3,H,W]."""
-    x4 = net.body.down4(net.body.stem((images - net.mean) / net.std))  # [B,32,H/4,W/4]
-    deep = [band_statistics(x, 2) for x in (x4, net.body.down8(x4))]
-    return [measure(images), band_statistics(images, 4), torch.cat(deep, dim=1)]
+    """Features of images by a tiny network. [B,3,H,W] -> tone and texture: MEASURED [B,8], colours
+    [B,24], first features [B,384]; content: layout [B,32C], colours of the classes [B,3C]."""
+    body = net.body
+    x4 = body.down4(body.stem((images - net.mean) / net.std))  # [B,32,H/4,W/4]
+    x8 = body.down8(x4)
+    deep = torch.cat([band_statistics(x, 2) for x in (x4, x8)], dim=1)
+    y = body.up8(torch.cat([common.upsample(body.down16(x8), x8.shape[2:]), x8], dim=1))
+    y = body.up4(torch.cat([common.upsample(y, x4.shape[2:]), x4], dim=1))
+    share = body.head(y).softmax(dim=1)  # [B,C,H/4,W/4] of the classes
+    layout = F.adaptive_avg_pool2d(share, (8, 4)).flatten(1)
+    # A class that is hardly there counts as having the colour of the whole image.
+    colours = F.avg_pool2d(images, 4).flatten(2)  # [B,3,HW/16]
+    share = share.flatten(2) + 0.01
+    colours = share @ colours.mT / share.sum(dim=2, keepdim=True)  # [B,C,3]
+    return [measure(images), band_statistics(images, 4), deep, layout, colours.flatten(1)]
 
 
 class Features:
     """Groups of features, scaled so that the median distance of a scene and a photo is 1 in each.
-    groups: images [B,C,H,W] -> one [B,D] a group; scenes, photos: batches of images. min_std: the
-    deviation of a feature counts as at least this share of the root mean square of its group's."""
+
+    groups: images [B,C,H,W] -> one [B,D] a group; scenes, photos: batches of images. min_std, one a
+    group: the deviation of a feature counts as at least this share of the root mean square of the
+    deviations in its group.
+    """
 
     @torch.no_grad()
     def __init__(
-        self, groups: Callable, scenes: Iterable[Tensor], photos: Iterable[Tensor], min_std: float
+        self,
+        groups: Callable,
+        scenes: Iterable[Tensor],
+        photos: Iterable[Tensor],
+        min_std: Sequence[float],
     ) -> None:
         self.groups, self.scaling, self.photos = groups, [], []
         scene_groups, photo_groups = (zip(*map(groups, x), strict=True) for x in (scenes, photos))
-        for x, y in zip(map(torch.cat, scene_groups), map(torch.cat, photo_groups), strict=True):
+        for x, y, least in zip(scene_groups, photo_groups, min_std, strict=True):
+            x, y = torch.cat(x), torch.cat(y)
             both = torch.cat([x, y])
             mean, std = both.mean(dim=0), both.std(dim=0) + 1e-6
-            std = torch.maximum(std, min_std * std.square().mean().sqrt())
+            std = torch.maximum(std, least * std.square().mean().sqrt())
             distances = torch.cdist((x[:256] - mean) / std, (y[:256] - mean) / std)
             std = std * distances.median().clamp(min=1e-6)
             self.scaling.append((mean, std))
             self.photos.append((y - mean) / std)
 
     def mmd(self, images: Tensor, chosen: Tensor | slice, bandwidths: Sequence[float]) -> Tensor:
-        """Squared MMD between images and the chosen photos, summed over the groups -> scalar.
+        """Squared MMD between images and the chosen photos, one a group -> [groups].
 
         Under torchrun the images are those of all processes together.
         """
@@ -517,10 +571,13 @@ class Features:
         if common.world_size() > 1:
             groups = [torch.cat(all_gather(x)) for x in groups]
         pairs = zip(groups, self.photos, strict=True)
-        return sum(mmd2(x, y[chosen], bandwidths) for x, y in pairs)
+        return torch.stack([mmd2(x, y[chosen], bandwidths) for x, y in pairs])
 
 
 # ---- The stages of road scenes ------------------------------------------------------------------
+MAX_PHOTOS = 512  # whose features are compared
+
+
 def gradient_step(optimizer: torch.optim.Optimizer, loss: Tensor, lr: float) -> None:
     common.set_lr(optimizer, lr)
     optimizer.zero_grad()
@@ -528,40 +585,50 @@ def gradient_step(optimizer: torch.optim.Optimizer, loss: Tensor, lr: float) -> 
     optimizer.step()
 
 
+def train_on_scenes(
+    run: Run, args: Args, roads: RoadScenes, transformer: nn.Module | None, net: Network, stage: str
+) -> None:
+    """Like `common.train`, with new scenes in every batch. The network of the features, in the
+    stage of this name, sees random augmentations, so that it is of use on photos too."""
+    final = stage == "train"
+    steps = args.steps if final else args.feature_steps
+    optimizer, model = common.make_optimizer(net, args.lr), common.parallel(net.train())
+    for step in run.steps(stage, steps, net=net, optimizer=optimizer):
+        rng = common.generator(args.seed, stage, step)
+        graphs = roads.sample(args.batch_size, rng).share()
+        images, labels = render_graphs(roads, transformer, graphs)
+        images, labels = common.crop_flip(images, labels, rng)
+        if not final:
+            images = common.random_augmentation(images, rng)
+        with run.autocast():
+            loss = common.segmentation_loss(model(images, aux=True), labels)
+        lr = common.learning_rate(args.lr, step, steps)
+        gradient_step(optimizer, loss, lr)
+        run.log(step, **{"loss" if final else "features_loss": loss}, lr=lr)
+        if final and common.is_quarter(step, steps):
+            run.evaluate(net, step)
+
+
 def learn_attributes(run: Run, args: Args, roads: RoadScenes, photos: Split) -> Transformer:
-    """The transformer after all stages. figures/training/ holds scenes of stage 2."""
+    """The transformer after all stages. figures/training/ holds scenes while it learns."""
     device, seed = run.device, args.seed
     net = Network("tiny", len(run.classes)).to(device, memory_format=torch.channels_last)
     transformer = Transformer(roads.grammar, roads.num_classes, roads.num_fixed, args.width)
     model, mutable = common.parallel(transformer.to(device)), transformer.mutable
 
-    # The network whose features are compared: a segmentation network on the prior's scenes
-    segmenter, optimizer = common.parallel(net.train()), common.make_optimizer(net, args.lr)
-    for step in run.steps("features", args.feature_steps, net=net, optimizer=optimizer):
-        graphs = roads.sample(args.batch_size, common.generator(seed, "features", step))
-        images, labels = render_graphs(roads, None, graphs.share())
-        with run.autocast():
-            loss = common.segmentation_loss(segmenter(images, aux=True), labels)
-        lr = common.learning_rate(args.lr, step, args.feature_steps)
-        gradient_step(optimizer, loss, lr)
-        run.log(step, features_loss=loss, lr=lr)
+    # Stage 1: the network whose features are compared learns to segment the prior's scenes
+    train_on_scenes(run, args, roads, None, net, "features")
     net.eval().requires_grad_(False)
     for buffer in net.buffers():  # each process has batch statistics of its own
         buffer.copy_(common.mean_over_processes(buffer))
-    draws = [roads.sample(16, common.generator(seed, "prior", batch)) for batch in range(16)]
+    draws = [roads.sample(8, common.generator(seed, "prior", batch)) for batch in range(32)]
     scenes = (render_graphs(roads, None, graphs)[0] for graphs in draws)
-    chunks = (photos.images[i : i + 32] for i in range(0, len(photos), 32))
-    real = (common.to_tensor(chunk, device) for chunk in chunks)
-    features = Features(functools.partial(scene_features, net), scenes, real, min_std=0)
-
-    # Stage 1: the transformer learns to give back the prior's graphs
-    optimizer, steps = torch.optim.Adam(transformer.parameters()), args.reconstruct_steps
-    for step in run.steps("reconstruct", steps, transformer=transformer, optimizer=optimizer):
-        graphs = roads.sample(args.match_batch, common.generator(seed, "reconstruct", step)).share()
-        loss = squared_change(model(graphs), graphs, mutable)
-        lr = common.learning_rate(args.reconstruct_lr, step, steps)
-        gradient_step(optimizer, loss, lr)
-        run.log(step, reconstruction_loss=loss, lr=lr)
+    chosen = common.spaced(len(photos), MAX_PHOTOS)
+    chunks = (chosen[i : i + 8] for i in range(0, len(chosen), 8))
+    real = (common.to_tensor(photos.images[chunk], device) for chunk in chunks)
+    groups = functools.partial(scene_features, net)
+    features = Features(groups, scenes, real, min_std=(0, 0, 0, 1, 1))
+    weights = torch.tensor([1, 1, 1, args.lambda_content, args.lambda_content], device=device)
 
     # Stage 2: the MMD falls; its gradient comes through the renderer
     optimizer, steps = torch.optim.Adam(transformer.parameters()), args.match_steps
@@ -572,12 +639,16 @@ def learn_attributes(run: Run, args: Args, roads: RoadScenes, photos: Split) -> 
         graphs = roads.sample(args.match_batch, rng).share()
         values = model(graphs)  # [B,V,M]
         images, _ = roads.render(graphs, values)
-        chosen = torch.randperm(len(photos), generator=rng)[: args.match_photos].to(device)
-        mmd = features.mmd(images, chosen, args.bandwidths)
-        change = squared_change(values, graphs, mutable)
+        order = torch.randperm(len(chosen), generator=rng)[: args.match_photos].to(device)
+        mmd = features.mmd(images, order, args.bandwidths)  # [5]
+        graphs = graphs.to(device)
+        mask = mutable * (graphs.classes > 0)[..., None]  # [B,V,M]
+        count = common.mean_over_processes(mask.sum())
+        change = ((values - graphs.values) * mask).square().sum() / count
         lr = common.learning_rate(args.match_lr, step, steps)
-        gradient_step(optimizer, mmd + args.lambda_prior * change, lr)
-        run.log(step, mmd_loss=mmd, change=change, lr=lr)
+        gradient_step(optimizer, weights @ mmd + args.lambda_prior * change, lr)
+        named = {"mmd_loss": weights @ mmd, "mmd_tone": mmd[:3].sum(), "mmd_content": mmd[3:].sum()}
+        run.log(step, **named, change=change, lr=lr)
     save_sheet(run.out, roads, transformer, steps)
 
     if args.task_reward:
@@ -600,7 +671,7 @@ def reinforce_loss(samples: Tensor, mean: Tensor, sigma: float, rewards: Tensor)
 def maximise_reward(
     run: Run, args: Args, roads: RoadScenes, transformer: Transformer, net: Network
 ) -> None:
-    """Stage 3: REINFORCE. The reward of a set of scenes is the mIoU on the labelled photos, as a
+    """REINFORCE, stage 3. The reward of a set of scenes is the mIoU on the labelled photos, as a
     share, of a copy of `net` that is trained on the set.
 
     The paper adds noise to each attribute of each scene, which hardly changes the mean of a set,
@@ -638,31 +709,19 @@ def maximise_reward(
         run.log(step, reward=rewards.mean(), reward_std=rewards.std())
 
 
-def render_training_set(run: Run, args: Args, roads: RoadScenes, transformer: Any) -> Split:
-    """The scenes that the segmentation network trains on, in set/ of the run folder. Under torchrun
-    each process renders its share of them."""
-    folder, split, names = run.out / "set", roads.split, []
-    if not (folder / "set.json").exists():  # else it is that of a run that was interrupted later
-        shape = (args.scenes, *args.size)
-        if common.rank() == 0:
-            common.create_array(folder / "images.npy", (*shape, 3))
-            common.create_array(folder / "labels.npy", shape)
-        common.barrier()
-        images, labels = (np.load(folder / f"{n}.npy", "r+") for n in ("images", "labels"))
-        for start in common.show_progress(range(0, args.scenes, 32), "rendering the training set"):
-            stop = min(start + 32, args.scenes)
-            graphs = roads.sample(stop - start, common.generator(args.seed, "scenes", start))
-            names += [split.names[n] for n in graphs.picture[:, 0]]
-            if start // 32 % common.world_size() == common.rank():
-                x, y = render_graphs(roads, transformer, graphs)
-                images[start:stop], labels[start:stop] = common.to_uint8(x), y.byte().cpu().numpy()
-        images.flush()
-        labels.flush()
-        common.barrier()
-        if common.rank() == 0:
-            common.save_set(folder, split, labels, names)
-        common.barrier()
-    return common.load_set(folder, split.dataset, args.size)
+def write_set(run: Run, args: Args, roads: RoadScenes, transformer: nn.Module | None) -> None:
+    """Scenes in set/ of the run folder, for --init of another method."""
+    folder, shape, names = run.out / "set", (args.scenes, *args.size), []
+    images = common.create_array(folder / "images.npy", (*shape, 3))
+    labels = common.create_array(folder / "labels.npy", shape)
+    for start in common.show_progress(range(0, args.scenes, 8), "writing set/"):
+        stop = min(start + 8, args.scenes)
+        graphs = roads.sample(stop - start, common.generator(args.seed, "scenes", start))
+        names += [roads.split.names[n] for n in graphs.picture[:, 0]]
+        x, y = render_graphs(roads, transformer, graphs)
+        images[start:stop], labels[start:stop] = common.to_uint8(x), y.byte().cpu().numpy()
+    images.flush()
+    common.save_set(folder, roads.split, labels, names)
 
 
 def run(args: Args) -> Result:
@@ -672,38 +731,38 @@ def run(args: Args) -> Result:
     for name in ("match_batch", "match_photos", "reward_samples"):
         if getattr(args, name) < 2:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 2")
-    run = Run(args, "metasim", stages=1 + 3 * learned + args.task_reward)
+    run = Run(args, "metasim", stages=1 + 2 * learned + args.task_reward)
     if run.result:
         return run.result
     args, net, transformer, updates = run.args, run.network(), None, ""
     lengths = {
-        "scenes": min(5 * args.steps, 20_000),
+        "scenes": min(5 * args.steps, 2000),
         "feature_steps": args.steps // 4,
-        "reconstruct_steps": args.steps * 3 // 4,
-        "match_steps": args.steps // 2,
+        "match_steps": args.steps // 4,
         "reward_steps": max(1, args.steps // 16),
     }
     args = replace(args, **{k: n for k, n in lengths.items() if getattr(args, k) is None})
-    source, photos = common.load(args, "source"), common.load(args, "target_unlabelled")
+    photos = common.load(args, "target_unlabelled")
     if len(photos) < 2:
         root = common.dataset_root(args.data, photos.dataset)
-        raise UserError(f"{root}: found {len(photos)} photo, the MMD needs at least 2")
+        raise UserError(f"{root}: metasim needs two photos, there is {len(photos)}")
     if args.match_batch % common.world_size():
         processes = f"{common.world_size()} processes"
         raise UserError(f"--match-batch {args.match_batch}: not a multiple of {processes}")
 
-    roads = RoadScenes(source, args, run.device)
+    roads = RoadScenes(common.load(args, "source"), args, run.device)
     if learned:
         transformer = learn_attributes(run, args, roads, photos)
         updates = f"{args.feature_steps} updates of the feature network, "
-        updates += f"{args.reconstruct_steps + args.match_steps} of the transformer"
+        updates += f"{args.match_steps} of the transformer"
     if args.task_reward:
         rewards = args.reward_rounds * args.reward_samples
         updates += f", {rewards * args.reward_steps} of the task network"
-    scenes = render_training_set(run, args, roads, transformer)
+    train_on_scenes(run, args, roads, transformer, net, "train")
+    if args.scenes and common.rank() == 0:
+        write_set(run, args, roads, transformer)
     if learned and common.rank() == 0:
-        draw_scenes(run, roads, transformer, photos)
-    common.train(run, net, scenes, args.steps, "train")
+        draw_scenes(run, roads, transformer, photos, net)
     return run.finish(net, args.labelled if args.task_reward else 0, other_updates=updates)
 
 
@@ -726,10 +785,9 @@ class DigitsArgs:
     """Transformers that are trained from different weights; the one with the lowest MMD is kept,
     since a digit that turns the wrong way stops at a local minimum. The paper: 1."""
     steps: int = 1000
-    """Updates of stage 2, MMD. Stage 1, reconstruction, takes 3/10 as many, the task network, with
-    16 scenes each, 4/10."""
+    """Updates by MMD. The task network takes 4/10 as many, with 16 scenes each."""
     lr: float = 2e-4
-    """Learning rate of stage 2. The paper's code: 1e-3."""
+    """Learning rate of the updates by MMD. The paper's code: 1e-3."""
 
 
 DIGIT = {
@@ -870,30 +928,23 @@ def run_digits(args: DigitsArgs) -> None:
     prior, _ = render_graphs(world, None, draw)
     before = digit_accuracy(world, None, images, truth, args)
     # Pixels near the edge hardly vary over the prior's scenes, but must not count for more.
-    features = Features(blurred_pixels, [prior[:256]], [photos], min_std=1)
+    features = Features(blurred_pixels, [prior[:256]], [photos], min_std=(1, 1, 1, 1))
 
-    candidates, steps = [], args.steps * 3 // 10
+    candidates = []
     for start in range(args.starts):
         torch.manual_seed(common.seed_of(seed, "start", start))
         transformer = Transformer(world.grammar, world.num_classes, world.num_fixed, Args.width)
-        mutable = transformer.to(device).mutable
-        # Stage 1: reconstruction
-        optimizer = torch.optim.Adam(transformer.parameters(), weight_decay=1e-5)
-        for step in range(1, steps + 1):
-            graphs = world.sample(Args.match_batch, common.generator(seed, "reconstruct", step))
-            loss = squared_change(transformer(graphs), graphs, mutable)
-            gradient_step(optimizer, loss, common.learning_rate(Args.reconstruct_lr, step, steps))
-        # Stage 2: MMD
+        transformer.to(device)
         optimizer = torch.optim.Adam(transformer.parameters(), weight_decay=1e-5)
         for step in common.show_progress(range(1, args.steps + 1), f"start {start}"):
             rng = common.generator(seed, "match", step)
             graphs = world.sample(Args.match_batch, rng)
             x, _ = world.render(graphs, transformer(graphs))
             chosen = torch.randperm(len(photos), generator=rng)[: Args.match_photos].to(device)
-            loss = features.mmd(x, chosen, Args.bandwidths)
+            loss = features.mmd(x, chosen, Args.bandwidths).sum()
             gradient_step(optimizer, loss, common.learning_rate(args.lr, step, args.steps))
         learned, _ = render_graphs(world, transformer, draw)
-        mmd = features.mmd(learned, slice(None), Args.bandwidths).item()
+        mmd = features.mmd(learned, slice(None), Args.bandwidths).sum().item()
         print(f"start {start}: MMD^2 {mmd:.5f}", flush=True)
         candidates.append((mmd, transformer))
     _, transformer = min(candidates, key=lambda candidate: candidate[0])
@@ -929,18 +980,19 @@ def save_sheet(out: Path, roads: RoadScenes, transformer: Transformer, step: int
         Image.fromarray(np.concatenate(rows)).save(temporary, format="png")
 
 
-def draw_scenes(run: Run, roads: RoadScenes, transformer: Transformer, photos: Split) -> None:
-    """figures/scenes.png: the same graphs before and after, and photos; figures/training.gif: the
-    sheets of stage 2 as an animation; figures/measured.png: MEASURED in scenes and photos."""
-    folder, seed, measured, columns = run.out / "figures", run.args.seed, {}, {}
-    draws = [roads.sample(32, common.generator(seed, "figures", batch)) for batch in range(8)]
+def draw_scenes(
+    run: Run, roads: RoadScenes, transformer: Transformer, photos: Split, net: Network
+) -> None:
+    """scenes.png: the same graphs before and after, and photos; training.gif: the sheets of
+    figures/training/; content.png: where the classes lie, in scenes and in photos as predicted."""
+    folder, labels, columns = run.out / "figures", {}, {}
+    draws = [roads.sample(32, common.generator(run.args.seed, "figures", n)) for n in range(8)]
     for title, rewrite in (("prior", None), ("learned", transformer)):
-        batches = (render_graphs(roads, rewrite, graphs)[0] for graphs in draws)
-        measured[title] = torch.cat([measure(images) for images in batches])  # [256,8]
-        images, labels = render_graphs(roads, rewrite, draws[0])
-        columns[title] = list(common.to_uint8(images[:6]))
-        columns[f"labels, {title}"] = list(labels[:6].byte().cpu().numpy())
-    columns["photo"] = list(photos.images[np.arange(6) * (len(photos) - 1) // 5])
+        pairs = [render_graphs(roads, rewrite, graphs) for graphs in draws]
+        labels[title] = torch.cat([y.byte().cpu() for _, y in pairs])  # [256,H,W]
+        columns[title] = list(common.to_uint8(pairs[0][0][:6]))
+        columns[f"labels, {title}"] = list(labels[title][:6].numpy())
+    columns["photo"] = list(photos.images[common.spaced(len(photos), 6)])
     common.draw_sheet(folder / "scenes.png", columns, run.classes)
 
     frames = [Image.open(path) for path in sorted((folder / "training").glob("*.png"))]
@@ -949,23 +1001,36 @@ def draw_scenes(run: Run, roads: RoadScenes, transformer: Transformer, photos: S
     with common.replacing(folder / "training.gif") as temporary:
         frames[0].save(temporary, format="gif", **options)
 
-    chosen = np.array_split(common.spaced(len(photos), 256), math.ceil(len(photos) / 32))
-    batches = (common.to_tensor(photos.images[i], run.device) for i in chosen if len(i))
-    measured["photos"] = torch.cat([measure(images) for images in batches])
-    figure = common.new_figure(12.8, 4.6)
-    axes = figure.subplots(2, 4).ravel()
-    for i, (axis, name) in enumerate(zip(axes, MEASURED, strict=True)):
-        values = {title: x[:, i].cpu().numpy() for title, x in measured.items()}
-        limits = np.quantile(np.concatenate([*values.values()]), [0.003, 0.997])
-        bins = np.linspace(*limits, 31)
-        for (title, x), colour in zip(values.items(), ("C7", "C0", "C3"), strict=True):
-            axis.hist(x, bins, density=True, histtype="step", color=colour, label=title)
-        axis.set_title(name, fontsize=9)
-        axis.set_xlabel(TONE[name].unit if name in TONE else "", fontsize=7)
-        axis.tick_params(labelsize=7, left=False, labelleft=False)
-    handles = axes[0].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside lower center", ncols=3, frameon=False)
-    common.save_figure(figure, folder / "measured.png")
+    batches = [photos.images[i : i + 1] for i in common.spaced(len(photos), 256)]
+    maps = [common.predict(net.eval(), batch, run.device).argmax(dim=1) for batch in batches]
+    labels["photos, predicted"] = torch.cat(maps).byte().cpu()
+    draw_content(folder / "content.png", labels, run.classes)
+
+
+def draw_content(path: Path, labels: dict[str, Tensor], classes: Sequence[str]) -> None:
+    """Heat maps of where the six commonest classes of the photos lie.
+
+    labels: [N,H,W] by title, the photos' last. Titles name the distance from the photos, the total
+    variation between the shares of the classes at a pixel, averaged over the pixels.
+    """
+    shares = {  # [C,H,W] of the images
+        title: torch.stack([(y == c).float().mean(dim=0) for c in range(len(classes))])
+        for title, y in labels.items()
+    }
+    photos = [*shares.values()][-1]
+    shown = photos.mean(dim=(1, 2)).argsort(descending=True)[:6].tolist()
+    figure = common.new_figure(2.4 * len(shown), 1.6 * len(shares))
+    axes = figure.subplots(len(shares), len(shown), squeeze=False)
+    for row, (title, share) in zip(axes, shares.items(), strict=True):
+        distance = (share - photos).abs().sum(dim=0).mean() / 2
+        row[0].set_ylabel(f"{title}\ndistance {distance:.3f}", fontsize=8)
+        for axis, c in zip(row, shown, strict=True):
+            most = max(float(x[c].max()) for x in shares.values())
+            axis.imshow(share[c], vmin=0, vmax=max(most, 0.01), cmap="magma")
+            axis.set(xticks=[], yticks=[])
+            if axis in axes[0]:
+                axis.set_title(classes[c], fontsize=9)
+    common.save_figure(figure, path)
 
 
 if __name__ == "__main__":
