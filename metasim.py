@@ -25,7 +25,7 @@ import inspect
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -54,8 +54,6 @@ class Args(common.Args):
     """Largest number of objects that are added to a source image; it is uniform from 0 to this."""
     cut_outs: int = 600
     """Objects to cut out of the source images, in equal parts of all classes."""
-    width: int = 64
-    """Features of a node in the distribution transformer."""
     feature_steps: int | None = None
     """Updates of the network whose features are compared. Default: a quarter of --steps."""
     match_steps: int | None = None
@@ -66,12 +64,10 @@ class Args(common.Args):
     """Scenes in an update by MMD. The paper's code: 50."""
     match_photos: int = 128
     """Photos in an update by MMD. The paper's code: 200."""
-    bandwidths: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0)
-    """Standard deviations of the Gaussian kernels, as multiples of the median distance."""
     lambda_content: float = 1.0
     """Weight of the MMD of the content: which classes the feature network sees in which part of
     the image, and their colours. 0: tone and texture alone."""
-    lambda_prior: float = 0.01
+    lambda_prior: float = 0.02
     """Weight of the mean squared change of the attributes. Attributes about which the photos say
     nothing then stay at the prior. The paper: 0."""
     reward_rounds: int = 4
@@ -111,7 +107,6 @@ WEATHER = {
     "airlight": Attribute(-0.5, 0.2, 0.5, "log2 of the haze's brightness"),
     "blur": Attribute(0, 0.1, 0.5, "share of a blur of 1 px; below 0: sharper"),
     "noise": Attribute(-7.5, 0.5, 1, "log2 of the standard deviation"),
-    "grain": Attribute(0, 0.1, 0.5, "share of a blur of 1 px in the noise"),
 }
 CAMERA = {
     "shift_x": Attribute(0, 0.05, 0.1, "half widths"),
@@ -141,9 +136,6 @@ class Graphs(NamedTuple):
     fixed: Tensor  # [B,V,F] immutable attributes that the transformer sees
     picture: Tensor  # int64 [B,V] index of the source image, cut-out or digit; -1 for none
     seed: Tensor  # int64 [B] of the sensor noise
-
-    def to(self, device: torch.device) -> "Graphs":
-        return Graphs(*(common.to_device(tensor, device) for tensor in self))
 
     def share(self) -> "Graphs":
         """The scenes of this process, under torchrun."""
@@ -186,12 +178,8 @@ OBJECTS = (
     *("train", "motorcycle", "bicycle"),
 )
 GROUND = ("road", "sidewalk", "terrain")
-SURFACES = (  # the classes of each
-    ("road", "sidewalk"),
-    ("vegetation", "terrain"),
-    ("building", "wall", "fence"),
-    ("sky",),
-)
+# The classes of each surface
+SURFACES = ("road", "sidewalk"), ("vegetation", "terrain"), ("building", "wall", "fence"), ("sky",)
 FIRST = 2 + len(SURFACES)  # node of the first object; before it: scene, camera, surfaces
 MIN_AREA = 0.0015  # of a cut-out, as a share of the image
 MAX_READ = 2000  # source images that are searched for objects
@@ -217,10 +205,10 @@ def cut_out(split: Split, count: int, seed: int) -> tuple[Tensor, Tensor, Tensor
     names, rng = split.dataset.classes, np.random.default_rng(common.seed_of(seed, "cut_out"))
     missing = {c: math.ceil(count / len(OBJECTS)) for c, n in enumerate(names) if n in OBJECTS}
     pictures, classes, boxes = [], [], []
-    order = rng.permutation(len(split))[:MAX_READ]
+    order, every = rng.permutation(len(split))[:MAX_READ], max(1, width // 256)
     for n in common.show_progress(order, "cutting out objects"):
         labels = np.array(split.labels[n])
-        pixels = np.bincount(labels.ravel(), minlength=256)
+        pixels = np.bincount(labels[::every, ::every].ravel(), minlength=256) * every**2
         for c in [c for c, m in missing.items() if m and pixels[c] >= MIN_AREA * height * width]:
             filled = Image.fromarray(labels).copy()
             y, x = rng.choice(np.argwhere(labels == c))
@@ -241,19 +229,17 @@ def cut_out(split: Split, count: int, seed: int) -> tuple[Tensor, Tensor, Tensor
             boxes.append([*centre, (right - left) / width, (bottom - top) / height])
             missing[c] -= 1
     if not pictures:  # one that is never used
-        empty = np.zeros((height, width // 2, 4), np.uint8)
-        pictures, classes, boxes = [empty], [0], [[0.0, 0.0, 0.1, 0.1]]
+        pictures = [np.zeros((height, width // 2, 4), np.uint8)]
+        classes, boxes = [0], [[0.0, 0.0, 0.1, 0.1]]
     rgba = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
     return rgba, torch.tensor(classes), torch.tensor(boxes)
 
 
 # ---- Differentiable renderer --------------------------------------------------------------------
-BINOMIAL = torch.tensor([1.0, 4, 6, 4, 1]) / 16
-
-
 def blur(images: Tensor) -> Tensor:
     """A blur with a standard deviation of 1 px. [B,3,H,W] -> [B,3,H,W]."""
-    kernel = torch.outer(BINOMIAL, BINOMIAL).expand(3, 1, 5, 5).to(images)
+    kernel = torch.tensor([1.0, 4, 6, 4, 1]).to(images) / 16
+    kernel = torch.outer(kernel, kernel).expand(3, 1, 5, 5)
     images = F.pad(images, (2, 2, 2, 2), mode="replicate")
     # On a CPU this is eight times as fast with the channels last in memory.
     return F.conv2d(images.contiguous(memory_format=torch.channels_last), kernel, groups=3)
@@ -289,15 +275,11 @@ def photometry(image: Tensor, depth: Tensor, white: Tensor, v: dict[str, Tensor]
     image [B,3,H,W]; depth [B,1,H,W] over that of the horizon; white: noise N(0,1) [B,3,H,W];
     v: the scene's attributes [B,1] each -> [B,3,H,W] in [0,1].
     """
-    haze, airlight, share, noise, grain = (v[name][..., None, None] for name in WEATHER)
+    haze, airlight, share, noise = (v[name][..., None, None] for name in WEATHER)
     image = torch.lerp(2**airlight, image, torch.exp(-haze * depth))  # Koschmieder's law
     image = retone(image, torch.cat([v[name] for name in TONE], dim=1))
     image = torch.lerp(image, blur(image), share)
-    # The grain's kernel is (1 - grain) delta + grain blur; its sum of squares is the variance.
-    middle, squares = BINOMIAL[2].item() ** 2, BINOMIAL.square().sum().item() ** 2
-    variance = (1 - grain) ** 2 + 2 * middle * grain * (1 - grain) + squares * grain**2
-    noise = 2**noise * torch.lerp(white, blur(white), grain) / variance.sqrt()
-    return (image + noise).clamp(0, 1)
+    return (image + 2**noise * white).clamp(0, 1)
 
 
 class RoadScenes:
@@ -318,13 +300,10 @@ class RoadScenes:
 
     def sample(self, count: int, rng: torch.Generator) -> Graphs:
         """Scene graphs from the prior, on the CPU."""
-        objects, kinds = self.objects, self.kinds.unique()
         source = torch.randint(len(self.split), (count,), generator=rng)
-        present = torch.arange(objects) < torch.randint(objects + 1, (count, 1), generator=rng)
-        # A class first, then one of its cut-outs: rare classes come as often as cars.
-        kind = kinds[torch.randint(len(kinds), (count, objects), generator=rng)]  # [B,K]
-        numbers = torch.rand(count, objects, len(self.kinds), generator=rng)
-        asset = (numbers * (self.kinds == kind[..., None])).argmax(dim=2)  # [B,K]
+        limit = torch.randint(self.objects + 1, (count, 1), generator=rng)
+        present = torch.arange(self.objects) < limit  # [B,K]
+        asset = torch.randint(len(self.kinds), present.shape, generator=rng)
 
         # Horizon and tone of the source images, from at most 256 of their columns
         every, grammar, tones = max(1, self.size[1] // 256), self.grammar, len(TONE)
@@ -335,7 +314,7 @@ class RoadScenes:
         values = grammar.sample(count, rng)
         values[:, 0, :tones] += measured.clamp(-6, 6)  # an image of a single colour is far outside
         classes = torch.arange(1, 1 + FIRST).expand(count, FIRST)
-        classes = torch.cat([classes, (1 + FIRST + kind) * present], dim=1)
+        classes = torch.cat([classes, (1 + FIRST + self.kinds[asset]) * present], dim=1)
         fixed = torch.zeros(*classes.shape, self.num_fixed)
         fixed[:, 0, 0], fixed[:, FIRST:] = horizon, self.box[asset] * present[..., None]
         picture = torch.full(classes.shape, -1)
@@ -380,9 +359,8 @@ class RoadScenes:
         assets = graphs.picture[:, FIRST:].clamp(min=0)  # [B,K]
         box = common.to_device(self.box[assets], self.device).to(values)  # [B,K,4]
         rgba = common.to_device(self.rgba[assets], self.device)  # uint8 [B,K,4,h,w]
-        classes = (
-            common.to_device(graphs.classes[:, FIRST:], self.device) - 1 - FIRST
-        )  # below 0: none
+        classes = graphs.classes[:, FIRST:] - 1 - FIRST  # train ids, below 0: none
+        classes = common.to_device(classes, self.device)
         near = 2 ** -v["distance"]  # [B,K]
         half = box[..., 2:] * (near * 2 ** v["size"])[..., None]  # [B,K,2] half sides
         feet = horizon + (box[..., 1] + box[..., 3]) * near  # [B,K]
@@ -394,15 +372,15 @@ class RoadScenes:
         stretch = filled / half
         shift = filled - 1 - stretch * centre
         theta = stretch[..., None] * theta[:, None] + F.pad(shift[..., None], (2, 0))  # [B,K,2,3]
-        gain = 2 ** v["brightness"] / 255
-        gain = torch.stack([gain, gain, gain, torch.full_like(gain, 1 / 255)], dim=2)  # [B,K,4]
-        gain = (gain * (classes >= 0)[..., None])[..., None, None]
+        gain = (2 ** v["brightness"])[..., None, None, None]
+        present = (classes >= 0)[..., None, None, None]
         share, rows = torch.ones_like(image[:, 0]), torch.arange(len(values), device=self.device)
         for k in feet.detach().argsort(dim=1).unbind(dim=1):  # [B] each, the farthest first
             place = F.affine_grid(theta[rows, k], list(image.shape), align_corners=False)
-            layer = F.grid_sample(rgba[rows, k] * gain[rows, k], place, align_corners=False)
+            layer = (present[rows, k] * rgba[rows, k]).to(values) / 255
+            layer = F.grid_sample(layer, place, align_corners=False)
             colour, alpha = layer.split([3, 1], dim=1)  # [B,3,H,W], [B,1,H,W]
-            image = colour + (1 - alpha) * image
+            image = gain[rows, k] * colour + (1 - alpha) * image
             alpha = alpha[:, 0].detach()
             share = (1 - alpha) * share  # of the label's layer in the colour, [B,H,W]
             labels = torch.where(alpha > share, classes[rows, k][:, None, None], labels)
@@ -446,26 +424,31 @@ class Transformer(nn.Module):
     start. In the paper it is not added, and a first stage teaches the network to reconstruct.
     """
 
-    def __init__(self, grammar: Grammar, classes: int, fixed: int, width: int) -> None:
+    def __init__(self, world: Any, width: int = 64) -> None:
         super().__init__()
-        (nodes, outputs), self.num_classes = grammar.mean.shape, classes
-        self.register_buffer("mutable", grammar.mutable.float(), persistent=False)
-        widths = [nodes + classes + fixed + outputs, width, width, width, outputs]
+        self.num_classes, mutable = world.num_classes, world.grammar.mutable.float()
+        self.register_buffer("mutable", mutable, persistent=False)  # [V,M]
+        nodes, outputs = mutable.shape
+        widths = [
+            nodes + world.num_classes + world.num_fixed + outputs,
+            width,
+            width,
+            width,
+            outputs,
+        ]
         self.layers = nn.ModuleList(map(GraphLayer, widths[:-1], widths[1:]))
-        for linear in (self.layers[-1].own, self.layers[-1].down, self.layers[-1].up):
-            nn.init.zeros_(linear.weight)
-            nn.init.zeros_(linear.bias)
+        for weight in self.layers[-1].parameters():
+            nn.init.zeros_(weight)
 
     def forward(self, graphs: Graphs) -> Tensor:
-        graphs = graphs.to(self.mutable.device)
+        graphs = Graphs(*(common.to_device(x, self.mutable.device) for x in graphs))
         classes = F.one_hot(graphs.classes, self.num_classes).to(graphs.values)
-        nodes = torch.eye(len(self.mutable), device=classes.device)
-        nodes = nodes.expand(len(classes), -1, -1)
+        nodes = torch.eye(classes.shape[1]).to(classes).expand(len(classes), -1, -1)
         h = torch.cat([nodes, classes, graphs.fixed, graphs.values], dim=2)  # [B,V,D]
         present = (graphs.classes > 0).to(h)[..., None]
         for layer in self.layers[:-1]:
             h = F.silu(layer(h, present))
-        return graphs.values + self.layers[-1](h, present) * self.mutable
+        return graphs.values + self.layers[-1](h, present) * self.mutable * present
 
 
 @torch.no_grad()
@@ -479,7 +462,10 @@ def render_graphs(
 
 
 # ---- Maximum mean discrepancy -------------------------------------------------------------------
-def mmd2(x: Tensor, y: Tensor, bandwidths: Sequence[float]) -> Tensor:
+BANDWIDTHS = (0.5, 1.0, 2.0, 4.0)  # of the kernels, as multiples of the median distance
+
+
+def mmd2(x: Tensor, y: Tensor, bandwidths: Sequence[float] = BANDWIDTHS) -> Tensor:
     """Unbiased estimate of the squared MMD (Gretton et al., JMLR 2012, eq. 3), the mean over the
     kernels exp(-d^2 / (2 b^2)). [n,D], [m,D] -> scalar, below 0 at times."""
 
@@ -492,11 +478,8 @@ def mmd2(x: Tensor, y: Tensor, bandwidths: Sequence[float]) -> Tensor:
     return within - 2 * kernel(x, y).mean()
 
 
-MEASURED = (*TONE, "haze (dark channel)", "blur (steps of 2 px over 1 px)", "noise (log2)")
-
-
 def measure(images: Tensor) -> Tensor:
-    """Statistics of images that reflect the attributes of a scene. [B,3,H,W] -> [B,8], MEASURED."""
+    """Tone, and what reflects haze, blur and noise, of images. [B,3,H,W] -> [B,8]."""
     luma = images.mean(dim=1, keepdim=True)  # [B,1,H,W]
     # The darkest value of a patch near the horizon is near 0 in clear air (He et al., CVPR 2009).
     dark = -F.max_pool2d(-images.amin(dim=1, keepdim=True), 5, stride=1, padding=2)
@@ -517,8 +500,9 @@ def band_statistics(x: Tensor, bands: int) -> Tensor:
 
 
 def scene_features(net: Network, images: Tensor) -> list[Tensor]:
-    """Features of images by a tiny network. [B,3,H,W] -> tone and texture: MEASURED [B,8], colours
-    [B,24], first features [B,384]; content: layout [B,32C], colours of the classes [B,3C]."""
+    """Features of images [B,3,H,W]. -> tone and texture: `measure` [B,8], colours [B,24], the first
+    features of a tiny network [B,384]; content, by its prediction: layout [B,32C], colours of the
+    classes [B,3C]."""
     body = net.body
     x4 = body.down4(body.stem((images - net.mean) / net.std))  # [B,32,H/4,W/4]
     x8 = body.down8(x4)
@@ -536,19 +520,13 @@ def scene_features(net: Network, images: Tensor) -> list[Tensor]:
 
 class Features:
     """Groups of features, scaled so that the median distance of a scene and a photo is 1 in each.
-
     groups: images [B,C,H,W] -> one [B,D] a group; scenes, photos: batches of images. min_std, one a
-    group: the deviation of a feature counts as at least this share of the root mean square of the
-    deviations in its group.
-    """
+    group: the deviation of a feature counts as at least this share of the root mean square of its
+    group's."""
 
     @torch.no_grad()
     def __init__(
-        self,
-        groups: Callable,
-        scenes: Iterable[Tensor],
-        photos: Iterable[Tensor],
-        min_std: Sequence[float],
+        self, groups: Callable, scenes: Any, photos: Any, min_std: Sequence[float]
     ) -> None:
         self.groups, self.scaling, self.photos = groups, [], []
         scene_groups, photo_groups = (zip(*map(groups, x), strict=True) for x in (scenes, photos))
@@ -562,20 +540,18 @@ class Features:
             self.scaling.append((mean, std))
             self.photos.append((y - mean) / std)
 
-    def mmd(self, images: Tensor, chosen: Tensor | slice, bandwidths: Sequence[float]) -> Tensor:
-        """Squared MMD between images and the chosen photos, one a group -> [groups].
-
-        Under torchrun the images are those of all processes together.
-        """
+    def mmd(self, images: Tensor, chosen: Tensor | slice) -> Tensor:
+        """Squared MMD between images, under torchrun those of all processes together, and the
+        chosen photos, one a group -> [groups]."""
         groups = [(x - m) / s for x, (m, s) in zip(self.groups(images), self.scaling, strict=True)]
         if common.world_size() > 1:
             groups = [torch.cat(all_gather(x)) for x in groups]
         pairs = zip(groups, self.photos, strict=True)
-        return torch.stack([mmd2(x, y[chosen], bandwidths) for x, y in pairs])
+        return torch.stack([mmd2(x, y[chosen]) for x, y in pairs])
 
 
 # ---- The stages of road scenes ------------------------------------------------------------------
-MAX_PHOTOS = 512  # whose features are compared
+MAX_PHOTOS = 256  # whose features are compared
 
 
 def gradient_step(optimizer: torch.optim.Optimizer, loss: Tensor, lr: float) -> None:
@@ -586,7 +562,7 @@ def gradient_step(optimizer: torch.optim.Optimizer, loss: Tensor, lr: float) -> 
 
 
 def train_on_scenes(
-    run: Run, args: Args, roads: RoadScenes, transformer: nn.Module | None, net: Network, stage: str
+    run: Run, args: Args, roads: RoadScenes, transformer: Any, net: Network, stage: str
 ) -> None:
     """Like `common.train`, with new scenes in every batch. The network of the features, in the
     stage of this name, sees random augmentations, so that it is of use on photos too."""
@@ -610,18 +586,17 @@ def train_on_scenes(
 
 
 def learn_attributes(run: Run, args: Args, roads: RoadScenes, photos: Split) -> Transformer:
-    """The transformer after all stages. figures/training/ holds scenes while it learns."""
-    device, seed = run.device, args.seed
+    """The transformer after all stages."""
+    device, seed, transformer = run.device, args.seed, Transformer(roads).to(run.device)
     net = Network("tiny", len(run.classes)).to(device, memory_format=torch.channels_last)
-    transformer = Transformer(roads.grammar, roads.num_classes, roads.num_fixed, args.width)
-    model, mutable = common.parallel(transformer.to(device)), transformer.mutable
+    model = common.parallel(transformer)
 
     # Stage 1: the network whose features are compared learns to segment the prior's scenes
     train_on_scenes(run, args, roads, None, net, "features")
     net.eval().requires_grad_(False)
     for buffer in net.buffers():  # each process has batch statistics of its own
         buffer.copy_(common.mean_over_processes(buffer))
-    draws = [roads.sample(8, common.generator(seed, "prior", batch)) for batch in range(32)]
+    draws = (roads.sample(8, common.generator(seed, "prior", batch)) for batch in range(32))
     scenes = (render_graphs(roads, None, graphs)[0] for graphs in draws)
     chosen = common.spaced(len(photos), MAX_PHOTOS)
     chunks = (chosen[i : i + 8] for i in range(0, len(chosen), 8))
@@ -633,23 +608,18 @@ def learn_attributes(run: Run, args: Args, roads: RoadScenes, photos: Split) -> 
     # Stage 2: the MMD falls; its gradient comes through the renderer
     optimizer, steps = torch.optim.Adam(transformer.parameters()), args.match_steps
     for step in run.steps("match", steps, transformer=transformer, optimizer=optimizer):
-        if (step - 1) % max(1, steps // 8) == 0:
-            save_sheet(run.out, roads, transformer, step - 1)
         rng = common.generator(seed, "match", step)
         graphs = roads.sample(args.match_batch, rng).share()
         values = model(graphs)  # [B,V,M]
         images, _ = roads.render(graphs, values)
         order = torch.randperm(len(chosen), generator=rng)[: args.match_photos].to(device)
-        mmd = features.mmd(images, order, args.bandwidths)  # [5]
-        graphs = graphs.to(device)
-        mask = mutable * (graphs.classes > 0)[..., None]  # [B,V,M]
-        count = common.mean_over_processes(mask.sum())
-        change = ((values - graphs.values) * mask).square().sum() / count
+        mmd = features.mmd(images, order)  # [5]
+        change = (values - graphs.values.to(device)).square().mean()
+        loss = weights @ mmd + args.lambda_prior * change
         lr = common.learning_rate(args.match_lr, step, steps)
-        gradient_step(optimizer, weights @ mmd + args.lambda_prior * change, lr)
+        gradient_step(optimizer, loss, lr)
         named = {"mmd_loss": weights @ mmd, "mmd_tone": mmd[:3].sum(), "mmd_content": mmd[3:].sum()}
         run.log(step, **named, change=change, lr=lr)
-    save_sheet(run.out, roads, transformer, steps)
 
     if args.task_reward:
         maximise_reward(run, args, roads, transformer, net)
@@ -668,14 +638,10 @@ def reinforce_loss(samples: Tensor, mean: Tensor, sigma: float, rewards: Tensor)
     return -((rewards - baseline).detach() * log_probability).mean()
 
 
-def maximise_reward(
-    run: Run, args: Args, roads: RoadScenes, transformer: Transformer, net: Network
-) -> None:
+def maximise_reward(run: Run, args: Args, roads: RoadScenes, transformer: Any, net: Any) -> None:
     """REINFORCE, stage 3. The reward of a set of scenes is the mIoU on the labelled photos, as a
-    share, of a copy of `net` that is trained on the set.
-
-    The paper adds noise to each attribute of each scene, which hardly changes the mean of a set,
-    but a reward judges a set. Here all scenes of a set share their noise.
+    share, of a copy of `net` that is trained on the set. The paper adds noise to each attribute of
+    each scene, which hardly changes the mean of a set. Here all scenes of a set share their noise.
     """
     few, model = common.load(args, "target_few"), common.parallel(transformer)
     truth = torch.from_numpy(np.array(few.labels)).to(run.device)  # [N,H,W]
@@ -719,7 +685,7 @@ def write_set(run: Run, args: Args, roads: RoadScenes, transformer: nn.Module | 
         graphs = roads.sample(stop - start, common.generator(args.seed, "scenes", start))
         names += [roads.split.names[n] for n in graphs.picture[:, 0]]
         x, y = render_graphs(roads, transformer, graphs)
-        images[start:stop], labels[start:stop] = common.to_uint8(x), y.byte().cpu().numpy()
+        images[start:stop], labels[start:stop] = common.to_uint8(x), y.byte().cpu()
     images.flush()
     common.save_set(folder, roads.split, labels, names)
 
@@ -747,8 +713,7 @@ def run(args: Args) -> Result:
         root = common.dataset_root(args.data, photos.dataset)
         raise UserError(f"{root}: metasim needs two photos, there is {len(photos)}")
     if args.match_batch % common.world_size():
-        processes = f"{common.world_size()} processes"
-        raise UserError(f"--match-batch {args.match_batch}: not a multiple of {processes}")
+        raise UserError(f"--match-batch {args.match_batch}: no multiple of the processes")
 
     roads = RoadScenes(common.load(args, "source"), args, run.device)
     if learned:
@@ -773,8 +738,7 @@ class DigitsArgs:
     """rotation: digits on 32x32 px, turned by 90 degrees in the target. bigmnist: digits on 64x64
     px, turned by 270 degrees and moved from the centre to (16, 48) px in the target."""
     data: str = "mini"
-    """Folder with torchvision's MNIST/raw/. Without it the digits are drawn in the typefaces that
-    come with matplotlib."""
+    """Folder with torchvision's MNIST/raw/; 'mini' draws digits in matplotlib's typefaces."""
     out: Path | None = None
     """Folder of the results. Default: runs/digits/EXPERIMENT-seedSEED."""
     seed: int = 0
@@ -797,49 +761,43 @@ DIGIT = {
 }
 TARGETS = {"rotation": {"yaw": 90.0}, "bigmnist": {"yaw": 270.0, "x": 16.0, "y": 48.0}}
 DIGITS = 6000  # pictures, a third each for the scenes, the target and the test
-TYPEFACES = ("DejaVuSans", "DejaVuSerif", "STIXGeneral", "cmr10", "cmb10", "cmss10", "cmtt10")
+TYPEFACES = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSerif", "STIXGeneral", "cmr10", "cmss10")
 
 
 def typeset_digits(count: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Digits in matplotlib's typefaces, sheared and stretched. -> like `load_digits`."""
+    """Digits in matplotlib's typefaces, of several sizes. -> like `load_digits`."""
     from matplotlib import get_data_path
 
-    files = sorted(Path(get_data_path()).glob("fonts/ttf/*.ttf"))
-    files = [f for f in files if f.stem.startswith(TYPEFACES) and "Display" not in f.stem]
-    fonts = [ImageFont.truetype(str(f), 22) for f in files]
+    files = [f"{get_data_path()}/fonts/ttf/{name}.ttf" for name in TYPEFACES]
+    fonts = [ImageFont.truetype(file, size) for file in files for size in (18, 20, 22, 24)]
     digits = torch.randint(10, (count,), generator=rng)
-    faces = torch.randint(len(fonts), (count,), generator=rng).tolist()
-    pictures = np.empty((count, 1, 28, 28), np.uint8)
-    for n, (digit, face) in enumerate(zip(digits.tolist(), faces, strict=True)):
+    faces = torch.randint(len(fonts), (count,), generator=rng)
+    pictures = torch.empty(count, 1, 28, 28)
+    for n, (digit, face) in enumerate(zip(digits.tolist(), faces.tolist(), strict=True)):
         picture = Image.new("L", (28, 28))
         ImageDraw.Draw(picture).text((14, 14), str(digit), 255, fonts[face], anchor="mm")
-        pictures[n, 0] = picture
-    theta = torch.eye(2, 3) + F.pad(0.12 * torch.randn(count, 2, 2, generator=rng), (0, 1))
-    grid = F.affine_grid(theta, list(pictures.shape), align_corners=False)
-    images = F.grid_sample(torch.from_numpy(pictures) / 255, grid, align_corners=False)
-    return images, digits
+        pictures[n, 0] = torch.from_numpy(np.array(picture)) / 255
+    return pictures, digits
 
 
 def load_digits(data: str, seed: int) -> tuple[Tensor, Tensor, str]:
-    """Random training digits of MNIST where its files are below `data`, else typeset ones.
+    """Random training digits of MNIST below `data`, or typeset ones where that is 'mini'.
     -> pictures [DIGITS,1,28,28] in [0,1], digits int64 [DIGITS], "MNIST" or "typeset"."""
     from torchvision.datasets import MNIST
 
-    folder, rng = Path(data) / "MNIST", common.generator(seed, "digits")
-    if data != "mini" and not Path(data).is_dir():
-        raise UserError(f"{data}: no such folder, --data may hold MNIST/raw/")
-    if not folder.is_dir():
+    rng = common.generator(seed, "digits")
+    if data == "mini":
         return *typeset_digits(DIGITS, rng), "typeset"
     try:
         mnist = MNIST(data, train=True, download=False)
     except (RuntimeError, ValueError, AssertionError, EOFError) as error:
-        raise UserError(f"{folder}: expected torchvision's four files in raw/ ({error})") from error
+        raise UserError(f"{data}/MNIST/raw: expected torchvision's files ({error})") from error
     order = torch.randperm(len(mnist), generator=rng)[:DIGITS]
     return mnist.data[order, None] / 255, mnist.targets[order], "MNIST"
 
 
 class DigitScenes:
-    """One digit on a black canvas: samples graphs and renders them. The labels are the digits."""
+    """One digit on a black canvas. The labels are the digits."""
 
     def __init__(self, experiment: str, pictures: Tensor, digits: Tensor, device: Any) -> None:
         self.pictures, self.digits, self.device = pictures.to(device), digits, device
@@ -913,8 +871,6 @@ def run_digits(args: DigitsArgs) -> None:
     auto = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(auto if args.device == "auto" else args.device)
     out = args.out or Path("runs/digits") / f"{args.experiment}-seed{seed}"
-    if (out / "config.json").exists():
-        raise UserError(f"{out}: the run folder of a method; give another --out")
     pictures, digits, kind = load_digits(args.data, seed)
 
     # Three disjoint sets of pictures: the simulator's, the unlabelled target's, the test's
@@ -933,18 +889,17 @@ def run_digits(args: DigitsArgs) -> None:
     candidates = []
     for start in range(args.starts):
         torch.manual_seed(common.seed_of(seed, "start", start))
-        transformer = Transformer(world.grammar, world.num_classes, world.num_fixed, Args.width)
-        transformer.to(device)
+        transformer = Transformer(world).to(device)
         optimizer = torch.optim.Adam(transformer.parameters(), weight_decay=1e-5)
         for step in common.show_progress(range(1, args.steps + 1), f"start {start}"):
             rng = common.generator(seed, "match", step)
             graphs = world.sample(Args.match_batch, rng)
             x, _ = world.render(graphs, transformer(graphs))
             chosen = torch.randperm(len(photos), generator=rng)[: Args.match_photos].to(device)
-            loss = features.mmd(x, chosen, Args.bandwidths).sum()
+            loss = features.mmd(x, chosen).sum()
             gradient_step(optimizer, loss, common.learning_rate(args.lr, step, args.steps))
         learned, _ = render_graphs(world, transformer, draw)
-        mmd = features.mmd(learned, slice(None), Args.bandwidths).sum().item()
+        mmd = features.mmd(learned, slice(None)).sum().item()
         print(f"start {start}: MMD^2 {mmd:.5f}", flush=True)
         candidates.append((mmd, transformer))
     _, transformer = min(candidates, key=lambda candidate: candidate[0])
@@ -953,7 +908,7 @@ def run_digits(args: DigitsArgs) -> None:
     with torch.no_grad():
         attributes, target = world.grammar.read(transformer(draw)), world.target
     attributes["yaw"] = (attributes["yaw"] - target["yaw"] + 180) % 360 + target["yaw"] - 180
-    result = asdict(args) | {"pictures": kind, "target": target}
+    result = {**asdict(args), "pictures": kind, "target": target}
     result |= {"accuracy_before": before, "accuracy_after": after}
     result["learned_mean"] = {name: x.mean().item() for name, x in attributes.items()}
     result["learned_std"] = {name: x.std().item() for name, x in attributes.items()}
@@ -969,37 +924,22 @@ def run_digits(args: DigitsArgs) -> None:
 
 
 # ---- Figures ------------------------------------------------------------------------------------
-def save_sheet(out: Path, roads: RoadScenes, transformer: Transformer, step: int) -> None:
-    """Sixteen scenes of the same graphs, four a row, as figures/training/STEP.png."""
-    if common.rank() > 0:
-        return
-    graphs = roads.sample(16, common.generator(0, "sheet"))
-    images, _ = render_graphs(roads, transformer, graphs)
-    rows = [np.concatenate(common.to_uint8(row), axis=1) for row in images.split(4)]
-    with common.replacing(out / f"figures/training/{step:06d}.png") as temporary:
-        Image.fromarray(np.concatenate(rows)).save(temporary, format="png")
-
-
-def draw_scenes(
-    run: Run, roads: RoadScenes, transformer: Transformer, photos: Split, net: Network
-) -> None:
-    """scenes.png: the same graphs before and after, and photos; training.gif: the sheets of
-    figures/training/; content.png: where the classes lie, in scenes and in photos as predicted."""
+def draw_scenes(run: Run, roads: RoadScenes, transformer: Any, photos: Split, net: Any) -> None:
+    """scenes.png: the same graphs before and after, and photos; content.png: where the classes lie
+    in the scenes before and after, and in photos as `net` predicts."""
     folder, labels, columns = run.out / "figures", {}, {}
-    draws = [roads.sample(32, common.generator(run.args.seed, "figures", n)) for n in range(8)]
     for title, rewrite in (("prior", None), ("learned", transformer)):
-        pairs = [render_graphs(roads, rewrite, graphs) for graphs in draws]
-        labels[title] = torch.cat([y.byte().cpu() for _, y in pairs])  # [256,H,W]
-        columns[title] = list(common.to_uint8(pairs[0][0][:6]))
-        columns[f"labels, {title}"] = list(labels[title][:6].numpy())
+        maps = []
+        for batch in range(32):
+            graphs = roads.sample(8, common.generator(run.args.seed, "figures", batch))
+            images, y = render_graphs(roads, rewrite, graphs)
+            maps.append(y.byte().cpu())
+            if batch == 0:
+                columns[title] = list(common.to_uint8(images[:6]))
+                columns[f"labels, {title}"] = list(maps[0][:6].numpy())
+        labels[title] = torch.cat(maps)  # [256,H,W]
     columns["photo"] = list(photos.images[common.spaced(len(photos), 6)])
     common.draw_sheet(folder / "scenes.png", columns, run.classes)
-
-    frames = [Image.open(path) for path in sorted((folder / "training").glob("*.png"))]
-    durations = [500] * (len(frames) - 1) + [2000]  # ms
-    options = {"save_all": True, "append_images": frames[1:], "duration": durations, "loop": 0}
-    with common.replacing(folder / "training.gif") as temporary:
-        frames[0].save(temporary, format="gif", **options)
 
     batches = [photos.images[i : i + 1] for i in common.spaced(len(photos), 256)]
     maps = [common.predict(net.eval(), batch, run.device).argmax(dim=1) for batch in batches]
@@ -1008,12 +948,10 @@ def draw_scenes(
 
 
 def draw_content(path: Path, labels: dict[str, Tensor], classes: Sequence[str]) -> None:
-    """Heat maps of where the six commonest classes of the photos lie.
-
-    labels: [N,H,W] by title, the photos' last. Titles name the distance from the photos, the total
-    variation between the shares of the classes at a pixel, averaged over the pixels.
-    """
-    shares = {  # [C,H,W] of the images
+    """Heat maps of where the six commonest classes of the photos lie. labels: [N,H,W] by title, the
+    photos' last. The distance from the photos is the total variation between the shares of the
+    classes at a pixel, averaged over the pixels."""
+    shares = {  # [C,H,W]
         title: torch.stack([(y == c).float().mean(dim=0) for c in range(len(classes))])
         for title, y in labels.items()
     }
@@ -1021,15 +959,13 @@ def draw_content(path: Path, labels: dict[str, Tensor], classes: Sequence[str]) 
     shown = photos.mean(dim=(1, 2)).argsort(descending=True)[:6].tolist()
     figure = common.new_figure(2.4 * len(shown), 1.6 * len(shares))
     axes = figure.subplots(len(shares), len(shown), squeeze=False)
-    for row, (title, share) in zip(axes, shares.items(), strict=True):
+    for i, (title, share) in enumerate(shares.items()):
         distance = (share - photos).abs().sum(dim=0).mean() / 2
-        row[0].set_ylabel(f"{title}\ndistance {distance:.3f}", fontsize=8)
-        for axis, c in zip(row, shown, strict=True):
-            most = max(float(x[c].max()) for x in shares.values())
-            axis.imshow(share[c], vmin=0, vmax=max(most, 0.01), cmap="magma")
+        axes[i, 0].set_ylabel(f"{title}\ndistance {distance:.3f}", fontsize=8)
+        for axis, c in zip(axes[i], shown, strict=True):
+            axis.imshow(share[c], vmin=0, vmax=photos[c].max(), cmap="magma")
             axis.set(xticks=[], yticks=[])
-            if axis in axes[0]:
-                axis.set_title(classes[c], fontsize=9)
+            axis.set_title(classes[c] if i == 0 else "", fontsize=9)
     common.save_figure(figure, path)
 
 
