@@ -525,9 +525,7 @@ class Features:
     group's."""
 
     @torch.no_grad()
-    def __init__(
-        self, groups: Callable, scenes: Any, photos: Any, min_std: Sequence[float]
-    ) -> None:
+    def __init__(self, groups: Callable, scenes: Any, photos: Any, min_std: Sequence) -> None:
         self.groups, self.scaling, self.photos = groups, [], []
         scene_groups, photo_groups = (zip(*map(groups, x), strict=True) for x in (scenes, photos))
         for x, y, least in zip(scene_groups, photo_groups, min_std, strict=True):

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, environment, like, whole_and_cut
-from PIL import Image
 
 import common
 import metasim
@@ -44,8 +43,7 @@ def neutral(roads: metasim.RoadScenes, graphs: metasim.Graphs) -> torch.Tensor:
             physical = -60 if name == "noise" else 0
             values[:, v, m] = (physical - grammar.mean[v, m]) / grammar.scale[v, m]
     tones = metasim.tone(common.to_tensor(roads.split.images[graphs.picture[:, 0].numpy()], CPU))
-    tones = (tones - grammar.mean[0, :5]) / grammar.scale[0, :5]
-    values[:, 0, :5] = tones
+    values[:, 0, :5] = (tones - grammar.mean[0, :5]) / grammar.scale[0, :5]
     return values
 
 
@@ -86,20 +84,18 @@ def test_cut_outs_are_whole_objects_of_the_source(roads: metasim.RoadScenes):
         assert matches
 
 
-def test_the_horizon_is_where_the_ground_begins():
-    labels = np.full((2, 20, 8), 7, np.uint8)
-    labels[0, 8:, :2] = 0  # a quarter of the columns from row 8, the others from row 12
-    labels[0, 12:] = 0
-    labels[1, 19] = 0  # never nearer to an edge than a quarter of the height
-    horizon = metasim.horizons(labels, ("road", *"abcdefg"))
-    torch.testing.assert_close(horizon, torch.tensor([2 * 8 / 20 - 1, 0.5]))
+def test_the_horizon_is_where_a_quarter_of_the_columns_have_ground():
+    labels = np.ones((2, 20, 8), np.uint8)
+    labels[0, 8:, :2], labels[0, 12:], labels[1, 19] = 0, 0, 0
+    horizon = metasim.horizons(labels, ("road", "sky"))
+    torch.testing.assert_close(horizon, torch.tensor([2 * 8 / 20 - 1, 0.5]))  # 0.5: the limit
 
 
 GTA5_SIZE = """
 import resource, sys, time
-from dataclasses import replace
 import numpy as np
 import common, metasim
+metasim.MAX_READ = 300
 shape = (24_966, 512, 1024)  # of sparse files
 images = np.memmap("images", np.uint8, "w+", shape=(*shape, 3))
 labels = np.memmap("labels", np.uint8, "w+", shape=shape)
@@ -107,7 +103,7 @@ order = np.random.default_rng(common.seed_of(0, "cut_out")).permutation(shape[0]
 for n in order[:10]:
     labels[n, 300:360, 400:500], images[n, 300:360, 400:500] = 13, 200
 split = common.Split(common.GTA5, tuple(map(str, range(shape[0]))), images, labels)
-args = replace(metasim.Args(), size=shape[1:])
+args = metasim.Args(size=shape[1:])
 before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
 roads = metasim.RoadScenes(split, args, metasim.torch.device("cpu"))
 graphs = roads.sample(4, common.generator(0))
@@ -119,12 +115,12 @@ print(mib, time.process_time() - start)
 
 
 def test_the_start_at_the_size_of_gta5_reads_a_sample():
-    """Sparse arrays of 24,966 images of 512x1024: 52 GB, of which it may see 1.1 GB of labels."""
+    """Sparse arrays of 24,966 images of 512x1024, 52 GB, of which it may see 300 label maps."""
     command = [sys.executable, "-c", GTA5_SIZE]
     result = subprocess.run(command, env=environment(), capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     mib, seconds = map(float, result.stdout.split())
-    assert mib < 2500 and seconds < 30  # of one core
+    assert mib < 700 and seconds < 15  # of one core
 
 
 # ---- Renderer -----------------------------------------------------------------------------------
@@ -243,17 +239,6 @@ def test_a_surface_changes_its_own_pixels_and_no_label(
         assert torch.equal(labels, same)
 
 
-def test_noise_has_its_deviation():
-    image = torch.full((32, 3, 32, 64), 0.5)
-    image[..., ::2] = 0.4
-    v = dict.fromkeys(("haze", "airlight", "blur"), torch.zeros(32, 1))
-    v |= dict(zip(metasim.TONE, metasim.tone(image).split(1, dim=1), strict=True))
-    v["noise"] = torch.full((32, 1), -5.0)
-    white = torch.randn(image.shape, generator=common.generator(0))
-    noisy = metasim.photometry(image, torch.ones(32, 1, 32, 64), white, v)
-    assert (noisy - image).std().item() == pytest.approx(2**-5, rel=0.02)
-
-
 def test_retone_gives_a_nearly_grey_image_its_tone():
     image = torch.rand(2, 3, 64, 128, generator=common.generator(0))
     image = 0.95 * image.mean(dim=1, keepdim=True) + 0.05 * image
@@ -262,31 +247,23 @@ def test_retone_gives_a_nearly_grey_image_its_tone():
     torch.testing.assert_close(metasim.tone(toned), target, atol=1e-4, rtol=1e-4)
 
 
-def test_haze_follows_koschmieder(roads: metasim.RoadScenes, monkeypatch: pytest.MonkeyPatch):
-    """What is at the depth d keeps exp(-haze d) of its light and gets the rest from the air; at the
-    horizon d is 1, at the lower edge of an image seen as it is nearly 1/7."""
+def test_haze_follows_koschmieder(monkeypatch: pytest.MonkeyPatch):
+    """What is at the depth d keeps exp(-haze d) of its light and gets the rest from the air."""
     monkeypatch.setattr(metasim, "retone", lambda image, _: image)
-    image, depth = torch.rand(1, 3, 4, 6), torch.rand(1, 1, 4, 6)
+    image, depth = 0.2 + 0.6 * torch.rand(1, 3, 4, 6), torch.rand(1, 1, 4, 6)
     v = dict.fromkeys((*metasim.TONE, "blur"), torch.zeros(1, 1))
     v |= {"haze": torch.tensor([[0.7]]), "airlight": torch.tensor([[-0.5]])}
-    v["noise"] = torch.tensor([[-60.0]])
-    hazy = metasim.photometry(image, depth, torch.zeros(1, 3, 4, 6), v)
-    clear, scene = np.exp(-0.7 * depth.numpy()), image.numpy()
-    np.testing.assert_allclose(hazy, scene * clear + (1 - clear) * 2**-0.5, atol=1e-6)
-    seen = []
-    monkeypatch.setattr(metasim, "photometry", lambda image, d, *_: seen.append(d) or image)
-    graphs = roads.sample(4, common.generator(0))
-    roads.render(graphs, neutral(roads, graphs))
-    assert (seen[0][:, 0, 0] == 1).all()
-    assert (seen[0][:, 0, -1] > 1 / 7).all() and (seen[0][:, 0, -1] < 1 / 6).all()
+    v["noise"], white = torch.tensor([[-5.0]]), torch.rand(1, 3, 4, 6)
+    hazy, clear = metasim.photometry(image, depth, white, v), torch.exp(-0.7 * depth)
+    expected = image * clear + (1 - clear) * 2**-0.5 + white / 32
+    torch.testing.assert_close(hazy, expected)
 
 
 # ---- Distribution transformer -------------------------------------------------------------------
 def test_empty_nodes_take_no_part_and_edges_carry_both_ways(roads: metasim.RoadScenes):
     torch.manual_seed(0)
-    net, objects = metasim.Transformer(roads, 16), slice(FIRST, None)
-    graphs = roads.sample(1, common.generator(0))
-    graphs.classes[:, objects] = torch.tensor([[1 + FIRST, 0]])
+    net, graphs = metasim.Transformer(roads, 16), roads.sample(1, common.generator(0))
+    graphs.classes[:, FIRST:] = torch.tensor([[1 + FIRST, 0]])
     assert torch.equal(net(graphs), graphs.values)  # before training
     for weight in net.layers[-1].parameters():
         torch.nn.init.normal_(weight)
@@ -385,8 +362,7 @@ def test_mnist_is_used_where_it_lies_under_data(monkeypatch: pytest.MonkeyPatch)
     write_mnist(Path("data/MNIST/raw"))
     pictures, digits, kind = metasim.load_digits("data", 0)
     assert (pictures.shape, kind) == ((40, 1, 28, 28), "MNIST")
-    assert 0 <= pictures.min() < 0.1 and 0.9 < pictures.max() <= 1
-    assert len(pictures.unique(dim=0)) == 40 == len(digits)
+    assert len(pictures.unique(dim=0)) == 40 == len(digits) and 0.9 < pictures.max() <= 1
     images = Path("data/MNIST/raw/train-images-idx3-ubyte")
     images.write_bytes(images.read_bytes()[:-1])
     for folder in ("data", "nowhere"):
@@ -404,8 +380,7 @@ def test_mmd_turns_the_digits_to_the_target(monkeypatch: pytest.MonkeyPatch):
     result = json.loads((folder / "result.json").read_text())
     assert result["learned_mean"]["yaw"] == pytest.approx(40, abs=10)
     assert result["pictures"] == "typeset"
-    with Image.open(folder / "figures/digits.png") as picture:
-        assert picture.size == (16 * 32, 3 * 32)
+    assert (folder / "figures/digits.png").stat().st_size > 1000
 
 
 # ---- Runs ---------------------------------------------------------------------------------------
@@ -443,8 +418,6 @@ def test_every_update_trains_on_new_scenes(args: common.Args, monkeypatch: pytes
     metasim.run(made(args, "run", scenes=None, objects=0, attributes="prior"))
     assert len(common.load_set(Path("run/set"), common.VKITTI2, (32, 64))) == 5 * args.steps
     assert len(set(seeds)) == len(seeds) == args.steps * (args.batch_size + 5)
-    metasim.run(made(args, "none", scenes=0, attributes="prior"))
-    assert not Path("none/set").exists()
 
 
 def changed_data(monkeypatch: pytest.MonkeyPatch, role: str, images: Callable) -> None:
@@ -469,15 +442,9 @@ def test_a_single_photo_is_refused(args: common.Args, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.usefixtures("no_figures")
-@pytest.mark.parametrize("count", [1, None])
 @pytest.mark.parametrize("role", ["source", "target_unlabelled"])
-def test_white_images_do_no_harm(
-    args: common.Args, monkeypatch: pytest.MonkeyPatch, role: str, count: int | None
-):
-    """One of them, or all."""
-    changed_data(
-        monkeypatch, role, lambda x: np.concatenate([x[:count] | 255, x[len(x[:count]) :]])
-    )
+def test_a_white_image_does_no_harm(args: common.Args, monkeypatch: pytest.MonkeyPatch, role: str):
+    changed_data(monkeypatch, role, lambda images: np.concatenate([images[:1] | 255, images[1:]]))
     metasim.run(made(args, "run", match_batch=16, match_photos=16))
     losses = [line["mmd_loss"] for line in common.read_scalars(Path("run")) if "mmd_loss" in line]
     assert losses and np.isfinite(losses).all()
