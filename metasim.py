@@ -60,8 +60,9 @@ class Args(common.Args):
     """Updates of the transformer by MMD. Default: a quarter of --steps."""
     match_lr: float = 2e-3
     """Learning rate of these updates. The paper's code: 1e-3."""
-    match_batch: int = 32
-    """Scenes in an update by MMD. The paper's code: 50."""
+    match_batch: int | None = None
+    """Scenes in an update by MMD. Default: 32, for images of more than 256x512 px 8, since a scene
+    of 512x1024 px needs 0.5 GB. The paper's code: 50."""
     match_photos: int = 128
     """Photos in an update by MMD. The paper's code: 200."""
     lambda_content: float = 1.0
@@ -229,8 +230,8 @@ def cut_out(split: Split, count: int, seed: int) -> tuple[Tensor, Tensor, Tensor
             boxes.append([*centre, (right - left) / width, (bottom - top) / height])
             missing[c] -= 1
     if not pictures:  # one that is never used
-        pictures = [np.zeros((height, width // 2, 4), np.uint8)]
-        classes, boxes = [0], [[0.0, 0.0, 0.1, 0.1]]
+        pictures, classes = [np.zeros((height, width // 2, 4), np.uint8)], [0]
+        boxes.append([0.0, 0.0, 0.1, 0.1])
     rgba = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
     return rgba, torch.tensor(classes), torch.tensor(boxes)
 
@@ -587,7 +588,6 @@ def learn_attributes(run: Run, args: Args, roads: RoadScenes, photos: Split) -> 
     """The transformer after all stages."""
     device, seed, transformer = run.device, args.seed, Transformer(roads).to(run.device)
     net = Network("tiny", len(run.classes)).to(device, memory_format=torch.channels_last)
-    model = common.parallel(transformer)
 
     # Stage 1: the network whose features are compared learns to segment the prior's scenes
     train_on_scenes(run, args, roads, None, net, "features")
@@ -597,14 +597,15 @@ def learn_attributes(run: Run, args: Args, roads: RoadScenes, photos: Split) -> 
     draws = (roads.sample(8, common.generator(seed, "prior", batch)) for batch in range(32))
     scenes = (render_graphs(roads, None, graphs)[0] for graphs in draws)
     chosen = common.spaced(len(photos), MAX_PHOTOS)
-    chunks = (chosen[i : i + 8] for i in range(0, len(chosen), 8))
+    chunks = np.array_split(chosen, math.ceil(len(chosen) / 8))
     real = (common.to_tensor(photos.images[chunk], device) for chunk in chunks)
     groups = functools.partial(scene_features, net)
     features = Features(groups, scenes, real, min_std=(0, 0, 0, 1, 1))
     weights = torch.tensor([1, 1, 1, args.lambda_content, args.lambda_content], device=device)
 
     # Stage 2: the MMD falls; its gradient comes through the renderer
-    optimizer, steps = torch.optim.Adam(transformer.parameters()), args.match_steps
+    model, steps = common.parallel(transformer), args.match_steps
+    optimizer = torch.optim.Adam(transformer.parameters())
     for step in run.steps("match", steps, transformer=transformer, optimizer=optimizer):
         rng = common.generator(seed, "match", step)
         graphs = roads.sample(args.match_batch, rng).share()
@@ -616,8 +617,7 @@ def learn_attributes(run: Run, args: Args, roads: RoadScenes, photos: Split) -> 
         loss = weights @ mmd + args.lambda_prior * change
         lr = common.learning_rate(args.match_lr, step, steps)
         gradient_step(optimizer, loss, lr)
-        named = {"mmd_loss": weights @ mmd, "mmd_tone": mmd[:3].sum(), "mmd_content": mmd[3:].sum()}
-        run.log(step, **named, change=change, lr=lr)
+        run.log(step, mmd_loss=weights @ mmd, mmd_content=mmd[3:].sum(), change=change, lr=lr)
 
     if args.task_reward:
         maximise_reward(run, args, roads, transformer, net)
@@ -693,7 +693,7 @@ def run(args: Args) -> Result:
     if args.task_reward and not learned:
         raise UserError("--task-reward: has no effect with --attributes prior")
     for name in ("match_batch", "match_photos", "reward_samples"):
-        if getattr(args, name) < 2:
+        if (getattr(args, name) or 2) < 2:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 2")
     run = Run(args, "metasim", stages=1 + 2 * learned + args.task_reward)
     if run.result:
@@ -703,13 +703,13 @@ def run(args: Args) -> Result:
         "scenes": min(5 * args.steps, 2000),
         "feature_steps": args.steps // 4,
         "match_steps": args.steps // 4,
+        "match_batch": 32 if math.prod(args.size) <= 256 * 512 else 8,
         "reward_steps": max(1, args.steps // 16),
     }
     args = replace(args, **{k: n for k, n in lengths.items() if getattr(args, k) is None})
     photos = common.load(args, "target_unlabelled")
     if len(photos) < 2:
-        root = common.dataset_root(args.data, photos.dataset)
-        raise UserError(f"{root}: metasim needs two photos, there is {len(photos)}")
+        raise UserError(f"{photos.dataset.name}: metasim needs two photos, there is {len(photos)}")
     if args.match_batch % common.world_size():
         raise UserError(f"--match-batch {args.match_batch}: no multiple of the processes")
 
@@ -891,7 +891,7 @@ def run_digits(args: DigitsArgs) -> None:
         optimizer = torch.optim.Adam(transformer.parameters(), weight_decay=1e-5)
         for step in common.show_progress(range(1, args.steps + 1), f"start {start}"):
             rng = common.generator(seed, "match", step)
-            graphs = world.sample(Args.match_batch, rng)
+            graphs = world.sample(32, rng)
             x, _ = world.render(graphs, transformer(graphs))
             chosen = torch.randperm(len(photos), generator=rng)[: Args.match_photos].to(device)
             loss = features.mmd(x, chosen).sum()
@@ -961,7 +961,7 @@ def draw_content(path: Path, labels: dict[str, Tensor], classes: Sequence[str]) 
         distance = (share - photos).abs().sum(dim=0).mean() / 2
         axes[i, 0].set_ylabel(f"{title}\ndistance {distance:.3f}", fontsize=8)
         for axis, c in zip(axes[i], shown, strict=True):
-            axis.imshow(share[c], vmin=0, vmax=photos[c].max(), cmap="magma")
+            axis.imshow(share[c].numpy(), vmin=0, vmax=photos[c].max().item(), cmap="magma")
             axis.set(xticks=[], yticks=[])
             axis.set_title(classes[c] if i == 0 else "", fontsize=9)
     common.save_figure(figure, path)

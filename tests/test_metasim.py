@@ -95,7 +95,7 @@ GTA5_SIZE = """
 import resource, sys, time
 import numpy as np
 import common, metasim
-metasim.MAX_READ = 300
+metasim.MAX_READ = 100
 shape = (24_966, 512, 1024)  # of sparse files
 images = np.memmap("images", np.uint8, "w+", shape=(*shape, 3))
 labels = np.memmap("labels", np.uint8, "w+", shape=shape)
@@ -115,7 +115,7 @@ print(mib, time.process_time() - start)
 
 
 def test_the_start_at_the_size_of_gta5_reads_a_sample():
-    """Sparse arrays of 24,966 images of 512x1024, 52 GB, of which it may see 300 label maps."""
+    """Sparse arrays of 24,966 images of 512x1024, 52 GB, of which it may see 100 label maps."""
     command = [sys.executable, "-c", GTA5_SIZE]
     result = subprocess.run(command, env=environment(), capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
@@ -434,7 +434,6 @@ def changed_data(monkeypatch: pytest.MonkeyPatch, role: str, images: Callable) -
 
 @pytest.mark.usefixtures("no_figures")
 def test_a_single_photo_is_refused(args: common.Args, monkeypatch: pytest.MonkeyPatch):
-    """Before anything is trained."""
     changed_data(monkeypatch, "target_unlabelled", lambda images: images[:1])
     with pytest.raises(UserError, match="kitti: metasim needs two photos, there is 1"):
         metasim.run(made(args, "run"))
@@ -460,8 +459,7 @@ def test_a_run_that_is_cut_off_in_every_stage_ends_with_the_same_weights(
     whole_and_cut(monkeypatch, metasim.run, args, stages, at=2)
     whole, cut = weights("whole"), weights("cut")
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
-    sets = [Path(folder, "set/set.json").read_bytes() for folder in ("whole", "cut")]
-    assert sets[0] == sets[1]  # with hashes of the scenes
+    assert Path("whole/set/set.json").read_bytes() == Path("cut/set/set.json").read_bytes()
 
 
 @pytest.mark.usefixtures("no_figures")
@@ -476,7 +474,7 @@ def test_two_processes_learn_the_attributes_of_one(args: common.Args):
     subprocess.run(command, check=True, env=environment(), timeout=120)
     one, two = (common.read_scalars(Path(out)) for out in ("one", "two"))
     for name in ("mmd_loss", "mmd_content", "change"):
-        expected, found = ([row[name] for row in rows if name in row] for rows in (one, two))
-        assert expected and expected == pytest.approx(found, abs=1e-4)
+        values = [[row[name] for row in rows if name in row] for rows in (one, two)]
+        assert values[0] and values[0] == pytest.approx(values[1], abs=1e-4)
     one, two = (np.load(f"{out}/set/images.npy").astype(int) for out in ("one", "two"))
     assert np.abs(one - two).max() <= 1
