@@ -325,7 +325,7 @@ def report_rewards(run: Run, net: Network, step: int) -> None:
     net.eval()
     for i, (image, label) in enumerate(run.test.test_files):
         truth = common.resize_label(common.read_label(label, run.test.dataset, image), size)
-        truth = torch.from_numpy(truth).to(run.device).long()[None]  # [1,H,W]
+        truth = torch.from_numpy(truth.astype(np.int64))[None].to(run.device)  # [1,H,W]
         labels = common.predict(net, run.test.images[i : i + 1], run.device).argmax(dim=1)
         rewards["iou"].append(mean_iou(*counts(labels, truth, len(run.classes))).item())
         rewards["object_recall"].append(object_recall(labels, truth, run.args.smallest).item())
@@ -371,7 +371,7 @@ def run(args: Args) -> Result:
 def draw_gradient(run: Run, start: Network, split: Split) -> None:
     """figures/gradient.png: estimates of both rewards' gradients by the logit of each pixel's true
     class. In the titles: variance over the squared length of the mean of 64 estimates."""
-    truth = torch.from_numpy(split.labels[:1]).to(run.device).long()  # [1,H,W]
+    truth = torch.from_numpy(split.labels[:1].astype(np.int64)).to(run.device)  # [1,H,W]
     logits = common.predict(start, split.images[:1], run.device).clone().requires_grad_()
     paper = replace(run.args, credit="image")
     objectives = {
@@ -389,7 +389,7 @@ def draw_gradient(run: Run, start: Network, split: Split) -> None:
         ratio = gradients.var(dim=0).sum() / gradients.mean(dim=0).square().sum()
         gradient = gradients[0].gather(0, truth.where(truth != IGNORE, 0))[0].cpu()  # [H,W]
         limit = 3 * gradient.std().item()
-        axis.imshow(gradient, cmap="RdBu", vmin=-limit, vmax=limit)
+        axis.imshow(gradient.numpy(), cmap="RdBu", vmin=-limit, vmax=limit)
         axis.set_title(f"{title}: {ratio.item():.2g}", fontsize=8)
     for axis in axes:
         axis.axis("off")

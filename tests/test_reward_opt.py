@@ -9,14 +9,13 @@ import pytest
 import torch
 from conftest import like, whole_and_cut
 
+import benchmark
 import common
 import reward_opt as ro
 from common import IGNORE, UserError
 
 # Of 2x3 pixels with 3 classes: all classes, one without class 1, one with two ignored pixels.
-TRUTHS = torch.tensor(
-    [[[0, 1, 2], [2, 2, 1]], [[0, 0, 2], [2, 0, 0]], [[IGNORE, 1, 1], [1, 0, IGNORE]]]
-)
+TRUTHS = torch.tensor([[[0, 1, 2], [2, 2, 1]], [[0, 0, 2], [2, 0, 0]], [[255, 1, 1], [1, 0, 255]]])
 ALL_MAPS = torch.tensor(list(itertools.product(range(3), repeat=6))).view(-1, 2, 3)  # [729,2,3]
 
 
@@ -24,12 +23,9 @@ def make(args: common.Args, out: str, **changes) -> ro.Args:
     return like(args, ro.Args, **{"out": Path(out), **changes})
 
 
-def weights(folder: str) -> dict[str, torch.Tensor]:
-    return common.read_checkpoint(Path(folder) / "checkpoint.pt")["net"]
-
-
-def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+def weights(folder: str) -> torch.Tensor:
+    net = common.read_checkpoint(Path(folder) / "checkpoint.pt")["net"]
+    return torch.cat([value.double().flatten() for value in net.values()])
 
 
 def iou_of(labels: torch.Tensor, truth: torch.Tensor, num_classes: int = 3) -> torch.Tensor:
@@ -38,13 +34,11 @@ def iou_of(labels: torch.Tensor, truth: torch.Tensor, num_classes: int = 3) -> t
 
 @pytest.fixture
 def logits() -> torch.Tensor:
-    """[1,2,3,3], a leaf."""
-    torch.manual_seed(0)
-    return torch.randn(1, 2, 3, 3, dtype=torch.float64).mul(1.5).requires_grad_()
+    rng = torch.Generator().manual_seed(0)
+    return torch.randn(1, 2, 3, 3, dtype=torch.float64, generator=rng).requires_grad_()
 
 
 def likelihood(logits: torch.Tensor) -> torch.Tensor:
-    """Of each of ALL_MAPS. -> [729]."""
     log_p = logits.log_softmax(dim=3).expand(len(ALL_MAPS), -1, -1, -1)
     return log_p.gather(3, ALL_MAPS[..., None]).sum(dim=(1, 2, 3)).exp()
 
@@ -52,9 +46,8 @@ def likelihood(logits: torch.Tensor) -> torch.Tensor:
 def example(height: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Smooth logits [2,4,H,W] and labels [2,H,W] with three of the four classes."""
     torch.manual_seed(0)
-    coarse = 2 * torch.randn(2, 4, 4, 8)
-    noisy = common.upsample(coarse + torch.randn(2, 4, 4, 8), (height, width))
-    truth = noisy[:, :3].argmax(dim=1)
+    coarse, noise = 2 * torch.randn(2, 4, 4, 8), torch.randn(2, 4, 4, 8)
+    truth = common.upsample(coarse + noise, (height, width))[:, :3].argmax(dim=1)
     truth[:, :2] = IGNORE
     return common.upsample(coarse, (height, width)).double(), truth
 
@@ -64,8 +57,7 @@ def test_iou_by_hand():
     """Truth 0 0 1 1, drawn 0 1 1 1: IoU 1/2 and 2/3. Then class 2 drawn that the truth has not."""
     truth = torch.tensor([[[0, 0, 1, 1, IGNORE]], [[0, 0, 1, 1, IGNORE]]])
     drawn = torch.tensor([[[0, 1, 1, 1, 0]], [[0, 2, 1, 1, 2]]])
-    expected = torch.tensor([(1 / 2 + 2 / 3) / 2, (1 / 2 + 1) / 2], dtype=torch.float64)
-    torch.testing.assert_close(iou_of(drawn, truth), expected)
+    assert iou_of(drawn, truth).tolist() == pytest.approx([(1 / 2 + 2 / 3) / 2, (1 / 2 + 1) / 2])
     assert (iou_of(drawn, torch.full_like(truth, IGNORE)) == 0).all()
 
 
@@ -115,62 +107,53 @@ def test_samples_follow_the_probabilities():
 
 
 # ---- The object recall --------------------------------------------------------------------------
-def flood(truth: torch.Tensor) -> list[set[tuple[int, int]]]:
-    """Regions of one class of a label map [H,W], by filling each from a first pixel."""
-    rest = {(y, x) for y, x in (truth != IGNORE).nonzero().tolist()}
-    found = []
+def flood(truth: torch.Tensor) -> list[list[tuple[int, int]]]:
+    """Regions of one class of a label map [H,W], each filled from one of its pixels."""
+    rest, regions = {(y, x) for y, x in (truth != IGNORE).nonzero().tolist()}, []
     while rest:
-        region, border = set(), [rest.pop()]
-        while border:
-            y, x = border.pop()
-            region.add((y, x))
+        region = [rest.pop()]
+        for y, x in region:  # it grows meanwhile
             near = {(y + 1, x), (y - 1, x), (y, x + 1), (y, x - 1)} & rest
             near = {q for q in near if truth[q] == truth[y, x]}
             rest -= near
-            border += near
-        found.append(region)
-    return found
-
-
-def spiral() -> torch.Tensor:
-    """A region of one pixel's width that winds through 9x9 pixels."""
-    rows = (
-        "......... ........ #######.# #.....#.# #.###.#.# #.#...#.# #.#####.# #.......# #########"
-    )
-    rows = [row.ljust(9, ".") for row in rows.replace(" ", "\n").split()]
-    return torch.tensor([[int(pixel == "#") for pixel in row] for row in rows])
+            region += near
+        regions.append(region)
+    return regions
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_object_recall_equals_flood_filling(seed: int):
     rng = torch.Generator().manual_seed(seed)
     truth = torch.tensor([0, 0, 1, 1, 2, IGNORE])[torch.randint(6, (4, 9, 9), generator=rng)]
-    truth[0] = spiral()
+    truth[0] = 1  # a region of one pixel's width that winds through the whole image:
+    truth[0, 1::4, :-1], truth[0, 3::4, 1:] = 2, 0
     truth[1] = IGNORE  # no object: 0
-    labels = torch.randint(3, (4, 9, 9), generator=rng).where(torch.rand(4, 9, 9) < 0.5, truth)
+    labels = torch.randint(3, (4, 9, 9), generator=rng).where(
+        torch.rand(4, 9, 9, generator=rng) < 0.5, truth
+    )
     labels = labels.where(labels != IGNORE, 0)
     recall = ro.object_recall(labels, truth, smallest=3 / 81)
     assert recall[1] == 0
     for i in (0, 2, 3):
         regions = [region for region in flood(truth[i]) if len(region) >= 3]
-        right = [sum((labels[i] == truth[i])[q].item() for q in region) for region in regions]
-        whole = [2 * n >= len(region) for n, region in zip(right, regions, strict=True)]
+        right = labels[i] == truth[i]
+        whole = [2 * sum(right[q].item() for q in region) >= len(region) for region in regions]
         assert recall[i].item() == pytest.approx(sum(whole) / len(whole))
 
 
 @pytest.mark.parametrize("credit", ["object", "image"])
 def test_reinforce_is_unbiased(credit: str, logits: torch.Tensor):
-    """Over all 729 x 729 pairs of maps of cells, whose objects share cells; labels of 4x6 pixels."""
-    truth = torch.tensor([[0, 0, 0, 1, 1, 1], [0, 2, 2, 2, 1, 1], [0, 2, 2, 2, 0, 0],
-                          [0, 0, IGNORE, 2, 0, 0]])  # fmt: skip
+    """Over all 729 x 729 pairs of maps of 2x3 cells, in which objects of 4x6 pixels share cells."""
+    rows = ["000111", "022211", "022200", "00x200"]
+    truth = torch.tensor([[int(i) if i != "x" else IGNORE for i in row] for row in rows])
     n = len(ALL_MAPS)
     objects = ro.find_objects(truth.expand(n, -1, -1), cell=2, smallest=0)
     pixels = ALL_MAPS.repeat_interleave(2, dim=1).repeat_interleave(2, dim=2)
     rewards = ro.object_recall(pixels, truth.expand(n, -1, -1), smallest=0)
     expected = torch.autograd.grad(likelihood(logits) @ rewards, logits)[0]
     assert len(rewards.unique()) > 3 and expected.abs().max() > 0.01
-    p, log_p = likelihood(logits).detach(), logits.log_softmax(dim=3).expand(n, -1, -1, -1)
-    mean = torch.zeros_like(logits)
+    p, mean = likelihood(logits).detach(), torch.zeros_like(logits)
+    log_p = logits.log_softmax(dim=3).expand(n, -1, -1, -1)
     for shift in range(n):  # the second map of each pair, for every first one at once
         pair = torch.stack([ALL_MAPS, ALL_MAPS.roll(shift, dims=0)])
         estimates, both = ro.reinforce(log_p, pair, objects, credit)  # [729], [2,729]
@@ -181,12 +164,9 @@ def test_reinforce_is_unbiased(credit: str, logits: torch.Tensor):
 
 def test_credit_by_object_is_less_noisy(args: common.Args):
     logits, truth = example(32, 64)
-    leaf, noise = logits.clone().requires_grad_(), {}
+    leaf, noise, rng = logits.clone().requires_grad_(), {}, common.generator("test")
     for credit in ("object", "image"):
-        settings, rng = (
-            make(args, "run", credit=credit, cell=4, samples=4),
-            common.generator("test"),
-        )
+        settings = make(args, "run", credit=credit, cell=4)
         losses = (ro.object_objective(leaf, truth, settings, rng)[0] for _ in range(30))
         noise[credit] = torch.stack([torch.autograd.grad(x, leaf)[0] for x in losses]).var(dim=0)
     assert noise["object"].sum() < noise["image"].sum() / 3
@@ -195,13 +175,13 @@ def test_credit_by_object_is_less_noisy(args: common.Args):
 # ---- Losses -------------------------------------------------------------------------------------
 def test_class_weighted_cross_entropy_by_hand():
     """Weights 1 / (6 + 4), 1 / (4 + 4), 1 / (30 + 4) for counts 6, 4, 30, scaled to mean 1."""
-    w = ro.class_weights(torch.tensor([6, 4, 30]), smooth=0.1)
-    torch.testing.assert_close(w, 3 * torch.tensor([34, 42.5, 10]) / 86.5)
+    weights = ro.class_weights(torch.tensor([6, 4, 30]), smooth=0.1).tolist()
+    assert weights == pytest.approx([3 * x / 86.5 for x in (34, 42.5, 10)])
     logits, truth = example(6, 9)
     w = torch.tensor([0.2, 0.5, 2.3, 1.0], dtype=torch.float64)
-    log_p, valid = logits.log_softmax(dim=1), truth != IGNORE
-    ce = -log_p.gather(1, truth.where(valid, 0)[:, None])[:, 0]  # [B,H,W]
-    expected = (w[truth[valid]] * ce[valid]).sum() / w[truth[valid]].sum()
+    ce, valid = -logits.log_softmax(dim=1).movedim(1, 3), truth != IGNORE  # [B,H,W,C]
+    loss = ce[valid].gather(1, truth[valid][:, None])[:, 0] * w[truth[valid]]
+    expected = loss.sum() / w[truth[valid]].sum()
     torch.testing.assert_close(ro.class_weighted_ce(logits, truth, w), expected)
 
 
@@ -211,46 +191,34 @@ def test_class_weighted_cross_entropy_by_hand():
 def test_without_its_weight_every_objective_is_few_label(args: common.Args, objective: str):
     """The same batches, augmentation and schedule, so the difference is the objective alone."""
     ro.run(make(args, "zero", weight=0.0, objective=objective))
-    run = common.Run(make(args, "plain"), "plain", stages=2)
-    net = run.network()
-    common.train(run, net, common.load(run.args, "source"), 3, "source")
-    common.train(run, net, common.load(run.args, "target_few"), 3, "few", lr=run.args.lr / 2)
-    run.finish(net, target_labels=2)
-    assert equal(weights("zero"), weights("plain"))
+    benchmark.run_baseline(like(args, benchmark.BaselineArgs, row="few_label", out=Path("plain")))
+    assert torch.equal(weights("zero"), weights("plain"))
     ro.run(make(args, "one", objective=objective))
-    assert equal(weights("zero"), weights("one")) == (objective == "cross_entropy")
+    assert torch.equal(weights("zero"), weights("one")) == (objective == "cross_entropy")
 
 
 def test_the_row_says_what_it_used(args: common.Args):
-    """One epoch of two photos is less than a batch of four: one update, the others on the source.
-    The reward of the likeliest maps on the test photos is reported before and after."""
+    """One epoch of two photos is less than a batch of four: one update, five on the source."""
     result = ro.run(make(args, "one", objective="object_recall", epochs=1))
     assert (result.steps, result.target_labels) == (6, 2)
     assert Path("one/figures/gradient.png").exists()
-    lines = [x for x in common.read_scalars(Path("one")) if "test_object_recall" in x]
+    lines = [line for line in common.read_scalars(Path("one")) if "test_iou" in line]
     assert [line["step"] for line in lines] == [5, 6]
-    for line in lines:
-        values = json.loads(Path(f"one/rewards/{line['step'] - 5}.json").read_text())
-        assert sum(values["iou"]) / len(values["iou"]) == pytest.approx(line["test_iou"])
+    values = json.loads(Path("one/rewards/1.json").read_text())["iou"]
+    assert sum(values) / len(values) == pytest.approx(lines[1]["test_iou"])
 
 
 @pytest.mark.usefixtures("no_figures")
-def test_a_run_that_is_cut_off_ends_with_the_same_weights(
-    args: common.Args, monkeypatch: pytest.MonkeyPatch
-):
-    args = make(args, "whole", steps=8, objective="object_recall")
-    whole_and_cut(monkeypatch, ro.run, args, ("source", "few"), at=3)
-    assert equal(weights("whole"), weights("cut"))
-    ends = [[x for x in common.read_scalars(Path(f)) if "test_iou" in x] for f in ("whole", "cut")]
-    assert [x["test_object_recall"] for x in ends[0]] == [x["test_object_recall"] for x in ends[1]]
-    on = ro.run(make(args, "on", init=Path("cut/checkpoint.pt")))
-    assert on.steps == 4  # one stage
+def test_a_run_that_is_cut_off_ends_with_the_same_weights(args, monkeypatch):
+    long = make(args, "whole", steps=8, objective="object_recall")
+    whole_and_cut(monkeypatch, ro.run, long, ("source", "few"), at=3)
+    assert torch.equal(weights("whole"), weights("cut"))
+    assert ro.run(make(args, "on", init=Path("cut/checkpoint.pt"))).steps == 3  # one stage
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"reward_share": 1.5}, "--reward-share in"),
         ({"objective": "object_recall", "samples": 1}, "--samples from 2"),
         ({"objective": "object_recall", "cell": 3}, "--cell 3: expected a divisor of 32"),
         ({"objective": "soft_jaccard", "samples": 2}, "--samples: has no effect"),
