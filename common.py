@@ -2,30 +2,36 @@
 
 Run as a script it checks a dataset, which is the first thing to do with a fresh download:
 
-    python common.py --dataset gta5 --data /datasets
+    python common.py look --dataset gta5 --data /datasets
+
+and it labels photos with the network of a run:
+
+    python common.py predict --checkpoint runs/.../checkpoint.pt --photos photos --out labelled
 
 Letters in shape comments: B batch, C classes, H x W height and width in pixels, N images of a
 split. Images are float RGB in [0, 1] (the networks normalise them), labels are train ids 0..C-1
 or 255 for "ignored".
 """
 
+import colorsys
 import contextlib
 import csv
 import dataclasses
 import functools
+import glob
 import hashlib
 import io
 import itertools
 import json
 import math
 import os
-import resource
 import signal
 import subprocess
 import sys
 import textwrap
 import time
 import typing
+import unicodedata
 import uuid
 import warnings
 import zlib
@@ -40,7 +46,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
@@ -50,8 +56,14 @@ from torchvision.ops import Conv2dNormActivation
 
 import miniature
 
+try:
+    import resource
+except ImportError:
+    sys.exit("error: this needs Linux or macOS; on Windows, use its Subsystem for Linux (WSL)")
+
 IGNORE = 255  # the train id of pixels that count nowhere
 UNKNOWN = 254  # in a lookup table: a value that no valid label file holds
+COLOUR_WEIGHTS = np.array([1 << 16, 1 << 8, 1])  # of a colour as one number
 
 
 class UserError(Exception):
@@ -59,24 +71,28 @@ class UserError(Exception):
 
 
 # ---- Label spaces -------------------------------------------------------------------------------
-CITYSCAPES_IDS = {
-    "road": 7, "sidewalk": 8, "building": 11, "wall": 12, "fence": 13, "pole": 17,
-    "traffic light": 19, "traffic sign": 20, "vegetation": 21, "terrain": 22, "sky": 23,
-    "person": 24, "rider": 25, "car": 26, "truck": 27, "bus": 28, "train": 31,
-    "motorcycle": 32, "bicycle": 33,
-}  # fmt: skip
-PALETTE = dict(zip(CITYSCAPES_IDS, [
-    (128, 64, 128), (244, 35, 232), (70, 70, 70), (102, 102, 156), (190, 153, 153), (153, 153, 153),
-    (250, 170, 30), (220, 220, 0), (107, 142, 35), (152, 251, 152), (70, 130, 180), (220, 20, 60),
-    (255, 0, 0), (0, 0, 142), (0, 0, 70), (0, 60, 100), (0, 80, 100), (0, 0, 230), (119, 11, 32),
-], strict=True))  # fmt: skip
-VKITTI2_COLOURS = {
-    (100, 60, 100): "road", (140, 140, 140): "building", (255, 130, 0): "pole",
-    (200, 200, 0): "traffic light", (255, 255, 0): "traffic sign", (0, 199, 0): "vegetation",
-    (90, 240, 0): "vegetation", (210, 0, 200): "terrain", (90, 200, 255): "sky",
-    (255, 127, 80): "car", (0, 139, 139): "car", (160, 60, 60): "truck",  # the second car is Van
-    (250, 100, 255): None, (80, 80, 80): None, (0, 0, 0): None,  # GuardRail, Misc, Undefined
-}  # fmt: skip
+# Name, label id and colour, of Cityscapes' 19 classes in the order of their train ids.
+CITYSCAPES_TABLE = """
+road 7 128 64 128, sidewalk 8 244 35 232, building 11 70 70 70, wall 12 102 102 156,
+fence 13 190 153 153, pole 17 153 153 153, traffic light 19 250 170 30, traffic sign 20 220 220 0,
+vegetation 21 107 142 35, terrain 22 152 251 152, sky 23 70 130 180, person 24 220 20 60,
+rider 25 255 0 0, car 26 0 0 142, truck 27 0 0 70, bus 28 0 60 100, train 31 0 80 100,
+motorcycle 32 0 0 230, bicycle 33 119 11 32"""
+# Colour and class of VKITTI2's kinds: Vegetation and Tree, Car and Van, then GuardRail, Misc and
+# Undefined, which are ignored.
+VKITTI2_TABLE = """
+100 60 100 road, 140 140 140 building, 255 130 0 pole, 200 200 0 traffic light,
+255 255 0 traffic sign, 90 240 0 vegetation, 0 199 0 vegetation, 210 0 200 terrain, 90 200 255 sky,
+255 127 80 car, 0 139 139 car, 160 60 60 truck, 250 100 255 ignored, 80 80 80 ignored,
+0 0 0 ignored"""
+CITYSCAPES_IDS, PALETTE, VKITTI2_COLOURS = {}, {}, {}
+for entry in CITYSCAPES_TABLE.split(","):
+    *words, label_id, r, g, b = entry.split()
+    name = " ".join(words)
+    CITYSCAPES_IDS[name], PALETTE[name] = int(label_id), (int(r), int(g), int(b))
+for entry in VKITTI2_TABLE.split(","):
+    r, g, b, *words = entry.split()
+    VKITTI2_COLOURS[int(r), int(g), int(b)] = None if words == ["ignored"] else " ".join(words)
 CITYSCAPES_CLASSES = tuple(CITYSCAPES_IDS)
 KITTI_CLASSES = tuple(dict.fromkeys(filter(None, VKITTI2_COLOURS.values())))
 
@@ -88,9 +104,8 @@ class Dataset(NamedTuple):
     images: str  # glob below that folder; {split} is train or val
     renames: tuple[tuple[str, str], ...]  # turn an image's path into its label's
     classes: tuple[str, ...]
-    values: tuple[tuple[int, str | None], ...]  # (value in a label file, class or None: ignored)
-    rgb: bool = False  # whether that value is a colour, R * 65536 + G * 256 + B
-    halves: bool = False  # whether the sorted photos are halved into training and test photos
+    values: tuple[tuple[Any, str | None], ...]  # (id or colour (R, G, B), class or None: ignored)
+    halves: bool = False  # whether the labelled photos are halved into training and test photos
 
     def label_of(self, image: str) -> str:
         """The path of an image's label, both relative to the dataset's folder."""
@@ -113,8 +128,7 @@ VKITTI2 = Dataset(
     images="Scene*/clone/frames/rgb/Camera_0/rgb_*.jpg",
     renames=(("/rgb/", "/classSegmentation/"), ("rgb_", "classgt_")),
     classes=KITTI_CLASSES,
-    values=tuple(((r << 16) + (g << 8) + b, v) for (r, g, b), v in VKITTI2_COLOURS.items()),
-    rgb=True,
+    values=tuple(VKITTI2_COLOURS.items()),
 )
 KITTI = Dataset(
     "kitti",
@@ -126,7 +140,7 @@ KITTI = Dataset(
 )
 GTA5 = Dataset(
     "gta5",
-    images="images/*.png",
+    images="images/*",
     renames=(("images/", "labels/"),),
     classes=CITYSCAPES_CLASSES,
     values=(*LABEL_IDS, (34, None)),  # number plates
@@ -145,19 +159,52 @@ BENCHMARKS = {
 }
 
 
+def own_benchmark(root: Path) -> Benchmark:
+    """The benchmark 'own': `root`/source, `root`/target and the classes in `root`/classes.json.
+
+    That file maps a class, or "ignore", to its values in label files: an id, or ids and colours.
+    """
+    path, values = root / "classes.json", {}
+    try:
+        for name, value in json.loads(path.read_text(encoding="utf-8-sig")).items():
+            for v in value if isinstance(value, list) else [value]:
+                numbers, key = (v, tuple(v)) if isinstance(v, list) else ([v], v)
+                valid = len(numbers) in (1, 3) and all(n in range(256) for n in numbers)
+                if not valid or key in values:
+                    raise ValueError(f"{v} of {name} is no id or colour, or is given twice")
+                values[key] = None if name == "ignore" else name
+        classes = tuple(dict.fromkeys(filter(None, values.values())))
+        if not classes:
+            raise ValueError("names no class")
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        example = '{"road": 7, "car": [26, 27], "sky": [[70, 130, 180]], "ignore": 0}'
+        raise UserError(f"{path}: {error}; expected {example}, say") from error
+    source = Dataset("source", "images/**/*", GTA5.renames, classes, tuple(values.items()))
+    return Benchmark(source, source._replace(name="target", halves=True))
+
+
+def get_benchmark(args: Any) -> Benchmark:
+    """The source and the target of --benchmark; those of 'own' are described below --data."""
+    return own_benchmark(Path(args.data)) if args.benchmark == "own" else BENCHMARKS[args.benchmark]
+
+
 @functools.cache
-def label_table(dataset: Dataset) -> np.ndarray:
-    """Lookup table from a label file's value to its train id, IGNORE or UNKNOWN. uint8 [values]."""
-    table = np.full(1 << 24 if dataset.rgb else 256, UNKNOWN, np.uint8)
+def label_table(dataset: Dataset, colours: bool = False) -> np.ndarray:
+    """The train id, IGNORE or UNKNOWN, of each id, or each colour as one number. uint8 [values]."""
+    table = np.full(1 << 24 if colours else 256, UNKNOWN, np.uint8)
     for value, name in dataset.values:
-        table[value] = dataset.classes.index(name) if name in dataset.classes else IGNORE
+        if isinstance(value, tuple) == colours:
+            index = value @ COLOUR_WEIGHTS if colours else value
+            table[index] = dataset.classes.index(name) if name in dataset.classes else IGNORE
     return table
 
 
 def palette(classes: Sequence[str]) -> np.ndarray:
-    """Colours of the train ids; black for all others. uint8 [256,3]."""
+    """Colours of the train ids, Cityscapes' where it has the class; else black. uint8 [256,3]."""
     colours = np.zeros((256, 3), np.uint8)
-    colours[: len(classes)] = [PALETTE[name] for name in classes]
+    for i, name in enumerate(classes):
+        other = colorsys.hsv_to_rgb(0.618 * i % 1, 0.7, 0.9)  # steps of the golden ratio
+        colours[i] = PALETTE.get(name, [round(255 * channel) for channel in other])
     return colours
 
 
@@ -167,24 +214,73 @@ GTA5_FRAMES = 24_966
 GTA5_MISMATCHED = {f"images/{i:05d}.png" for i in (15188, 17705, *range(20801, 20861))}
 
 
+@functools.cache
+def note(line: str) -> None:
+    """Says a line to the user, once."""
+    if rank() == 0:
+        print(line, file=sys.stderr, flush=True)
+
+
+def is_foreign(path: str) -> bool:
+    """Whether a file is no image of a set: ._a.png, @eaDir/a.png, thumbs/a.png, a.txt, say."""
+    known = path.lower().endswith((".png", ".jpg", ".jpeg"))
+    return not known or any(part[0] in ".@" or "thumb" in part.lower() for part in path.split("/"))
+
+
+def find_images(root: Path, pattern: str) -> tuple[dict[str, str], list[str]]:
+    """Images below `root` that match, or one folder deeper where there are none.
+
+    -> {path as in the pattern, with accents in Unicode's form NFC: path below root}, and the paths
+    of other files that match. UserError where two images have the same path.
+    """
+    for prefix in ("", "*/"):  # archives are often unpacked into folders of their own
+        options = {"root_dir": root, "recursive": True, "include_hidden": True}
+        images, others = {}, []
+        for path in sorted(glob.glob(prefix + pattern, **options)):
+            key = unicodedata.normalize("NFC", path.partition("/")[2] if prefix else path)
+            if is_foreign(key):
+                others += [path] if (root / path).is_file() else []
+            elif key in images:
+                raise UserError(f"{root}: {images[key]} and {path} have the same name")
+            else:
+                images[key] = path
+        if images:
+            break
+    return images, others
+
+
 def list_files(dataset: Dataset, root: Path, split: str) -> tuple[list, list[Path]]:
     """Pairs (image, label) and images without a label of a split, train or test, sorted by path.
 
-    A source is all train. UserError where there is no image.
+    A source is all train. Test may be empty; UserError where there is no image to train on.
     """
     pattern = dataset.images.format(split="train" if split == "train" else "val")
-    paths = sorted(path.relative_to(root).as_posix() for path in root.glob(pattern))
-    paths = [p for p in paths if not any(name[0] in ".@" for name in p.split("/"))]  # hidden files
-    if not paths:
+    images, others = find_images(root, pattern)
+    labels, other_labels = find_images(root, dataset.label_of(pattern))
+    if not images and split == "train":
         raise UserError(f"{root}: no image of {dataset.name}, expected {pattern}")
+    others += other_labels + sorted(labels.keys() - {dataset.label_of(key) for key in images})
+    if others:
+        note(f"{root}: {len(others)} other files are ignored, such as {others[0]}")
+    if dataset is GTA5 and len(images) >= GTA5_FRAMES - len(GTA5_MISMATCHED):
+        left_out = GTA5_MISMATCHED & images.keys()
+        note(f"{root}: {len(left_out)} frames are left out, whose labels differ from them in size")
+        images = {key: path for key, path in images.items() if key not in left_out}
+    pairs, unlabelled = [], []
+    for key in sorted(images):
+        image, label = root / images[key], labels.get(dataset.label_of(key))
+        if label:
+            pairs.append((image, root / label))
+        else:
+            unlabelled.append(image)
     if dataset.halves:  # contiguous, so that neighbouring frames are not on both sides
-        half = len(paths) // 2
-        paths = paths[:half] if split == "train" else paths[half:]
-    if dataset is GTA5 and len(paths) >= GTA5_FRAMES - len(GTA5_MISMATCHED):
-        paths = [path for path in paths if path not in GTA5_MISMATCHED]
-    files = [(root / path, root / dataset.label_of(path)) for path in paths]
-    unlabelled = {image for image, label in files if not label.exists()}
-    return [pair for pair in files if pair[0] not in unlabelled], sorted(unlabelled)
+        half = len(pairs) // 2
+        return (pairs[:half], unlabelled) if split == "train" else (pairs[half:], [])
+    return pairs, unlabelled
+
+
+# A run lists its folders once: `resolve` forgets what an earlier run in this process has listed.
+files_of = functools.cache(list_files)
 
 
 def open_image(path: Path, decode: bool = True) -> Image.Image:
@@ -206,41 +302,64 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def read_image(path: Path, size: tuple[int, int]) -> np.ndarray:
-    """An image resized to `size` (height, width), bilinear with antialiasing. uint8 [H,W,3]."""
+def read_image(path: Path, size: tuple[int, int] | None = None) -> np.ndarray:
+    """An image, upright as its EXIF data say, uint8 [H,W,3].
+
+    Resized to `size` (height, width) where given, bilinear with antialiasing.
+    """
     with open_image(path) as image:
-        return np.asarray(to_rgb(image).resize(size[::-1], Image.Resampling.BILINEAR))
+        image = to_rgb(ImageOps.exif_transpose(image))
+    return np.asarray(image.resize(size[::-1], Image.Resampling.BILINEAR) if size else image)
 
 
 def read_label(path: Path, dataset: Dataset, image: Path | None = None) -> np.ndarray:
     """A label file as train ids at its own resolution. uint8 [H,W], values 0..C-1 or IGNORE.
 
     UserError where the file is lossy, of another kind than the dataset's labels, holds a value
-    that is not in the label map, or differs in size from `image`.
+    that is not in the label map, or differs from `image` in size or orientation.
     """
-    modes = ("RGB", "RGBA") if dataset.rgb else ("L", "P")
+    kinds = {isinstance(value, tuple) for value, _ in dataset.values}
+    modes = [mode for mode in ("L", "P", "RGB", "RGBA") if mode.startswith("RGB") in kinds]
     with open_image(path) as label:
         if label.format != "PNG" or label.mode not in modes:
             kind = f"{label.format} of mode {label.mode}"
             raise UserError(f"{path}: found {kind}, expected a PNG of mode {' or '.join(modes)}")
         values = np.asarray(label)  # of a palette PNG these are the indices
-    if dataset.rgb:
-        values = values[..., :3].astype(np.int32) @ (1 << 16, 1 << 8, 1)
-    train_ids = label_table(dataset)[values]
+    colours = values.ndim == 3
+    if colours:
+        values = values[..., :3] @ COLOUR_WEIGHTS
+    train_ids = label_table(dataset, colours)[values]
     unknown = train_ids == UNKNOWN
     if unknown.any():
         value = int(values[unknown][0])
         name = f"colour {(value >> 16, value >> 8 & 255, value & 255)}"
+        cause = "are these train ids" if value == 255 else "was the file compressed or recoloured"
         raise UserError(
-            f"{path}: {name if dataset.rgb else f'id {value}'} is not in the label map of "
-            f"{dataset.name} ({unknown.sum()} such pixels); was the file compressed or recoloured?"
+            f"{path}: {name if colours else f'id {value}'} is not in the label map of "
+            f"{dataset.name} ({unknown.sum()} such pixels); {cause}?"
         )
     if image is not None:
         with open_image(image, decode=False) as photo:
             (w, h), shape = photo.size, train_ids.shape
+            if "exif" in photo.info and photo.getexif().get(274, 1) != 1:
+                raise UserError(f"{image}: EXIF data turn it, but not its label; save it upright")
         if (h, w) != shape:
             raise UserError(f"{path}: is {shape[1]}x{shape[0]}, its image {w}x{h}")
     return train_ids
+
+
+def check_labels(dataset: Dataset, pairs: Sequence[tuple[Path, Path]]) -> None:
+    """UserError where all labels are void, or train ids under the names of label ids (a sample)."""
+    if not any((read_label(label, dataset) != IGNORE).any() for _, label in pairs):
+        raise UserError(f"{pairs[0][1]}: no pixel of any class, as in all {len(pairs)} labels")
+    if dataset.values[:34] == LABEL_IDS:
+        sample = [read_label(pairs[i][1], dataset).ravel() for i in spaced(len(pairs), 8)]
+        counts = np.bincount(np.concatenate(sample), minlength=256)
+        # Vegetation, sky, people and vehicles, of which every road scene has some. Train ids that
+        # are read as label ids have none of them, and road, building and sky become ignored.
+        later = [i for i, name in enumerate(dataset.classes) if CITYSCAPES_IDS[name] > 18]
+        if not counts[later].any() and counts[IGNORE] > counts.sum() / 2:
+            raise UserError(f"{pairs[0][1]}: no id is above 18; expected label ids, not train ids")
 
 
 def resize_label(train_ids: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -256,6 +375,9 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         temporary.replace(path)
+    except OSError as error:  # a full disk, which names no file
+        error.filename = error.filename or str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -287,8 +409,11 @@ def create_array(path: Path, shape: tuple[int, ...]) -> np.ndarray:
 # ---- Cache: every file is decoded and resized once ----------------------------------------------
 @functools.cache
 def fingerprint(path: Path, changed: int) -> tuple[str, int, int, int]:
-    """Name, size, and checksums of the first and last 64 KiB, of a file changed at that time."""
-    size, block = path.stat().st_size, 1 << 16
+    """Name, size, and checksums of the first and last 4 KiB, of a file changed at that time.
+
+    A PNG ends with a checksum of all its pixels. More would take minutes for 25,000 frames.
+    """
+    size, block = path.stat().st_size, 1 << 12
     with path.open("rb") as file:
         first = zlib.crc32(file.read(block))
         file.seek(max(block, size - block))
@@ -365,17 +490,22 @@ def dataset_root(data: str, dataset: Dataset) -> Path:
 def load(args: "Args", role: Role) -> Split:
     """The images of a role, through the cache. `args` are resolved.
 
-    Labels are opened for 'source', 'target_few' and 'target_train' (which is the oracle's alone);
-    those of 'target_test' are left to `evaluate`, those of 'target_unlabelled' to nobody.
+    Labels are read for 'source', 'target_few' and 'target_train' (which is the oracle's alone);
+    those of 'target_test' are checked and left to `evaluate`, 'target_unlabelled' needs none. Where
+    no test photo has a label, 'target_test' holds photos for the pictures, without `test_files`.
     UserError where labels are missing that the role needs.
     """
-    dataset = BENCHMARKS[args.benchmark][role != "source"]
+    dataset = get_benchmark(args)[role != "source"]
     if role == "source" and args.init and args.init.is_dir():
         return load_set(args.init, dataset, args.size)
     root, size = dataset_root(args.data, dataset), args.size
-    pairs, unlabelled = list_files(dataset, root, "test" if role == "target_test" else "train")
-    if unlabelled and role in ("source", "target_test"):
-        raise UserError(f"{unlabelled[0]}: image without a label ({len(unlabelled)} such files)")
+    pairs, unlabelled = files_of(dataset, root, "test" if role == "target_test" else "train")
+    if role == "target_test" and not pairs and not unlabelled:
+        return load(args, "target_unlabelled")
+    if unlabelled and (role == "source" or (role == "target_test" and pairs)):
+        label = dataset.label_of(unlabelled[0].relative_to(root).as_posix())
+        expected = f"expected {label} ({len(unlabelled)} such files)"
+        raise UserError(f"{unlabelled[0]}: image without a label, {expected}")
     if role == "target_few":  # evenly spaced, each in the middle of its stretch of the drive
         n, k = len(pairs), args.labelled
         if not 1 <= k <= n:
@@ -383,9 +513,13 @@ def load(args: "Args", role: Role) -> Split:
         pairs = [pairs[(2 * i + 1) * n // (2 * k)] for i in range(k)]
     if role == "target_train" and not pairs:
         raise UserError(f"{root}: no labelled training photo")
+    if pairs and role != "target_unlabelled":
+        check_labels(dataset, pairs)
     images, labels = [image for image, _ in pairs], [label for _, label in pairs]
     if role == "target_unlabelled":
         images = sorted(images + unlabelled)
+    elif not pairs:  # test photos without any label, for the pictures
+        images = unlabelled
 
     def train_ids_of(i: int) -> np.ndarray:
         return resize_label(read_label(labels[i], dataset, images[i]), size)
@@ -393,7 +527,7 @@ def load(args: "Args", role: Role) -> Split:
     train_ids, name = None, f"{dataset.name}-labels-{zlib.crc32(repr(dataset).encode()):08x}"
     if role in ("source", "target_few", "target_train"):
         train_ids = cached(args.cache, name, labels, size, train_ids_of)
-    name = f"{dataset.name}-images"
+    name = f"{dataset.name}-upright"
     pixels = cached(args.cache, name, images, (*size, 3), lambda i: read_image(images[i], size))
     names = tuple(image.relative_to(root).as_posix() for image in images)
     return Split(dataset, names, pixels, train_ids, tuple(pairs if role == "target_test" else ()))
@@ -406,6 +540,7 @@ def save_set(folder: Path, split: Split, labels: np.ndarray, names: Sequence[str
     """
     create_array(folder / "labels.npy", labels.shape)[:] = labels
     record = {"dataset": split.dataset.name, "names": list(names)}
+    record["classes"] = list(split.dataset.classes)
     for name in ("images", "labels"):
         record[name] = sha256(folder / f"{name}.npy")
     write_json(folder / "set.json", record)
@@ -417,8 +552,11 @@ def load_set(folder: Path, dataset: Dataset, size: Sequence[int]) -> Split:
         record = json.loads((folder / "set.json").read_text())
         images, labels = (np.load(folder / f"{n}.npy", mmap_mode="r") for n in ("images", "labels"))
         kind = (record["dataset"], *images.shape[1:3])
+        classes = tuple(record["classes"])
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{folder}: not a training set that a method wrote ({error})") from error
+    if kind[0] == dataset.name and classes != dataset.classes:
+        raise UserError(f"{folder}: has other classes, {' '.join(classes)}")
     if kind != (dataset.name, *size):
         raise UserError(f"{folder}: holds {kind}, expected {(dataset.name, *size)}")
     return Split(dataset, tuple(record["names"]), images, labels)
@@ -820,7 +958,7 @@ def evaluate(net: nn.Module, split: Split, device: torch.device) -> np.ndarray:
     c, training, batch = len(split.dataset.classes), net.training, 16
     matrices = torch.zeros(len(split), c, c, dtype=torch.int64, device=device)
     net.eval()
-    for start in range(0, len(split), batch):
+    for start in range(0, len(split.test_files), batch):
         logits = predict(net, split.images[start : start + batch], device)  # [B,C,H,W]
         for i, image_logits in enumerate(logits, start):
             image, label = split.test_files[i]
@@ -835,6 +973,7 @@ def evaluate(net: nn.Module, split: Split, device: torch.device) -> np.ndarray:
 PRESETS: dict[str, dict[str, Any]] = {  # defaults that go with the data at hand
     "miniature": {"size": (64, 128), "batch_size": 8, "steps": 2000, "net": "tiny", "lr": 1e-2},
     "vkitti2kitti": {"size": (256, 512), "batch_size": 16, "steps": 20_000, "lr": 1e-3},
+    "own": {"size": (256, 512), "batch_size": 16, "steps": 20_000, "lr": 1e-3},
     "gta52cityscapes": {"size": (512, 1024), "batch_size": 8, "steps": 40_000, "lr": 1e-3},
 }
 
@@ -871,8 +1010,10 @@ class SharedArgs:
 
 @dataclass(frozen=True)
 class Args(SharedArgs):
-    benchmark: Literal["vkitti2kitti", "gta52cityscapes"] = "vkitti2kitti"
-    """Source and target: Virtual KITTI 2 to KITTI (10 classes), GTA5 to Cityscapes (19 classes)."""
+    benchmark: Literal["vkitti2kitti", "gta52cityscapes", "own"] = "vkitti2kitti"
+    """Source and target: Virtual KITTI 2 to KITTI (10 classes), GTA5 to Cityscapes (19 classes), or
+    own: source/images/, source/labels/, target/images/, classes.json and, where the target has
+    labels, target/labels/, all below --data."""
     out: Path | None = None
     """Run folder. Default: runs/BENCHMARK/METHOD/seedSEED."""
     seed: int = 0
@@ -898,8 +1039,9 @@ def resolve(args: Any, method: str) -> Any:
     Under torchrun it joins the other processes first, so that rank 0 alone writes the miniature.
     """
     args = replace(args, device=join_processes(args.device))
-    source = BENCHMARKS[args.benchmark].source
-    pairs, unlabelled = list_files(source, dataset_root(args.data, source), "train")
+    source = get_benchmark(args).source
+    files_of.cache_clear()
+    pairs, unlabelled = files_of(source, dataset_root(args.data, source), "train")
     with open_image([*[image for image, _ in pairs], *unlabelled][0], decode=False) as image:
         small = image.width < 512
     defaults = {"net": "bisenet", **PRESETS["miniature" if small else args.benchmark]}
@@ -936,7 +1078,7 @@ class Result:
     seed: int
     status: str = "finished"  # or 'failed'
     error: str | None = None
-    miou: float | None = None
+    miou: float | None = None  # None: no test photo has a label
     iou: dict[str, float | None] | None = None  # None: no test photo contains the class
     target_labels: int | None = None
     steps: int | None = None  # updates of the segmentation network
@@ -959,11 +1101,12 @@ def configuration(args: Any, method: str) -> dict[str, Any]:
     if args.init and args.init.exists():
         file = args.init / "set.json" if args.init.is_dir() else args.init
         config["init"] = sha256(file)[:16]
-    source, target = BENCHMARKS[args.benchmark]
+    source, target = get_benchmark(args)
+    config["label_maps"] = zlib.crc32(repr((source, target)).encode())
     splits = {"source": (source, "train"), "target": (target, "train"), "test": (target, "test")}
     for name, (dataset, split) in splits.items():
         root = dataset_root(args.data, dataset)
-        pairs, unlabelled = list_files(dataset, root, split)
+        pairs, unlabelled = files_of(dataset, root, split)
         config[f"{name}_images"] = len(pairs) + len(unlabelled)
         config[f"{name}_files"] = digest([*itertools.chain(*pairs), *unlabelled])
         config["miniature"] = (root / "miniature.json").exists()
@@ -1056,7 +1199,7 @@ class Run:
         self.args = args = resolve(args, method)
         self.result = finished(args, method)
         self.method, self.device, self.out = method, torch.device(args.device), args.out
-        source, target = BENCHMARKS[args.benchmark]
+        source, target = get_benchmark(args)
         self.classes = source.classes
         if self.result:
             self.say(f"{self.out}: finished earlier, with these arguments")
@@ -1206,7 +1349,8 @@ class Run:
         """Scores on the test photos into scalars.json: for the curve, no weight ever sees them."""
         with self.autocast():
             confusion = evaluate(net, self.test, self.device)
-        self.write(scores(confusion.sum(axis=0)), step)
+        if self.test.test_files:
+            self.write(scores(confusion.sum(axis=0)), step)
         return confusion
 
     def finish(
@@ -1224,7 +1368,7 @@ class Run:
             benchmark=self.args.benchmark,
             method=self.method,
             seed=self.args.seed,
-            miou=scores(total)["mIoU"],
+            miou=scores(total)["mIoU"] if self.test.test_files else None,
             iou={name: None if math.isnan(value) else value for name, value in ious},
             target_labels=target_labels,
             steps=self.args.steps if steps is None else steps,
@@ -1404,8 +1548,10 @@ def spaced(count: int, wanted: int) -> np.ndarray:
 def draw_predictions(path: Path, split: Split, networks: dict[str, Network]) -> None:
     """Four test photos, their ground truth and each network's prediction, in columns."""
     chosen, size = spaced(len(split), 4), split.images.shape[1:3]
-    truth = [resize_label(read_label(split.test_files[i][1], split.dataset), size) for i in chosen]
-    columns = {"photo": list(split.images[chosen]), "ground truth": truth}
+    columns, truth = {"photo": list(split.images[chosen])}, [np.zeros(size, np.uint8)] * len(chosen)
+    if split.test_files:
+        labels = [read_label(split.test_files[i][1], split.dataset) for i in chosen]
+        truth = columns["ground truth"] = [resize_label(label, size) for label in labels]
     for name, net in networks.items():
         device = next(net.parameters()).device
         maps = predict(net.eval(), split.images[chosen], device).argmax(dim=1).byte()
@@ -1423,7 +1569,9 @@ def main(args_class: type, run: Callable[[Any], Any], doc: str | None) -> None:
         result = run(parse(args_class, doc))
         if isinstance(result, Result) and rank() == 0:
             name = f"{result.benchmark} {result.method} seed {result.seed}"
-            print(f"{name}: mIoU {result.miou:.1f}", flush=True)
+            pictures = "no test label, so no score; see figures/predictions.png in its run folder"
+            score = pictures if result.miou is None else f"mIoU {result.miou:.1f}"
+            print(f"{name}: {score}", flush=True)
     except (UserError, OSError) as error:  # of the latter: a full disk, no permission
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
@@ -1468,8 +1616,8 @@ def parse(args_class: type, doc: str | None) -> Any:
 # ---- A look over a dataset ----------------------------------------------------------------------
 @dataclass(frozen=True)
 class LookArgs:
-    dataset: Literal["vkitti2", "kitti", "gta5", "cityscapes"]
-    """Which of the four layouts the folder has."""
+    dataset: Literal["vkitti2", "kitti", "gta5", "cityscapes", "source", "target"]
+    """Which of the four layouts the folder has; source and target are those of own data."""
     data: str = "mini"
     """Folder that holds the dataset's folder, or 'mini'."""
     split: Literal["train", "test"] = "train"
@@ -1480,7 +1628,9 @@ class LookArgs:
 
 def look(args: LookArgs) -> None:
     """Reads all files of a dataset; prints the share of every class, and draws six pairs."""
-    dataset = DATASETS[args.dataset]
+    own = args.dataset in ("source", "target")
+    datasets = own_benchmark(Path(args.data))._asdict() if own else DATASETS
+    dataset = datasets[args.dataset]
     pairs, unlabelled = list_files(dataset, dataset_root(args.data, dataset), args.split)
     print(f"{len(pairs):,} pairs, {len(unlabelled):,} images without a label")
     if not pairs:
@@ -1501,5 +1651,59 @@ def look(args: LookArgs) -> None:
     draw_sheet(args.out / f"{dataset.name}-{args.split}.png", columns, dataset.classes)
 
 
+# ---- The network on own photos ------------------------------------------------------------------
+@dataclass(frozen=True)
+class PredictArgs:
+    checkpoint: Path
+    """The checkpoint.pt of a run."""
+    photos: Path
+    """Folder of photos, JPG or PNG of any mode and size, also in folders below it."""
+    out: Path
+    """Folder for ids/, colours/ and overlays/, with a PNG for each photo, and for classes.json."""
+    device: str = "cpu"
+    """cpu, cuda, cuda:1."""
+
+
+def predict_folder(args: PredictArgs) -> None:
+    """Labels photos at their own resolution with the network of a run.
+
+    Ids are Cityscapes' label ids, or train ids where the classes are own ones; OUT/classes.json
+    says which, as --benchmark own reads it.
+    """
+    checkpoint, device = read_checkpoint(args.checkpoint), torch.device(args.device)
+    if "net" not in checkpoint:
+        raise UserError(f"{args.checkpoint}: holds no segmentation network")
+    classes, size, own = checkpoint["classes"], checkpoint["size"], checkpoint["benchmark"] == "own"
+    net = Network(checkpoint["network"], len(classes))
+    net.load_state_dict(checkpoint["net"])
+    net.to(device).eval()
+    ids = {name: i if own else CITYSCAPES_IDS[name] for i, name in enumerate(classes)}
+    photos, others = find_images(args.photos, "**/*")
+    if not photos or args.out.resolve().is_relative_to(args.photos.resolve()):
+        raise UserError(f"{args.photos}: no JPG or PNG file, or --out lies in this folder")
+    outputs = {str(Path(name).with_suffix(".png")): name for name in sorted(photos.values())}
+    if len(outputs) < len(photos):
+        raise UserError(f"{args.photos}: two photos whose names differ in the suffix alone")
+    write_json(args.out / "classes.json", ids)
+    for output, name in show_progress(outputs.items(), "labelling"):
+        photo = read_image(args.photos / name)  # [h,w,3]
+        small = Image.fromarray(photo).resize(size[::-1], Image.Resampling.BILINEAR)
+        logits = upsample(predict(net, np.array(small)[None], device), photo.shape[:2])
+        train_ids = logits[0].argmax(dim=0).cpu().numpy()  # [h,w]
+        colours = palette(classes)[train_ids]
+        values = np.array([*ids.values()], np.uint8)[train_ids]
+        pictures = {"ids": values, "colours": colours, "overlays": photo // 2 + colours // 2}
+        for folder, picture in pictures.items():
+            with replacing(args.out / folder / output) as temporary:
+                Image.fromarray(picture).save(temporary, format="PNG")
+    print(f"{args.out}: {len(photos)} photos labelled, {len(others)} other files ignored")
+
+
 if __name__ == "__main__":
-    main(LookArgs, look, __doc__)
+    command = sys.argv[1] if len(sys.argv) > 1 else ""
+    if command in ("look", "predict"):
+        sys.argv[:2] = [f"{sys.argv[0]} {command}"]  # as --help calls it
+    if command == "predict":
+        main(PredictArgs, predict_folder, predict_folder.__doc__)
+    else:
+        main(LookArgs, look, __doc__)

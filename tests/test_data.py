@@ -30,7 +30,7 @@ def test_the_label_map_of_cityscapes_is_the_official_one():
 
 
 def test_both_sides_of_vkitti2kitti_give_a_class_the_same_train_id():
-    colour, grey = common.label_table(VKITTI2), common.label_table(KITTI)
+    colour, grey = common.label_table(VKITTI2, colours=True), common.label_table(KITTI)
     pairs = """100 60 100 7, 140 140 140 11, 255 130 0 17, 200 200 0 19, 255 255 0 20, 0 199 0 21,
     90 240 0 21, 210 0 200 22, 90 200 255 23, 255 127 80 26, 0 139 139 26, 160 60 60 27,
     250 100 255 0, 80 80 80 4, 0 0 0 0"""
