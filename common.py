@@ -125,7 +125,7 @@ NAMES = {value: name for name, value in CITYSCAPES_IDS.items()}
 LABEL_IDS = tuple((value, NAMES.get(value)) for value in range(34))
 VKITTI2 = Dataset(
     "vkitti2",
-    images="Scene*/clone/frames/rgb/Camera_0/rgb_*.jpg",
+    images="Scene*/clone/frames/rgb/Camera_0/*rgb_*.jpg",
     renames=(("/rgb/", "/classSegmentation/"), ("rgb_", "classgt_")),
     classes=KITTI_CLASSES,
     values=tuple(VKITTI2_COLOURS.items()),
@@ -1660,8 +1660,8 @@ class PredictArgs:
     """Folder of photos, JPG or PNG of any mode and size, also in folders below it."""
     out: Path
     """Folder for ids/, colours/ and overlays/, with a PNG for each photo, and for classes.json."""
-    device: str = "cpu"
-    """cpu, cuda, cuda:1."""
+    device: str = "auto"
+    """auto (CUDA where there is one), cpu, cuda, cuda:1."""
 
 
 def predict_folder(args: PredictArgs) -> None:
@@ -1670,7 +1670,8 @@ def predict_folder(args: PredictArgs) -> None:
     Ids are Cityscapes' label ids, or train ids where the classes are own ones; OUT/classes.json
     says which, as --benchmark own reads it.
     """
-    checkpoint, device = read_checkpoint(args.checkpoint), torch.device(args.device)
+    checkpoint, auto = read_checkpoint(args.checkpoint), args.device == "auto"
+    device = torch.device(("cpu", "cuda")[torch.cuda.is_available()] if auto else args.device)
     if "net" not in checkpoint:
         raise UserError(f"{args.checkpoint}: holds no segmentation network")
     classes, size, own = checkpoint["classes"], checkpoint["size"], checkpoint["benchmark"] == "own"

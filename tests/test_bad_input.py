@@ -1,9 +1,11 @@
 """What a user can get wrong: one line that names the file, and nothing lost or half written."""
 
 import io
+import resource
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -69,7 +71,7 @@ def test_only_one_side_of_the_benchmark_is_there(bad: common.Args):
 # ---- Files --------------------------------------------------------------------------------------
 def test_image_without_a_label(bad: common.Args):
     first(LABEL).unlink()
-    expect(bad, r"rgb_00000.jpg: image without a label \(1 such")
+    expect(bad, r"rgb_00000.jpg: image without a label, expected .*classgt_00000.png \(1 such")
 
 
 @pytest.mark.parametrize("pattern", [RGB, LABEL])
@@ -121,17 +123,50 @@ def test_palette_label_that_was_converted_to_colours(bad: common.Args):
     expect(replace(bad, benchmark="gta52cityscapes"), message)
 
 
-def test_a_bad_test_label_costs_no_training(bad: common.Args):
-    """Once it is mended the run continues, though the test set is another one now."""
+def test_a_bad_test_label_costs_no_training(bad: common.Args, monkeypatch: pytest.MonkeyPatch):
+    """A sample is read before training. Of others, once they are mended the run continues."""
     path = sorted(Path("copy").glob(GREY))[-1]
     good, bad = path.read_bytes(), replace(bad, steps=40)  # the first evaluation is at step 10
     path.write_bytes(good[:100])
-    with pytest.raises(UserError, match=path.name):
-        run(bad)
+    expect(bad, path.name)
+    assert not Path("run/stage_source.pt").exists()
+    monkeypatch.setattr(common, "check_labels", lambda *_: None)
+    expect(bad, path.name)
     assert common.read_checkpoint(Path("run/stage_source.pt"))["step"] == 8
     path.write_bytes(good)
     run(bad)
     assert Path("run/result.json").exists() and not Path("run.old1").exists()
+
+
+def relabel(pattern: str, values: Callable[[np.ndarray], np.ndarray]) -> None:
+    for path in Path("copy").glob(pattern):
+        Image.fromarray(values(np.asarray(Image.open(path))).astype(np.uint8)).save(path)
+
+
+@pytest.mark.parametrize("row", ["source_only", "few_label", "oracle"])
+def test_train_ids_under_the_names_of_label_ids(bad: common.Args, row: str):
+    """They are valid label ids as well, and would give a wrong number."""
+    train_ids = common.label_table(common.CITYSCAPES)
+    relabel(GREY, lambda ids: np.minimum(train_ids[ids], 18))
+    expect(bad, r"_10.png: no id is above 18; expected label ids, not train ids", row=row)
+
+
+def test_train_ids_with_their_255(bad: common.Args):
+    train_ids = common.label_table(common.CITYSCAPES)
+    relabel("gta5/labels/*.png", lambda ids: train_ids[ids] | 255 * (ids == 23))
+    expect(replace(bad, benchmark="gta52cityscapes"), "id 255 is not .* are these train ids?")
+
+
+def test_test_labels_that_are_all_void(bad: common.Args):
+    relabel(GREY, lambda ids: 0 * ids)
+    expect(bad, "000006_10.png: no pixel of any class, as in all 6 labels")
+
+
+def test_a_labelled_photo_that_is_turned_by_its_exif_data(bad: common.Args):
+    path, exif = first(RGB), Image.Exif()
+    exif[274] = 3  # 180 degrees, so that the sizes agree
+    Image.open(path).save(path, exif=exif)
+    expect(bad, "rgb_00000.jpg: EXIF data turn it, but not its label; save it upright")
 
 
 # ---- Flags --------------------------------------------------------------------------------------
@@ -227,6 +262,20 @@ def test_output_that_cannot_be_written(mini: Path, monkeypatch: pytest.MonkeyPat
         common.main(benchmark.BaselineArgs, benchmark.run_baseline, None)
 
 
+def test_a_full_disk_costs_what_was_not_saved_yet(args: common.Args):
+    """A limit of the size of files stands in for it; the file is named, the rest is kept."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3_000_000, limits[1]))  # less than a checkpoint
+    try:
+        with pytest.raises(OSError, match=r"^\[Errno \d+\] [\w ]+: 'run/stage_source.pt'$"):
+            run(args)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(Path().rglob("*.tmp"))
+    run(args)
+    assert not Path("run.old1").exists()
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(args: common.Args):
     one = common.Run(replace(args, out=Path("run")), "x", stages=1)
     with pytest.raises(UserError, match="loss is nan at step 20; try a lower learning rate"):
@@ -237,7 +286,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(args: common.Args):
 
 # ---- Scripts ------------------------------------------------------------------------------------
 def look(*flags: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "common.py"), "--dataset", "kitti", *flags]
+    command = [sys.executable, str(ROOT / "common.py"), "look", "--dataset", "kitti", *flags]
     return subprocess.run(command, env=environment(), capture_output=True, text=True)
 
 

@@ -1,16 +1,21 @@
 """Label maps, readers, roles, cache and loader."""
 
+import importlib
+import itertools
 import multiprocessing
 import shutil
 import subprocess
+import unicodedata
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import like
 from PIL import Image
 
+import benchmark
 import common
 from common import CITYSCAPES, GTA5, IGNORE, KITTI, VKITTI2
 
@@ -71,22 +76,111 @@ def test_a_16_bit_image_is_read_by_its_upper_8_bits():
     np.testing.assert_array_equal(image, np.stack([grey >> 8] * 3, axis=2))
 
 
+def test_a_photo_is_read_upright_as_a_camera_held_it():
+    """Orientation 3 of EXIF turns by 180 degrees, 6 by 90 degrees clockwise."""
+    pixels = np.arange(64 * 32 * 3, dtype=np.uint8).reshape(32, 64, 3)
+    for orientation, turns in ((1, 0), (3, 2), (6, -1)):
+        exif = Image.Exif()
+        exif[274] = orientation
+        Image.fromarray(pixels).save("photo.png", exif=exif)
+        upright = np.rot90(pixels, turns)
+        np.testing.assert_array_equal(common.read_image(Path("photo.png")), upright)
+
+
+def test_flat_images_have_a_colour_transfer():
+    """One white source image, one photo of a single colour: the colour is transferred."""
+    images = {"white": torch.ones(1, 3, 8, 8), "grey": torch.full((1, 3, 8, 8), 0.3)}
+    images["noise"] = torch.rand(1, 3, 8, 8)
+    for source, target in itertools.product(images.values(), repeat=2):
+        new = common.color_transfer(source, target)
+        assert new.isfinite().all()
+        torch.testing.assert_close(new.mean(dim=(2, 3)), target.mean(dim=(2, 3)))
+
+
+def test_genuine_label_files_are_no_train_ids(real: Path):
+    for name in ("camvid_as_cityscapes", "cityscapes_sample"):
+        for split in ("train", "test"):
+            pairs, _ = common.list_files(CITYSCAPES, real / name, split)
+            for chosen in (pairs, *([pair] for pair in pairs[::10])):
+                if chosen:
+                    common.check_labels(CITYSCAPES, chosen)
+
+
 # ---- Files and roles ----------------------------------------------------------------------------
-def test_hidden_files_are_no_images(mini: Path):
-    """Those of macOS, Jupyter and Synology, each with a label that would fit."""
-    shutil.copytree(mini, "copy")
-    for dataset in (CITYSCAPES, KITTI):
-        root = Path("copy", dataset.name)
-        before = common.list_files(dataset, root, "train")
-        image = before[0][0][0]
-        shutil.copy(image, image.with_name(f"._{image.name}"))
-        for folder in (image.parent / ".ipynb_checkpoints", image.parent.parent / "@eaDir"):
-            folder.mkdir()
-            shutil.copy(image, folder)
-        assert common.list_files(dataset, root, "train") == before
+@pytest.fixture
+def copy(mini: Path) -> Path:
+    """A copy of the small miniature, to be changed."""
+    return Path(shutil.copytree(mini, "copy"))
 
 
-def test_only_the_whole_gta5_leaves_out_the_frames_that_mismatch(monkeypatch):
+FOREIGN = {
+    "cityscapes": """leftImg8bit/train/adorf/._adorf_1_leftImg8bit.png
+        leftImg8bit/train/@eaDir/adorf_1_leftImg8bit.png gtFine/train/adorf/._a_gtFine_labelIds.png
+        gtFine/train/adorf/adorf_9_gtFine_labelIds.png""",
+    "kitti": "training/image_2/._0_10.png training/image_2/0_thumb_10.png",
+    "gta5": """images/Thumbs.db images/.DS_Store images/._00001.png images/00001_thumb.jpg
+        labels/00001_labelTrainIds.png labels/00002_labelTrainIds.png labels/._00001.png""",
+    "vkitti2": "Scene01/clone/frames/rgb/Camera_0/._rgb_00000.jpg",
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_files_of_other_programs_are_ignored_and_counted(copy: Path, name: str, capsys):
+    dataset, root, paths = common.DATASETS[name], copy / name, FOREIGN[name].split()
+    before = common.list_files(dataset, root, "train")
+    assert capsys.readouterr().err == ""
+    for path in paths:
+        (root / path).parent.mkdir(exist_ok=True)
+        shutil.copy(before[0][0][0], root / path)
+    (root / "images/.ipynb_checkpoints").mkdir(parents=True, exist_ok=True)
+    common.note.cache_clear()
+    assert common.list_files(dataset, root, "train") == before
+    assert f"{name}: {len(paths)} other files are ignored, such as" in capsys.readouterr().err
+
+
+DEEPER = {  # as the archives are called
+    "vkitti2": {"vkitti_2.0.3_rgb": "Scene*/*/*/rgb", "vkitti_2.0.3_classSegmentation": "Scene*"},
+    "gta5": {"images": "images", "labels": "labels"},
+    "kitti": {"data_semantics": "training"},
+    "cityscapes": {"leftImg8bit_trainvaltest": "leftImg8bit", "gtFine_trainvaltest": "gtFine"},
+}
+
+
+@pytest.mark.parametrize("name", DEEPER)
+def test_archives_unpacked_into_folders_of_their_own(copy: Path, name: str):
+    dataset, root = common.DATASETS[name], copy / name
+    before, _ = common.list_files(dataset, root, "train")
+    root.rename("flat")
+    for folder, pattern in DEEPER[name].items():
+        for path in list(Path("flat").glob(pattern)):
+            target = root / folder / path.relative_to("flat")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            path.rename(target)
+    after, unlabelled = common.list_files(dataset, root, "train")
+    assert not unlabelled and len(after) == len(before)
+    for old, new in zip(before, after, strict=True):
+        assert [path.name for path in old] == [path.name for path in new]
+
+
+def test_the_same_name_twice_one_folder_deeper_is_refused():
+    for part in ("a", "b"):
+        Path(part, "images").mkdir(parents=True)
+        Path(part, "images/1.png").touch()
+    with pytest.raises(common.UserError, match=r"a/images/1.png and b/images/1.png have the same"):
+        common.list_files(GTA5, Path(), "train")
+
+
+def test_names_with_accents_match_however_they_are_written():
+    """A Mac writes an accent as a character of its own (NFD), Linux mostly does not (NFC)."""
+    names = [unicodedata.normalize(form, "Z\u00fcrich.png") for form in ("NFD", "NFC")]
+    for folder, name in zip(("images", "labels"), names, strict=True):
+        Path(folder).mkdir()
+        Path(folder, name).touch()
+    pairs, unlabelled = common.list_files(GTA5, Path(), "train")
+    assert [path.name for path in pairs[0]] == names and not unlabelled
+
+
+def test_only_the_whole_gta5_leaves_out_the_frames_that_mismatch(monkeypatch, capsys):
     monkeypatch.setattr(common, "GTA5_FRAMES", 64)  # so that two files are the full set
     for number, expected in ((15188, ["15188"]), (15187, ["15187"]), (20861, ["15187", "20861"])):
         for folder in (Path("images"), Path("labels")):
@@ -94,11 +188,12 @@ def test_only_the_whole_gta5_leaves_out_the_frames_that_mismatch(monkeypatch):
             (folder / f"{number}.png").touch()
         pairs, _ = common.list_files(GTA5, Path(), "train")
         assert [image.stem for image, _ in pairs] == expected
+    assert "1 frames are left out" in capsys.readouterr().err
 
 
 def test_roles_share_no_photo_and_few_is_evenly_spaced(args: common.Args):
-    for benchmark in common.BENCHMARKS:
-        a = common.resolve(replace(args, benchmark=benchmark, labelled=3), "x")
+    for name in common.BENCHMARKS:
+        a = common.resolve(replace(args, benchmark=name, labelled=3), "x")
         train, few = common.load(a, "target_train"), common.load(a, "target_few")
         test, bare = common.load(a, "target_test"), common.load(a, "target_unlabelled")
         assert bare.labels is None and test.labels is None and bare.names == train.names
@@ -110,14 +205,41 @@ def test_roles_share_no_photo_and_few_is_evenly_spaced(args: common.Args):
         assert max(train.names) < min(test.names)  # KITTI's are contiguous halves of the drive
 
 
-def test_a_photo_without_a_label_serves_where_no_label_is_needed(args: common.Args, mini: Path):
-    shutil.copytree(mini, "copy")
+def test_a_photo_without_a_label_serves_where_no_label_is_needed(args: common.Args, copy: Path):
     a = common.resolve(replace(args, data="copy"), "x")
-    before = common.load(a, "target_unlabelled")
-    sorted(Path("copy/kitti/training/semantic").iterdir())[0].unlink()
-    after = common.load(a, "target_unlabelled")
-    assert after.names == before.names and np.array_equal(after.images, before.images)
-    assert common.load(a, "target_train").names == before.names[1:]
+    photos, labels = copy / "kitti/training/image_2", copy / "kitti/training/semantic"
+    before, names = common.load(a, "target_train"), sorted(path.name for path in photos.iterdir())
+    for name in names[::2]:
+        (labels / name).unlink()
+    a = common.resolve(a, "x")
+    bare, train = common.load(a, "target_unlabelled"), common.load(a, "target_train")
+    few, test = common.load(a, "target_few"), common.load(a, "target_test")
+    assert [Path(name).name for name in train.names] == names[1:6:2]  # half of those with a label
+    assert [Path(name).name for name in test.names] == names[7::2] and len(test.test_files) == 3
+    assert set(few.names) < set(train.names) and len(bare) == 9 and len(before) == 6
+    assert set(bare.names) == {f"training/image_2/{name}" for name in names} - set(test.names)
+
+
+ROWS = ["color_transfer", "adversarial_da", "metasim", "diffusion_bridge", "bridge_train"]
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_photos_without_any_label_are_enough(args: common.Args, copy: Path, row: str):
+    """For every row that uses no target label; it ends with pictures instead of a score."""
+    if row == "adversarial_da":  # as someone has them who has a folder of photos: no val either
+        args = replace(args, benchmark="gta52cityscapes")
+        shutil.rmtree(copy / "cityscapes/gtFine")
+        shutil.rmtree(copy / "cityscapes/leftImg8bit/val")
+    shutil.rmtree(copy / "kitti/training/semantic")
+    kind, run, own = benchmark.BaselineArgs, benchmark.run_baseline, {"row": row}
+    if row not in benchmark.BASELINES:
+        module = importlib.import_module(row.replace("bridge_train", "diffusion_bridge"))
+        run = module.train if row == "bridge_train" else module.run
+        kind, own = module.Args, {}
+    result = run(like(args, kind, steps=4, data="copy", out=Path("run"), **own))
+    if row != "bridge_train":
+        assert result.miou is None and set(result.iou.values()) == {None}
+        assert Path("run/figures/predictions.png").stat().st_size > 10_000
 
 
 # ---- Cache --------------------------------------------------------------------------------------

@@ -1,0 +1,150 @@
+"""--benchmark own: a user's renders, photos and classes; and the network on a user's photos."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import like
+from PIL import Image
+
+import benchmark
+import common
+from common import IGNORE
+
+CPU = torch.device("cpu")
+CLASSES = {"road": 1, "tree": [2, 3], "sky": [[70, 130, 180]], "hut": [4, [9, 9, 9]], "ignore": 0}
+
+
+@pytest.fixture
+def own(args: common.Args) -> common.Args:
+    """Four nested JPG renders with masks in ids, palette indices and colours; six PNG photos."""
+    rng, colours = np.random.default_rng(0), {1: None, 2: (70, 130, 180), 4: (9, 9, 9)}
+    for i in range(10):
+        root, suffix = ("own/target", "png") if i < 6 else ("own/source", "JPG")
+        for folder in ("images", "labels"):
+            Path(root, folder, "a b").mkdir(parents=True, exist_ok=True)
+        image = Image.fromarray(rng.integers(0, 256, (48, 80, 3), dtype=np.uint8))
+        image.save(Path(root, f"images/a b/{i}.{suffix}"))
+        label = rng.integers(0, 5, (48, 80), dtype=np.uint8)
+        if i == 8:
+            label = np.array([colours[2], colours[4]], np.uint8)[label % 2]
+        picture = Image.fromarray(label)
+        if i == 7:
+            picture.putpalette([255, 0, 0] * 256)
+        picture.save(Path(root, f"labels/a b/{i}.png"))
+    Path("own/classes.json").write_text(json.dumps(CLASSES))
+    return replace(args, data="own", benchmark="own")
+
+
+def test_own_data_is_read_by_its_classes(own: common.Args):
+    a = common.resolve(own, "x")
+    source, train, test = (
+        common.load(a, f"{s}") for s in ("source", "target_train", "target_test")
+    )
+    assert source.dataset.classes == ("road", "tree", "sky", "hut") and a.size == (32, 64)
+    assert [len(split) for split in (source, train, test)] == [4, 3, 3]
+    assert train.names[0] == "images/a b/0.png" and test.names[0] == "images/a b/3.png"
+    assert test.test_files[0][1] == Path("own/target/labels/a b/3.png")
+    read = [common.read_label(path, source.dataset) for path in sorted(Path("own").rglob("6.png"))]
+    ids = np.asarray(Image.open("own/source/labels/a b/6.png"))
+    np.testing.assert_array_equal(read[0], np.array([IGNORE, 0, 1, 1, 3], np.uint8)[ids])
+    colours = common.read_label(Path("own/source/labels/a b/8.png"), source.dataset)
+    assert set(np.unique(colours)) == {2, 3}
+    table = common.palette(source.dataset.classes)
+    assert table[2].tolist() == [70, 130, 180] and len(np.unique(table[:5], axis=0)) == 5
+    before = common.configuration(a, "x")
+    Path("own/classes.json").write_text(json.dumps({**CLASSES, "hut": [3], "tree": [2, 4]}))
+    assert common.configuration(a, "x") != before
+
+
+def test_a_run_on_own_data_and_its_network_on_own_photos(own: common.Args, capsys):
+    """Photos of any mode, at their own resolution, into the same tree."""
+    result = benchmark.run_baseline(like(own, benchmark.BaselineArgs, row="few_label"))
+    assert result.benchmark == "own" and result.iou.keys() == {"road", "tree", "sky", "hut"}
+    grey = (np.arange(50 * 70).reshape(50, 70) % 251).astype(np.uint8)
+    for i, mode in enumerate(("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16")):
+        image = Image.fromarray(grey.astype(np.uint16) * 257)
+        image = image if mode == "I;16" else Image.fromarray(grey).convert(mode)
+        path = Path("photos", f"day {i % 2}", f"{i}.{'jpg' if mode == 'CMYK' else 'png'}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.save(path)
+    Path("photos/._0.png").touch()
+    checkpoint = Path("runs/own/few_label/seed0/checkpoint.pt")
+    common.predict_folder(common.PredictArgs(checkpoint, Path("photos"), Path("out"), "cpu"))
+    assert "8 photos labelled, 1 other files ignored" in capsys.readouterr().out
+    ids, names = json.loads(Path("out/classes.json").read_text()), result.iou.keys()
+    assert ids == {name: i for i, name in enumerate(names)}
+    net = common.Network("tiny", 4)
+    common.load_weights(net, checkpoint)
+    for path in sorted(Path("photos").rglob("[0-9].*")):
+        name = path.relative_to("photos").with_suffix(".png")
+        labels, colours, overlay = (
+            np.asarray(Image.open(Path("out", folder, name)))
+            for folder in ("ids", "colours", "overlays")
+        )
+        logits = common.predict(net.eval(), common.read_image(path, (32, 64))[None], CPU)
+        expected = common.upsample(logits, (50, 70)).argmax(dim=1)[0].numpy()
+        np.testing.assert_array_equal(labels, expected)
+        np.testing.assert_array_equal(colours, common.palette([*names])[labels])
+        np.testing.assert_array_equal(overlay, common.read_image(path) // 2 + colours // 2)
+    Path("photos/day 0/0.jpg").touch()
+    with pytest.raises(common.UserError, match="differ in the suffix alone"):
+        common.predict_folder(common.PredictArgs(checkpoint, Path("photos"), Path("out"), "cpu"))
+
+
+def test_cityscapes_label_ids_come_out_where_its_classes_went_in(args: common.Args, mini: Path):
+    benchmark.run_baseline(like(args, benchmark.BaselineArgs, row="source_only", out=Path("run")))
+    photos = mini / "kitti/training/image_2"
+    common.predict_folder(common.PredictArgs(Path("run/checkpoint.pt"), photos, Path("out")))
+    ids = json.loads(Path("out/classes.json").read_text())
+    assert ids == {name: common.CITYSCAPES_IDS[name] for name in common.KITTI_CLASSES}
+    for path in sorted(Path("out/ids").iterdir()):
+        assert set(np.unique(np.asarray(Image.open(path)))) <= set(ids.values())
+
+
+def refused(args: common.Args, message: str) -> None:
+    """A run ends with one line that matches."""
+    with pytest.raises(common.UserError, match=message) as caught:
+        benchmark.run_baseline(like(args, benchmark.BaselineArgs, row="source_only"))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "No such file"),
+        ("{", "Expecting"),
+        ("[7]", "no attribute"),
+        ("{}", "names no class"),
+        ('{"ignore": 0}', "names no class"),
+        ('{"road": 256}', "256 of road is no id or colour"),
+        ('{"road": "7"}', "7 of road is no id or colour"),
+        ('{"road": 7.5}', "7.5 of road is no id or colour"),
+        ('{"road": [[1, 2]]}', r"\[1, 2\] of road is no id or colour"),
+        ('{"road": 7, "car": [7]}', "7 of car is no id or colour, or is given twice"),
+    ],
+)
+def test_own_classes_that_cannot_be(args: common.Args, content: str | None, message: str):
+    Path("own").mkdir()
+    if content is not None:
+        Path("own/classes.json").write_text(content)
+    message = rf"^own/classes.json: .*{message}.*; expected \{{\"road\": 7"
+    refused(replace(args, data="own", benchmark="own"), message)
+
+
+def test_own_labels_are_strict(args: common.Args):
+    for folder in ("source/images", "source/labels", "target/images"):
+        Path("own", folder).mkdir(parents=True)
+        Image.fromarray(np.full((8, 8), 5, np.uint8)).save(Path("own", folder, "a.png"))
+    own = replace(args, data="own", benchmark="own")
+    for classes, message in (
+        ('{"road": 4}', "labels/a.png: id 5 is not in the label map of source"),
+        ('{"road": [[5, 5, 5]]}', "found PNG of mode L, expected a PNG of mode RGB or RGBA"),
+    ):
+        Path("own/classes.json").write_text(classes)
+        refused(own, message)
+    Path("own/source/labels/a.png").unlink()
+    refused(own, r"images/a.png: image without a label, expected labels/a.png \(1 such files\)")
