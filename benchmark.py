@@ -27,7 +27,7 @@ import subprocess
 import sys
 import time
 import typing
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean, stdev
@@ -46,15 +46,8 @@ from common import BENCHMARKS, Result, UserError
 
 Baseline = Literal["source_only", "random_aug", "color_transfer", "few_label", "oracle"]
 BASELINES = typing.get_args(Baseline)
-# What a method gives to the next method of a combination: the training set that it has made, or
-# the checkpoint of its network. A new method is a file with Args and run, and one more line here.
-METHODS = {
-    "datarater": "set",
-    "metasim": "set",
-    "reward_opt": "checkpoint",
-    "adversarial_da": "checkpoint",
-    "diffusion_bridge": "set",
-}
+METHODS = ("datarater", "metasim", "reward_opt", "adversarial_da", "diffusion_bridge")
+SET_METHODS = ("datarater", "metasim", "diffusion_bridge")  # these write a training set
 
 
 # ---- Baselines ----------------------------------------------------------------------------------
@@ -74,18 +67,14 @@ class BaselineArgs(common.Args):
 def run_baseline(args: BaselineArgs) -> Result:
     """Trains a baseline: the segmentation network without any adaptation method."""
     few_label = args.row == "few_label"
-    if not 0 < args.finetune <= 1 or args.finetune_lr <= 0:
-        raise UserError("--finetune: expected 0 to 1, --finetune-lr: expected above 0")
     run = common.Run(args, args.row, stages=2 if few_label else 1)
     if run.result:
         return run.result
     args, net = run.args, run.network()
-
     if args.row == "oracle":
         photos = common.load(args, "target_train")
         common.train(run, net, photos, args.steps, "target")
         return run.finish(net, target_labels=len(photos))
-
     labelled = common.load(args, "target_few") if few_label else None  # errors come first
 
     # Step 1: training on the source. A checkpoint given by --init has had it already.
@@ -119,7 +108,7 @@ class Args(common.SharedArgs):
     benchmarks: tuple[Literal["vkitti2kitti", "gta52cityscapes"], ...] = tuple(BENCHMARKS)
     """Benchmarks to run."""
     methods: tuple[str, ...] = (*BASELINES, *METHODS)
-    """Rows of the table."""
+    """Rows of the table. reward_opt@600 is reward_opt with 600 updates."""
     combine: tuple[str, ...] = ()
     """More rows: methods joined by +. Each starts from the training set (datarater, metasim,
     diffusion_bridge) or the network (all others) of the one before it: metasim+reward_opt."""
@@ -168,20 +157,24 @@ def rows_of(args: Args) -> list[Row]:
     names = list(args.methods)
     for combination in args.combine:  # "a+b+c" needs "a" and "a+b"
         names += itertools.accumulate(combination.split("+"), "{}+{}".format)
-    known = [*BASELINES, *METHODS]
-    if not set("+".join(names).split("+")) <= set(known):
-        raise UserError(f"--methods, --combine: {' '.join(names)}: expected {' '.join(known)}")
+    methods = {last.partition("@")[0] for name in names for last in name.split("+")}
+    if not methods <= {*BASELINES, *METHODS}:
+        known = " ".join([*BASELINES, *METHODS])
+        raise UserError(f"--methods, --combine: {' '.join(names)}: expected {known}")
     rows = {}
     names = sorted(dict.fromkeys(names), key=lambda name: name.count("+"))
     for name, benchmark, seed in itertools.product(names, args.benchmarks, args.seeds):
-        before, _, method = name.rpartition("+")
-        parent, init = (benchmark, before, seed) if before else None, None
-        if parent:
-            kind = METHODS.get(before.rpartition("+")[2])
-            init = rows[parent].args.out / ("set" if kind == "set" else "checkpoint.pt")
-        own = {"out": args.out / benchmark / name / f"seed{seed}", "resume": not args.force}
-        own_args = shared_args(args, benchmark=benchmark, seed=seed, init=init, **own)
-        rows[benchmark, name, seed] = Row((benchmark, name, seed), parent, method, own_args)
+        before, _, last = name.rpartition("+")
+        method, _, steps = last.partition("@")
+        out, parent = args.out / benchmark / name / f"seed{seed}", None
+        own = {"benchmark": benchmark, "seed": seed, "out": out, "resume": not args.force}
+        own |= {"steps": int(steps)} if steps else {}
+        if before:
+            parent = benchmark, before, seed
+            made = "set" if rows[parent].method in SET_METHODS else "checkpoint.pt"
+            own["init"] = rows[parent].args.out / made
+        key = benchmark, name, seed
+        rows[key] = Row(key, parent, method, shared_args(args, **own))
     return list(rows.values())
 
 
@@ -220,68 +213,67 @@ def run_row(row: Row, args: Args, running: list[subprocess.Popen]) -> Result:
     """Runs the row's command. Its output goes to OUT/logs/."""
     log = args.out / "logs" / f"{'-'.join(map(str, row.key))}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
-    environment, at_once, error = dict(os.environ), len(args.devices) * args.jobs, ""
+    environment, at_once = dict(os.environ), len(args.devices) * args.jobs
     if at_once > 1:
         environment["OMP_NUM_THREADS"] = str(max(1, os.cpu_count() // at_once))
-    pipes = {"stdin": subprocess.DEVNULL, "stderr": subprocess.STDOUT, "env": environment}
-    with log.open("wb") as file, subprocess.Popen(command_of(row), stdout=file, **pipes) as process:
-        running.append(process)
-        try:
-            process.wait(args.timeout)
-        except subprocess.TimeoutExpired:
-            process.terminate()  # it removes its temporary files
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(10)
-            process.kill()
-            error = f"stopped after --timeout {args.timeout:g} s"
-    result, status = finished(row), process.returncode
+    with log.open("wb") as file:
+        pipes = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": subprocess.STDOUT}
+        process = subprocess.Popen(command_of(row), **pipes, env=environment)
+    running.append(process)
+    try:
+        status = process.wait(args.timeout)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+        return failure(row, f"stopped after --timeout {args.timeout:g} s")
+    result = finished(row)
     if status == 0 and result:
         return result
-    if status < 0 and not error:
-        error = f"killed by {signal.Signals(-status).name}"
+    if status < 0:
+        return failure(row, f"killed by {signal.Signals(-status).name}")
     # The line of an error that the user can mend, or the last line of a traceback.
     pattern = r"^(?:error: |(?=[\w.]*(?:Error|Exception)\b))(.+)"
     errors = re.findall(pattern, log.read_text(errors="replace"), re.MULTILINE)
-    last = errors[-1] if errors else f"exit status {status}, see {log}"
-    return Result(*row.key, status="failed", error=error or last)
+    return failure(row, errors[-1] if errors else f"exit status {status}, see {log}")
 
 
-def run_rows(rows: list[Row], args: Args) -> dict[Key, Result]:
-    """Runs what is not finished yet, --jobs rows at a time on each device. -> rows that failed."""
+def failure(row: Row, reason: str) -> Result:
+    return Result(*row.key, status="failed", error=reason)
+
+
+def run_rows(rows: list[Row], args: Args, results: dict[Key, Result]) -> None:
+    """Runs what is not finished, --jobs rows at a time on each device; `results` gets each row."""
     slots, devices = args.devices * args.jobs, queue.SimpleQueue()
     for device in slots:
         devices.put(device)
-    futures: dict[Key, Future] = {}
-    failed: dict[Key, Result] = {}
-    seconds: dict[Key, float] = {}  # of each row that was run
-    running: list[subprocess.Popen] = []
+    futures, seconds, running = {}, [], []
 
-    def task(row: Row) -> tuple[Row, Result]:
+    def task(row: Row) -> Result:
         # Rows come after those that they start from, so no thread waits for one that has not begun.
-        if row.parent and futures[row.parent].result()[1].error:
-            return row, Result(*row.key, status="failed", error=f"{row.parent[1]} failed")
-        result, start = None if args.force else finished(row), time.monotonic()
+        parent = futures[row.parent].result() if row.parent else None
+        if parent and parent.error:
+            return failure(row, f"{parent.method} failed")
+        result = None if args.force else finished(row)
         if result is None:
-            device = devices.get()
+            device, start = devices.get(), time.monotonic()
             result = run_row(row._replace(args=replace(row.args, device=device)), args, running)
             devices.put(device)
-            seconds[row.key] = time.monotonic() - start
-        return row, result
+            seconds.append(time.monotonic() - start)
+        result = replace(result, method=row.key[1])
+        return combined(result, parent) if parent and not result.error else result
 
     with ThreadPoolExecutor(len(slots)) as pool:
         try:
             for row in rows:
                 futures[row.key] = pool.submit(task, row)
             for count, future in enumerate(as_completed(futures.values()), start=1):
-                row, result = future.result()
-                if result.error:
-                    failed[row.key] = result
-                gather(args, failed)
-                name = "{} {} seed {}".format(*row.key)
-                outcome = result.error or f"{result.miou:.1f}"
-                seconds_left = mean(seconds.values() or [0]) * (len(rows) - count) / len(slots)
-                times = f"{seconds.get(row.key, 0):.0f} s, {seconds_left / 60:.1f} min left"
-                print(f"{count} of {len(rows)}: {name}: {outcome}, {times}", flush=True)
+                result = future.result()
+                results[result.benchmark, result.method, result.seed] = result
+                write_results(results, args.out)
+                name = f"{result.benchmark} {result.method} seed {result.seed}"
+                outcome = result.error or f"{result.miou:.1f}, {result.seconds:.0f} s"
+                left = mean(seconds or [0]) * (len(rows) - count) / len(slots) / 60
+                print(f"{count} of {len(rows)}: {name}: {outcome}; {left:.1f} min left", flush=True)
         except BaseException:  # Ctrl-C above all: no row goes on without its benchmark
             pool.shutdown(wait=False, cancel_futures=True)
             while not all(future.done() for future in futures.values()):
@@ -289,89 +281,65 @@ def run_rows(rows: list[Row], args: Args) -> dict[Key, Result]:
                     process.terminate()
                 time.sleep(0.1)
             raise
-    return failed
-
-
-# ---- Results ------------------------------------------------------------------------------------
-def settings_of(folder: Path) -> dict[str, Any]:
-    """What must be the same in all rows that are compared."""
-    names = ("steps", "batch_size", "size", "net", "lr", "pretrained")
-    names += ("miniature", "source_files", "target_files", "test_files")
-    config = common.read_json(folder / "config.json")
-    return {name: config[name] for name in names if name in config}
-
-
-def is_variant(folder: Path, method: str) -> bool:
-    """Whether a known method ran with flags of its own: that is not the row of the table."""
-    try:
-        kind = importlib.import_module(method).Args if method in METHODS else BaselineArgs
-    except ImportError:  # a method of somebody else
-        return False
-    shared = {field.name for field in dataclasses.fields(common.Args)} | {"row"}
-    defaults = {f.name: f.default for f in dataclasses.fields(kind) if f.name not in shared}
-    config = common.read_json(folder / "config.json")
-    return any(config[n] != json.loads(json.dumps(defaults[n])) for n in {*defaults} & {*config})
-
-
-def gather(args: Args, failed: dict[Key, Result]) -> tuple[list[Result], dict[Key, Path]]:
-    """Writes results.json: its rows of earlier commands, all finished run folders, what failed.
-
-    -> the rows in the table's order, and the run folders. UserError where a file is damaged, or
-    where two run folders below --collect are the same row or do not compare.
-    """
-    path, folders, first = args.out / "results.json", {}, {}
-    try:
-        earlier = json.loads(path.read_text()) if path.exists() and not args.collect else []
-        results = {(r["benchmark"], r["method"], r["seed"]): Result(**r) for r in earlier}
-        paths = [p for root in args.collect for p in root.glob("**/seed*/result.json")]
-        if not args.collect:  # a folder below OUT may be the OUT of another command
-            paths = list(args.out.glob("*/*/seed*/result.json"))
-        for path in sorted(paths):
-            folder, record = path.parent, common.read_json(path)
-            # A run folder is BENCHMARK/METHOD/seedSEED; METHOD may be a combination.
-            benchmark, name, seed = folder.resolve().parts[-3:]
-            if (benchmark, seed) != (record.get("benchmark"), f"seed{record.get('seed')}"):
-                continue
-            if is_variant(folder, record["method"]):
-                continue
-            result, key = Result(**record), (benchmark, name, record["seed"])
-            settings = settings_of(folder)
-            if args.collect and settings != first.setdefault(benchmark, settings):
-                expected = first[benchmark]
-                raise UserError(f"{folder}: found {settings}, expected {expected} as in the others")
-            if key in folders:
-                raise UserError(f"{folder}: the same row as {folders[key]}")
-            results[key], folders[key] = replace(result, method=name), folder
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{path}: damaged, or of another version ({error}); move it") from error
-    if args.collect and not folders:
-        raise UserError(f"--collect {' '.join(map(str, args.collect))}: no finished run folder")
-    for key in sorted(folders, key=lambda key: key[1].count("+")):
-        parent = key[0], key[1].rpartition("+")[0], key[2]
-        if parent in results and not results[parent].error:
-            results[key] = combined(results[key], results[parent])
-        elif "+" in key[1]:
-            reason = f"the run of {parent[1]}, from which it starts, is missing"
-            results[key] = Result(*key, status="failed", error=reason)
-    results |= failed
-    place = {name: i for i, name in enumerate([*BENCHMARKS, *BASELINES, *METHODS])}
-    keys = sorted(results, key=lambda k: (place[k[0]], k[1].count("+"), place.get(k[1], 99), k))
-    rows = [results[key] for key in keys]
-    common.write_json(args.out / "results.json", [dataclasses.asdict(row) for row in rows])
-    return rows, folders
 
 
 def combined(result: Result, parent: Result) -> Result:
     """A combination costs what its parts cost together."""
-    same_network = METHODS.get(parent.method.rpartition("+")[2]) != "set"
+    made_set = parent.method.rpartition("+")[2].partition("@")[0] in SET_METHODS
     return replace(
         result,
         target_labels=max(parent.target_labels, result.target_labels),
-        steps=result.steps + (parent.steps if same_network else 0),
+        steps=result.steps + (0 if made_set else parent.steps),  # of the same network
         seconds=parent.seconds + result.seconds,
         peak_memory_mb=max(parent.peak_memory_mb, result.peak_memory_mb),
         other_updates=", ".join(filter(None, [parent.other_updates, result.other_updates])),
     )
+
+
+# ---- Results ------------------------------------------------------------------------------------
+def write_results(results: dict[Key, Result], out: Path) -> list[Result]:
+    """Writes results.json. -> the rows in the table's order."""
+    place = {name: i for i, name in enumerate([*BENCHMARKS, *BASELINES, *METHODS])}
+    keys = sorted(results, key=lambda k: (place[k[0]], k[1].count("+"), place.get(k[1], 99), k))
+    rows = [results[key] for key in keys]
+    common.write_json(out / "results.json", [dataclasses.asdict(row) for row in rows])
+    return rows
+
+
+def earlier_results(out: Path) -> dict[Key, Result]:
+    """The rows that an earlier command wrote to results.json."""
+    path = out / "results.json"
+    try:
+        rows = [Result(**row) for row in json.loads(path.read_text())] if path.exists() else []
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path}: damaged, or of another version ({error}); move it") from error
+    return {(row.benchmark, row.method, row.seed): row for row in rows}
+
+
+def collected_results(roots: tuple[Path, ...]) -> tuple[dict[Key, Result], dict[Key, Path]]:
+    """The finished run folders below some folders: BENCHMARK/METHOD/seedSEED, as methods write it.
+
+    UserError where two of them are the same row.
+    """
+    results, folders = {}, {}
+    paths = {path.parent.resolve() for root in roots for path in root.glob("**/seed*/result.json")}
+    for folder in sorted(paths, key=lambda path: (path.parent.name.count("+"), path)):
+        benchmark, name, seed = folder.parts[-3:]
+        result = replace(Result(**common.read_json(folder / "result.json")), method=name)
+        if (benchmark, seed) != (result.benchmark, f"seed{result.seed}"):
+            continue  # an old run: seed0.old1
+        key, parent = ((benchmark, n, result.seed) for n in (name, name.rpartition("+")[0]))
+        if key in folders:
+            raise UserError(f"{folder}: the same row as {folders[key]}")
+        if parent in results and not results[parent].error:
+            result = combined(result, results[parent])
+        elif "+" in name:
+            reason = f"the run of {parent[1]}, from which it starts, is missing"
+            result = Result(*key, status="failed", error=reason)
+        results[key], folders[key] = result, folder
+    if not folders:
+        raise UserError(f"--collect {' '.join(map(str, roots))}: no finished run folder")
+    return results, folders
 
 
 # ---- Statistics ---------------------------------------------------------------------------------
@@ -413,9 +381,9 @@ def interval_of(folders: dict[Key, Path], *methods: list[Result]) -> tuple[float
     confusions: list[dict[int, np.ndarray]] = [{} for _ in methods]
     for rows, by_seed in zip(methods, confusions, strict=True):
         for r in rows:
-            if (r.benchmark, r.method, r.seed) in folders:
-                folder = folders[r.benchmark, r.method, r.seed]
-                by_seed[r.seed] = np.load(folder / "confusion.npy")
+            path = folders.get((r.benchmark, r.method, r.seed), Path()) / "confusion.npy"
+            if path.exists():
+                by_seed[r.seed] = np.load(path)
     seeds = sorted(set.intersection(*map(set, confusions)))
     truths = {c[seed].sum(axis=-1).tobytes() for c in confusions for seed in seeds}
     if len(truths) != 1:
@@ -456,13 +424,11 @@ def method_table(methods: Methods, folders: dict[Key, Path], labelled: bool) -> 
             cells[f"over {name}"] = text
         if rows:
             gap = f"{100 * (mious[method] - low) / (high - low):.0f}%" if high > low else ""
-            cells |= {
-                "gap closed": gap,
-                "updates": "/".join(dict.fromkeys(f"{r.steps:,}" for r in rows)),
-                "other updates": "; ".join(dict.fromkeys(r.other_updates for r in rows)),
-                "seconds": f"{mean(r.seconds for r in rows):,.0f}",
-                "MB": f"{max(r.peak_memory_mb for r in rows):,.0f}",
-            }
+            updates = "/".join(dict.fromkeys(f"{r.steps:,}" for r in rows))
+            cells |= {"gap closed": gap, "updates": updates}
+            cells["other updates"] = "; ".join(dict.fromkeys(r.other_updates for r in rows))
+            cells["seconds"] = f"{mean(r.seconds for r in rows):,.0f}"
+            cells["MB"] = f"{max(r.peak_memory_mb for r in rows):,.0f}"
         table.append(cells)
     return table
 
@@ -478,46 +444,53 @@ def class_table(methods: Methods) -> Cells:
     return list(table.values())
 
 
+SETTINGS = ("steps", "batch_size", "size", "net", "lr", "pretrained", "miniature")
+SETTINGS += ("source_files", "target_files", "test_files")  # hashes of their content
+
+
 def notes(results: list[Result], folders: dict[Key, Path]) -> list[str]:
     """What has to be said below the tables."""
-    over = "paired bootstrap over test images, Student's t over seeds"
+    over = "95% interval; paired bootstrap over test images, Student's t over seeds"
     if len({result.seed for result in results}) == 1:
         over = "1 seed: paired bootstrap over test images; other seeds may lie outside"
-    lines = [
-        f"over: difference of mIoU [95% interval; {over}]. gap closed: share of the way from "
-        "source_only to the oracle. updates: of the segmentation network."
-    ]
+    lines = [f"over: difference of mIoU [{over}]. updates: of the segmentation network."]
+    lines.append("gap closed: share of the way from source_only to the oracle.")
     for benchmark in BENCHMARKS:
         rows = [r for r in results if r.benchmark == benchmark and not r.error]
         absent = {name for r in rows for name, value in r.iou.items() if value is None}
         if absent:
             names = ", ".join(sorted(absent))
             lines.append(f"{benchmark}: no test photo contains {names}; left out of the mean.")
-        own = [f for key, f in folders.items() if key[0] == benchmark and "+" not in key[1]]
-        settings = [settings_of(folder) for folder in own]
-        if any(setting.get("miniature") for setting in settings):
+        updates = {r.method: r.steps for r in rows}
+        for method, count in updates.items():
+            control = f"{method.rpartition('+')[2]}@{count}"
+            if "+" in method and count > updates.get(control.partition("@")[0], 0):
+                lines.append(f"{benchmark}: {method}: matched updates have --methods {control}")
+        records = []
+        for r in rows:
+            if not re.search(r"[+@]", r.method):  # these may have other updates
+                folder = folders.get((benchmark, r.method, r.seed), Path())
+                record = {"commit": r.commit, "device": r.device, "versions": r.versions}
+                records.append(record | common.read_json(folder / "config.json"))
+        if any(record.get("miniature") for record in records):
             lines.append(f"{benchmark}: the miniature; do not compare with published numbers.")
-        values_of = {name: {str(s.get(name)) for s in settings} for s in settings for name in s}
-        for name in ("commit", "device", "versions"):
-            values_of[name] = {str(getattr(r, name)) for r in rows if "+" not in r.method}
-        for name, values in values_of.items():
+        for name in ("commit", "device", "versions", *SETTINGS):
+            values = sorted({str(record[name]) for record in records if name in record})
             if len(values) > 1:
-                lines.append(f"warning: {benchmark}: {name} differs: {', '.join(sorted(values))}")
+                lines.append(f"warning: {benchmark}: {name} differs: {', '.join(values)}")
     return lines
 
 
-def show(title: str, table: Cells, columns: int) -> None:
-    """Prints a table in parts of so many columns, besides the first."""
-    first, *names = dict.fromkeys(itertools.chain(*table))
-    for start in range(0, len(names), columns):
-        part = [first, *names[start : start + columns]]
-        # A long name goes on in a new line after one of its joints.
-        headers = [Column(re.sub(r"([_+ ])", r"\1\n", name), justify="right") for name in part]
-        view = Table(*headers, title=None if start else title, box=box.SIMPLE_HEAD, pad_edge=False)
-        for row in table:
-            cells = [escape(row.get(name, "")) for name in part]
-            view.add_row(cells[0].replace("+", "+\n"), *cells[1:])
-        Console().print(view)
+def show(title: str, table: Cells) -> None:
+    """Prints the first five columns of a table, which fit a terminal."""
+    names = list(dict.fromkeys(itertools.chain(*table)))[:5]
+    # A long name goes on in a new line after one of its joints.
+    headers = [Column(re.sub(r"([_+ ])", r"\1\n", name), justify="right") for name in names]
+    view = Table(*headers, title=title, box=box.SIMPLE_HEAD, pad_edge=False)
+    for row in table:
+        cells = [escape(row.get(name, "")) for name in names]
+        view.add_row(cells[0].replace("+", "+\n"), *cells[1:])
+    Console().print(view)
 
 
 def markdown(table: Cells) -> str:
@@ -534,16 +507,15 @@ def write_tables(results: list[Result], folders: dict[Key, Path], out: Path) -> 
         methods = methods_of(results, name)
         tables[f"{name}, no target labels"] = method_table(methods, folders, labelled=False)
         tables[f"{name}, with target labels"] = method_table(methods, folders, labelled=True)
+        for title in list(tables)[-2:]:
+            if tables[title]:
+                show(title, tables[title])
         tables[f"{name}, IoU in percent"] = class_table(methods)
-    tables = {title: table for title, table in tables.items() if table}
-    for title, table in reversed(tables.items()):  # the most important table comes last
-        show(title, table, columns=5 if "IoU in percent" in title else 4)
-    Console().print("\n".join(notes(results, folders)), highlight=False, markup=False)
-    text = [f"## {title}\n\n{markdown(table)}" for title, table in tables.items()]
+    below = notes(results, folders)
+    Console().print("\n".join(below), highlight=False, markup=False)
+    text = [f"## {title}\n\n{markdown(table)}" for title, table in tables.items() if table]
     with common.replacing(out / "results.md") as temporary:
-        temporary.write_text(
-            "\n\n".join([*text, *notes(results, folders)]) + "\n", encoding="utf-8"
-        )
+        temporary.write_text("\n\n".join([*text, *below]) + "\n", encoding="utf-8")
 
 
 # ---- Figures ------------------------------------------------------------------------------------
@@ -551,8 +523,6 @@ def draw_figures(results: list[Result], folders: dict[Key, Path], out: Path) -> 
     """miou.png: mIoU of every method with its 95% interval. cost.png: mIoU over seconds."""
     benchmarks = list(dict.fromkeys(r.benchmark for r in results))
     bars, costs = common.new_figure(9, 5), common.new_figure(9, 6)
-    from matplotlib.ticker import LogLocator
-
     bar_axes = bars.subplots(1, len(benchmarks), squeeze=False)[0]
     cost_axes = costs.subplots(1, len(benchmarks), squeeze=False)[0]
     finished = [r for r in results if not r.error]
@@ -564,30 +534,23 @@ def draw_figures(results: list[Result], folders: dict[Key, Path], out: Path) -> 
             bar.barh(name, value, color=color, alpha=0.75)
             bar.plot([low, high], [name, name], color="black", linewidth=1.5)
             bar.text(high + 0.8, name, f"{value:.1f}", va="center", fontsize=8)
-            seconds = mean(r.seconds for r in rows)
-            cost.plot(seconds, value, marker, color=f"C{k}", markersize=9, label=method)
+            cost.plot(mean(r.seconds for r in rows), value, marker, color=f"C{k}", label=method)
         bar.invert_yaxis()
-        bar.tick_params(labelsize=8)
-        bar.margins(x=0.12)
         bar.set(xlabel="mIoU (%), orange: with target labels", title=benchmark)
-        cost.set(xscale="log", xlabel="seconds, squares: with target labels", title=benchmark)
-        cost.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        cost.xaxis.set_major_formatter("{x:g}")
-        cost.minorticks_off()
-        cost.set_ylabel("mIoU (%)")
-        cost.grid(alpha=0.3)
+        cost.set(xscale="log", xlabel="seconds, squares: with target labels", ylabel="mIoU (%)")
+        cost.set_title(benchmark)
         cost.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2, fontsize=7)
     common.save_figure(bars, out / "figures/miou.png")
     common.save_figure(costs, out / "figures/cost.png")
 
 
-def draw_sheets(rows: list[Row], failed: dict[Key, Result], args: Args) -> None:
+def draw_sheets(rows: list[Row], results: dict[Key, Result], args: Args) -> None:
     """figures/BENCHMARK.png: test photos, ground truth, and the first seed's predictions."""
     for benchmark in args.benchmarks:
         networks = {}
         shared = common.resolve(shared_args(args, benchmark=benchmark, device="cpu"), "sheets")
         for row in rows:
-            if row.key[::2] == (benchmark, args.seeds[0]) and row.key not in failed:
+            if row.key[::2] == (benchmark, args.seeds[0]) and not results[row.key].error:
                 net = common.Network(shared.net, len(BENCHMARKS[benchmark].source.classes))
                 common.load_weights(net, row.args.out / "checkpoint.pt")
                 networks[row.key[1].replace("+", "+\n")] = net
@@ -614,26 +577,25 @@ def read_curve(path: Path) -> list[dict[str, Any]]:
 
 
 def draw_curves(args: Args) -> None:
-    """curves.png: loss and mIoU over the steps, smoothed; mIoU with its regression line."""
+    """curves.png: the loss, smoothed, and mIoU with its regression line, over the steps."""
     figure = common.new_figure(10, 4)
-    axes = figure.subplots(1, 2)
+    losses, mious = figure.subplots(1, 2)
     for k, path in enumerate(args.curves):
-        lines = read_curve(path)
-        for axis, key in zip(axes, ("loss", "mIoU"), strict=True):
-            steps = np.array([line["step"] for line in lines if key in line])
-            values = np.array([line[key] for line in lines if key in line])
-            if not len(values):
-                continue
-            axis.plot(steps, values, "-" if key == "loss" else ".", color=f"C{k}", alpha=0.4)
-            window = len(values) // 20 * 2 + 1  # odd, about a tenth of the curve
-            smooth = np.convolve(values, np.ones(window) / window, "valid")
-            axis.plot(steps[window // 2 :][: len(smooth)], smooth, color=f"C{k}", label=path)
-            axis.set(xlabel="step", ylabel="loss (nats)" if key == "loss" else "mIoU (%)")
-            if key == "mIoU" and len(set(steps)) > 1:
-                slope, start = np.polyfit(steps, values, 1)
-                axis.plot(steps, slope * steps + start, "--", color=f"C{k}", linewidth=1)
-                print(f"{path}: mIoU {values[-1]:.1f}, {1000 * slope:+.2f} per 1,000 steps")
-    axes[0].legend(fontsize=7)
+        lines, color = read_curve(path), f"C{k}"
+        loss = np.array([(line["step"], line["loss"]) for line in lines if "loss" in line])
+        miou = np.array([(line["step"], line["mIoU"]) for line in lines if "mIoU" in line])
+        if len(loss):
+            window = np.ones(len(loss) // 10 + 1) / (len(loss) // 10 + 1)
+            smooth = [np.convolve(column, window, "valid") for column in loss.T]
+            losses.plot(*smooth, color=color, label=path)
+        if len(miou) > 1:
+            slope, offset = np.polyfit(*miou.T, 1)
+            mious.plot(miou[:, 0], slope * miou[:, 0] + offset, "--", color=color, linewidth=1)
+            mious.plot(*miou.T, ".", color=color, label=path)
+            print(f"{path}: mIoU {miou[-1, 1]:.1f}, {1000 * slope:+.2f} per 1,000 steps")
+    losses.set(xlabel="step", ylabel="loss (nats)")
+    mious.set(xlabel="step", ylabel="mIoU (%)")
+    losses.legend(fontsize=7)
     common.save_figure(figure, args.out / "curves.png")
     print(f"written: {args.out}/curves.png")
 
@@ -651,10 +613,8 @@ def study_networks(args: Args) -> None:
         net = common.Network(name, len(BENCHMARKS[benchmark].source.classes)).eval()
         net.to(flags.device, memory_format=torch.channels_last)
         seconds, amp = [], flags.amp and images.device.type == "cuda"
-        with (
-            torch.inference_mode(),
-            torch.autocast(images.device.type, torch.bfloat16, enabled=amp),
-        ):
+        autocast = torch.autocast(images.device.type, torch.bfloat16, enabled=amp)
+        with torch.inference_mode(), autocast:
             with FlopCounterMode(display=False) as flops:
                 net(images[:1])
             for x in (images[:1], images):
@@ -662,15 +622,12 @@ def study_networks(args: Args) -> None:
                 timer = Timer("net(x)", globals=values, num_threads=threads)
                 seconds.append(timer.blocked_autorange(min_run_time=2).median)
         parameters = sum(p.numel() for p in net.parameters())
-        cells = {
-            "network": f"{name} {flags.size}",
-            "M parameters": f"{parameters / 1e6:.2f}",
-            "GFLOPs": f"{flops.get_total_flops() / 1e9:.2f}",
-            "ms an image": f"{1000 * seconds[0]:.1f}",
-            "images/s in batches": f"{len(images) / seconds[1]:.1f}",
-        }
+        cells = {"network": f"{name} {flags.size}", "M parameters": f"{parameters / 1e6:.2f}"}
+        cells["GFLOPs"] = f"{flops.get_total_flops() / 1e9:.2f}"
+        cells["ms an image"] = f"{1000 * seconds[0]:.1f}"
+        cells["images/s in batches"] = f"{len(images) / seconds[1]:.1f}"
         table.append(cells)
-    show(f"networks on {flags.device}", table, columns=4)
+    show(f"networks on {flags.device}", table)
 
 
 # ---- Command line -------------------------------------------------------------------------------
@@ -682,7 +639,7 @@ def main(args: Args) -> None:
         return draw_curves(args)
     if args.networks:
         return study_networks(args)
-    rows, failed = rows_of(args), {}
+    rows = rows_of(args)
     if args.print_jobs:
         for row, device in zip(rows, itertools.cycle(args.devices), strict=False):
             comment = f"  # after that of {row.parent[1]}" if row.parent else ""
@@ -690,23 +647,27 @@ def main(args: Args) -> None:
             print(shlex.join(command_of(row)) + comment)
         return None
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends its rows, too
-    gather(args, {})  # a damaged file is reported before hours of work
-    if not args.collect:
+    if args.collect:
+        results, folders = collected_results(args.collect)
+    else:
+        results = earlier_results(args.out)
         for benchmark in args.benchmarks:  # a wrong flag, too; and this writes the miniature
             shared = shared_args(args, benchmark=benchmark, device="cpu")
             shared = common.resolve(shared, "benchmark")
             for role in ("source", "target_unlabelled", "target_test"):
                 common.load(shared, role)  # so that no row is charged with the cache
-        failed = run_rows(rows, args)
-    results, folders = gather(args, failed)
-    if not results:
-        raise UserError("no row to run, no finished run folder")
-    write_tables(results, folders, args.out)
-    draw_figures(results, folders, args.out)
+        run_rows(rows, args, results)
+        folders = {key: args.out / key[0] / key[1] / f"seed{key[2]}" for key in results}
+        for key, folder in list(folders.items()):  # another run may have taken its place
+            if common.read_json(folder / "result.json").get("miou") != results[key].miou:
+                del folders[key]
+    ordered = write_results(results, args.out)
+    write_tables(ordered, folders, args.out)
+    draw_figures(ordered, folders, args.out)
     if not args.collect:
-        draw_sheets(rows, failed, args)
+        draw_sheets(rows, results, args)
     print(f"written: {args.out}/results.json, results.md, figures/")
-    if failed:
+    if not args.collect and any(results[row.key].error for row in rows):
         sys.exit(1)
 
 

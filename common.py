@@ -15,7 +15,6 @@ or 255 for "ignored".
 
 import colorsys
 import contextlib
-import csv
 import dataclasses
 import functools
 import glob
@@ -25,12 +24,12 @@ import itertools
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
 import textwrap
 import time
-import typing
 import unicodedata
 import uuid
 import warnings
@@ -40,7 +39,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -574,10 +573,7 @@ def generator(*names: int | str) -> torch.Generator:
 
 
 def draw(rng: torch.Generator, batch: int, *shape: int) -> Tensor:
-    """Uniform numbers in [0, 1) for a batch, on the CPU. -> [batch,*shape].
-
-    Under torchrun they are drawn for the global batch, and each process keeps those of its share.
-    """
+    """Uniform numbers in [0, 1) on the CPU: this process's part of a global draw. [batch,*shape]"""
     numbers = torch.rand(batch * world_size(), *shape, generator=rng)
     return numbers[rank() * batch : (rank() + 1) * batch]
 
@@ -596,12 +592,6 @@ def to_tensor(images: np.ndarray, device: torch.device) -> Tensor:
 def to_uint8(images: Tensor) -> np.ndarray:
     """The inverse of `to_tensor`. [B,C,H,W] in [0,1] -> uint8 [B,H,W,C]."""
     return (255 * images.float()).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-
-
-@functools.lru_cache(maxsize=8)
-def shuffled(n: int, *stream: int | str) -> np.ndarray:
-    """A random order of n things. int64 [n]."""
-    return np.random.default_rng(seed_of(*stream)).permutation(n)
 
 
 def random_images(split: Split, count: int, rng: torch.Generator, device: torch.device) -> Tensor:
@@ -626,9 +616,9 @@ class Loader:
         """Places in the split of this process's share of a batch. -> int64 [B]."""
         n, first = len(self.split), step * self.batch_size
         epochs = range(first // n, (first + self.batch_size - 1) // n + 1)
-        order = np.concatenate([shuffled(n, *self.stream, epoch) for epoch in epochs])
-        offset = first - epochs[0] * n
-        indices = order[offset : offset + self.batch_size]
+        rngs = [np.random.default_rng(seed_of(*self.stream, epoch)) for epoch in epochs]
+        order = np.concatenate([rng.permutation(n) for rng in rngs])
+        indices = order[first % n : first % n + self.batch_size]
         return np.array_split(indices, world_size())[rank()]
 
     def __call__(self, step: int) -> tuple[Tensor, Tensor | None]:
@@ -644,7 +634,7 @@ def crop_flip(
 ) -> tuple[Tensor, Tensor | None]:
     """A random part of each image, 1/zoom to 1 of its sides, at the full size again; half flipped.
 
-    images [B,3,H,W] are resampled bilinearly, labels [B,H,W] by nearest neighbour, by the same map.
+    images [B,3,H,W] bilinearly, labels [B,H,W] by nearest neighbour.
     """
     numbers = draw(rng, len(images), 4)
     scale = 1 / (1 + numbers[:, 0] * (zoom - 1))  # [B] share of the sides that is kept
@@ -703,12 +693,8 @@ def rgbshift(images: Tensor, rng: torch.Generator) -> Tensor:
 
 
 Augmentation = Callable[[Tensor, torch.Generator], Tensor]  # images [B,3,H,W] -> [B,3,H,W]
-AUGMENTATIONS: dict[str, Augmentation] = {
-    "original": identity,
-    "blur": blur,
-    "colorjitter": colorjitter,
-    "rgbshift": rgbshift,
-}
+AUGMENTATIONS = {"original": identity, "blur": blur, "colorjitter": colorjitter}
+AUGMENTATIONS["rgbshift"] = rgbshift
 
 
 def random_augmentation(images: Tensor, rng: torch.Generator) -> Tensor:
@@ -725,21 +711,18 @@ def color_transfer(source: Tensor, target: Tensor) -> Tensor:
     2007): A = S^-1/2 (S^1/2 T S^1/2)^1/2 S^-1/2 for covariances S and T. Not clamped.
     """
 
-    def moments(flat: Tensor) -> tuple[Tensor, Tensor]:
-        mean = flat.mean(dim=2, keepdim=True)
-        covariance = (flat - mean) @ (flat - mean).mT / flat.shape[2]
-        return mean, covariance + 1e-5 * torch.eye(3, device=flat.device)
-
     def power(matrix: Tensor, exponent: float) -> Tensor:
         values, vectors = torch.linalg.eigh(matrix)
         return vectors * values.clamp(min=1e-8)[:, None] ** exponent @ vectors.mT
 
     with torch.autocast(source.device.type, enabled=False):  # bfloat16 has no eigenvectors
-        flat = source.float().flatten(2)  # [B,3,HW]
-        (mean, s), (new_mean, t) = moments(flat), moments(target.float().flatten(2))
+        x, y = source.float().flatten(2), target.float().flatten(2)  # [B,3,HW]
+        x_mean, y_mean = x.mean(dim=2, keepdim=True), y.mean(dim=2, keepdim=True)
+        x, y, ridge = x - x_mean, y - y_mean, 1e-5 * torch.eye(3, device=x.device)
+        s, t = x @ x.mT / x.shape[2] + ridge, y @ y.mT / y.shape[2] + ridge
         root, inverse = power(s, 0.5), power(s, -0.5)
         matrix = inverse @ power(root @ t @ root, 0.5) @ inverse  # [B,3,3]
-        return (matrix @ (flat - mean) + new_mean).view_as(source)
+        return (matrix @ x + y_mean).view_as(source)
 
 
 # ---- Networks -----------------------------------------------------------------------------------
@@ -792,16 +775,14 @@ class BiSeNet(nn.Module):
         super().__init__()
         self.backbone = resnet18(weights=weights)
         del self.backbone.fc
-        self.spatial = nn.Sequential(
-            conv(3, 64, 7, 2), conv(64, 64, 3, 2), conv(64, 64, 3, 2), conv(64, 128, 1)
-        )
+        layers = [conv(3, 64, 7, 2), conv(64, 64, 3, 2), conv(64, 64, 3, 2), conv(64, 128, 1)]
+        self.spatial = nn.Sequential(*layers)
         self.refine16, self.refine32 = AttentionRefinement(256, 128), AttentionRefinement(512, 128)
         self.tail = conv(512, 128, 1)  # of the globally pooled features
         self.merge16, self.merge32 = conv(128, 128), conv(128, 128)
         self.fuse = conv(256, 256, 1)
-        self.fuse_gate = nn.Sequential(
-            nn.Conv2d(256, 64, 1), nn.ReLU(inplace=True), nn.Conv2d(64, 256, 1), nn.Sigmoid()
-        )
+        layers = [nn.Conv2d(256, 64, 1), nn.ReLU(inplace=True), nn.Conv2d(64, 256, 1)]
+        self.fuse_gate = nn.Sequential(*layers, nn.Sigmoid())
         self.head = nn.Sequential(conv(256, 256), nn.Conv2d(256, num_classes, 1))
         self.aux16 = nn.Sequential(conv(128, 64), nn.Conv2d(64, num_classes, 1))
         self.aux8 = nn.Sequential(conv(128, 64), nn.Conv2d(64, num_classes, 1))
@@ -818,9 +799,9 @@ class BiSeNet(nn.Module):
         fused = self.fuse(torch.cat([spatial, y8], dim=1))
         fused = fused + fused * self.fuse_gate(fused.mean(dim=(2, 3), keepdim=True))
         logits = {"out": self.head(fused)}
-        return (
-            {**logits, "aux8": self.aux8(y8), "aux16": self.aux16(y16)} if self.training else logits
-        )
+        if self.training:
+            logits |= {"aux8": self.aux8(y8), "aux16": self.aux16(y16)}
+        return logits
 
 
 NETWORKS = ("tiny", "bisenet", "lraspp", "deeplab")
@@ -833,22 +814,23 @@ class Network(nn.Module):
     name: one of NETWORKS; lraspp is LR-ASPP with MobileNetV3-Large (arXiv:1905.02244v5, sec. 6.4),
     deeplab DeepLabV3 with ResNet-101 (arXiv:1706.05587v3), both torchvision's. With `aux=True` a
     list: the logits, then in training those of the auxiliary heads. pretrained: ImageNet weights of
-    the backbone, which torchvision downloads. UserError where it cannot.
+    the backbone, which torchvision downloads.
     """
 
     def __init__(self, name: str, num_classes: int, pretrained: bool = False) -> None:
         super().__init__()
         self.name, self.num_classes = name, num_classes
-        weights = {"weights": None, "weights_backbone": "IMAGENET1K_V1" if pretrained else None}
+        backbone = "IMAGENET1K_V1" if pretrained else None
+        options = {"weights": None, "weights_backbone": backbone, "num_classes": num_classes}
         try:
             if name == "tiny":
                 self.body = Tiny(num_classes)
             elif name == "bisenet":
-                self.body = BiSeNet(num_classes, weights["weights_backbone"])
+                self.body = BiSeNet(num_classes, backbone)
             elif name == "lraspp":
-                self.body = lraspp_mobilenet_v3_large(num_classes=num_classes, **weights)
+                self.body = lraspp_mobilenet_v3_large(**options)
             else:
-                self.body = deeplabv3_resnet101(num_classes=num_classes, aux_loss=True, **weights)
+                self.body = deeplabv3_resnet101(**options, aux_loss=True)
         except OSError as error:  # no connection, say
             reason = f"ImageNet weights of {name} cannot be downloaded ({error})"
             raise UserError(f"{reason}; --pretrained False trains from scratch") from error
@@ -863,8 +845,7 @@ class Network(nn.Module):
 
 
 # ---- Several processes (torchrun) ---------------------------------------------------------------
-# Each process trains on its share of every global batch, `parallel` averages the gradients, and
-# rank 0 alone writes files.
+# Each process trains on its share of every batch; rank 0 alone writes files.
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
@@ -880,8 +861,6 @@ def join_processes(device: str) -> str:
     cuda = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
     if cuda:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
-        if int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
-            raise UserError(f"torchrun: no card {device}, there are {torch.cuda.device_count()}")
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         # Others may wait for hours while rank 0 writes a large set.
@@ -890,7 +869,6 @@ def join_processes(device: str) -> str:
 
 
 def barrier() -> None:
-    """Waits until all processes are here."""
     if world_size() > 1:
         dist.barrier()
 
@@ -936,11 +914,9 @@ def scores(confusion: np.ndarray) -> dict[str, float]:
     present = truth > 0
     if not present.any():
         raise UserError("the test labels have no pixel of any class, so there is no score")
-    return {
-        "mIoU": float(iou(confusion)[present].mean()),
-        "aAcc": float(100 * hit.sum() / truth.sum()),
-        "mAcc": float(100 * (hit[present] / truth[present]).mean()),
-    }
+    miou, recall = iou(confusion)[present].mean(), (hit[present] / truth[present]).mean()
+    accuracy = 100 * hit.sum() / truth.sum()
+    return {"mIoU": float(miou), "aAcc": float(accuracy), "mAcc": float(100 * recall)}
 
 
 @torch.inference_mode()
@@ -981,23 +957,19 @@ PRESETS: dict[str, dict[str, Any]] = {  # defaults that go with the data at hand
 @dataclass(frozen=True)
 class SharedArgs:
     data: str = "mini"
-    """Folder that holds vkitti2/, kitti/, gta5/, cityscapes/ (those of the benchmark); 'mini' is
-    the procedural miniature, written under data/mini where it is not there yet."""
+    """Folder that holds vkitti2/ and kitti/, or gta5/ and cityscapes/; 'mini': the miniature."""
     steps: int | None = None
-    """Updates of the segmentation network. Default: 400 for the miniature, 20,000 for vkitti2kitti,
-    40,000 for gta52cityscapes."""
+    """Updates of the network. Default: 400 for the miniature, else 20,000 and 40,000."""
     batch_size: int | None = None
     """Images an update, over all processes. Default: 16; 8 for gta52cityscapes."""
     size: tuple[int, int] | None = None
-    """Height and width of the training images in pixels, multiples of 32. Default: 64 128 for the
-    miniature, 256 512 for vkitti2kitti, 512 1024 for gta52cityscapes."""
+    """Height and width in training, in pixels. Default: 64 128, 256 512, or 512 1024, as above."""
     net: Literal["tiny", "bisenet", "lraspp", "deeplab"] | None = None
     """Segmentation network. Default: tiny for the miniature, else bisenet."""
     lr: float | None = None
     """Initial learning rate of AdamW. Default: 0.005 for the miniature, else 0.001."""
     pretrained: bool | None = None
-    """Start the backbone from ImageNet weights, which torchvision downloads. Default: on for real
-    data, off for the miniature and for tiny, which has none."""
+    """Backbone of torchvision's ImageNet weights. Default: on for real data, but tiny has none."""
     labelled: int = 16
     """Labelled target photos that a method may use, evenly spaced in the target's training part."""
     amp: bool = True
@@ -1021,11 +993,10 @@ class Args(SharedArgs):
     device: str = "auto"
     """auto (CUDA where there is one), cpu, cuda, cuda:1."""
     init: Path | None = None
-    """A checkpoint: start from its network instead of training one on the source. Or the folder
-    set/ that datarater, metasim or diffusion_bridge wrote: train on it instead of the source."""
+    """A checkpoint to start from instead of training on the source; or the folder set/ that
+    datarater, metasim or diffusion_bridge wrote, to train on instead of the source."""
     resume: bool = True
-    """Continue the run folder where it was cut off; a finished run is not repeated. A run folder
-    of other arguments, or any with --no-resume, is renamed to OUT.old1, OUT.old2, ..."""
+    """Continue a run that was cut off, reuse a finished one. Others are renamed to OUT.old1, ..."""
 
     @property
     def checkpoint(self) -> Path | None:
@@ -1034,11 +1005,8 @@ class Args(SharedArgs):
 
 
 def resolve(args: Any, method: str) -> Any:
-    """The arguments with every default filled in and checked; UserError for what cannot run.
-
-    Under torchrun it joins the other processes first, so that rank 0 alone writes the miniature.
-    """
-    args = replace(args, device=join_processes(args.device))
+    """The arguments with every default filled in and checked; UserError for what cannot run."""
+    args = replace(args, device=join_processes(args.device))  # before rank 0 writes the miniature
     source = get_benchmark(args).source
     files_of.cache_clear()
     pairs, unlabelled = files_of(source, dataset_root(args.data, source), "train")
@@ -1053,22 +1021,52 @@ def resolve(args: Any, method: str) -> Any:
     try:
         torch.empty(1, device=args.device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"--device {args.device}: not available ({reason})") from error
+        raise UserError(f"--device {args.device}: not available") from error
     if any(side < STRIDE or side % STRIDE for side in args.size):
         raise UserError(f"--size {args.size[0]} {args.size[1]}: expected multiples of {STRIDE}")
     if args.pretrained and args.net == "tiny":
         raise UserError("--pretrained: there are no ImageNet weights of tiny")
     if args.steps < 1 or args.batch_size < 2 or args.seed < 0 or not 0 < args.lr < math.inf:
         raise UserError("--steps, --batch-size (at least 2), --seed or --lr is out of range")
-    if args.batch_size % world_size():
-        raise UserError(f"--batch-size {args.batch_size}: no multiple of {world_size()} processes")
     if args.init and args.init.is_dir():
         load_set(args.init, source, args.size)
     return args
 
 
-# ---- Run folder ---------------------------------------------------------------------------------
+# ---- Checkpoints and results --------------------------------------------------------------------
+FORMAT = "sim2real-2"  # of checkpoints
+
+
+def save_checkpoint(path: Path, **content: Any) -> None:
+    buffer = io.BytesIO()  # torch reports a full disk as an internal error, a file as what it is
+    torch.save({"format": FORMAT, **content}, buffer)
+    with replacing(path) as temporary:
+        temporary.write_bytes(buffer.getbuffer())
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint of ours, loaded without running code of the file; UserError for others."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file makes torch raise whatever it meets first
+        reason = " ".join(f"{type(error).__name__} {error}".split())[:80]
+        raise UserError(f"{path}: cannot be read as a checkpoint ({reason})") from error
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
+        raise UserError(f"{path}: not a checkpoint of this project, or of an older version")
+    return checkpoint
+
+
+def load_weights(net: Network, path: Path) -> None:
+    """The segmentation network of a checkpoint into `net`; UserError where it is another."""
+    checkpoint = read_checkpoint(path)
+    if "net" not in checkpoint:
+        raise UserError(f"{path}: holds no segmentation network")
+    kind = f"{checkpoint['network']} of {len(checkpoint['classes'])} classes"
+    if kind != f"{net.name} of {net.num_classes} classes":
+        raise UserError(f"{path}: holds {kind}, expected {net.name} of {net.num_classes}")
+    net.load_state_dict(checkpoint["net"])
+
+
 @dataclass
 class Result:
     """A row of the table, as result.json and results.json hold it. IoUs in percent."""
@@ -1091,10 +1089,7 @@ class Result:
 
 
 def configuration(args: Any, method: str) -> dict[str, Any]:
-    """What decides a run's result: its arguments (resolved) and the content of its data.
-
-    Where the data lies, the device and the like are left out: they decide nothing.
-    """
+    """What decides a run's result: its resolved arguments and the content of its data."""
     config = {"method": method, **asdict(args)}
     for name in ("data", "out", "device", "resume", "cache", "compile"):
         del config[name]
@@ -1115,26 +1110,23 @@ def configuration(args: Any, method: str) -> dict[str, Any]:
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; an empty one where the file is absent or damaged."""
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
+    with contextlib.suppress(OSError, ValueError):
+        return json.loads(path.read_text())
+    return {}
 
 
 def finished(args: Any, method: str) -> Result | None:
     """The result of an earlier run with the same configuration. `args` are resolved."""
-    config, result = read_json(args.out / "config.json"), read_json(args.out / "result.json")
-    if args.resume and result and config == configuration(args, method):
-        return Result(**result)
-    return None
+    result = read_json(args.out / "result.json")
+    same = read_json(args.out / "config.json") == configuration(args, method)
+    return Result(**result) if result and same and args.resume else None
 
 
 def commit() -> str:
     """The commit of this code, '-dirty' where files differ from it; 'unknown' outside git."""
     git = f"git -C '{Path(__file__).parent}' describe --always --dirty"
-    result = subprocess.run(git, shell=True, capture_output=True, text=True)
-    return result.stdout.strip() or "unknown"
+    ended = subprocess.run(git, shell=True, capture_output=True, text=True)
+    return ended.stdout.strip() or "unknown"
 
 
 def peak_memory_mb(device: torch.device) -> float:
@@ -1145,62 +1137,31 @@ def peak_memory_mb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
 
-FORMAT = "sim2real-2"  # of checkpoints
+def read_scalars(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run folder's scalars.json."""
+    return [json.loads(line) for line in (folder / "scalars.json").read_text().splitlines()]
 
 
-def save_checkpoint(path: Path, **content: Any) -> None:
-    buffer = io.BytesIO()  # torch reports a full disk as an internal error, a file as what it is
-    torch.save({"format": FORMAT, **content}, buffer)
-    with replacing(path) as temporary:
-        temporary.write_bytes(buffer.getbuffer())
-
-
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint of ours, loaded without running code of the file; UserError for others."""
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file makes torch raise whatever it meets first
-        reason = str(error).splitlines()[0][:80] if str(error) else type(error).__name__
-        raise UserError(f"{path}: cannot be read as a checkpoint ({reason})") from error
-    if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
-        raise UserError(f"{path}: not a checkpoint of this project, or of an older version")
-    return checkpoint
-
-
-def load_weights(net: Network, path: Path) -> None:
-    """The segmentation network of a checkpoint into `net`; UserError where it is another."""
-    checkpoint = read_checkpoint(path)
-    if "net" not in checkpoint:
-        raise UserError(f"{path}: holds no segmentation network")
-    name, classes = checkpoint["network"], len(checkpoint["classes"])
-    if (name, classes) != (net.name, net.num_classes):
-        expected = f"{net.name} of {net.num_classes}"
-        raise UserError(f"{path}: holds {name} of {classes} classes, expected {expected}")
-    net.load_state_dict(checkpoint["net"])
-
-
+# ---- Run folder ---------------------------------------------------------------------------------
 class Run:
     """One run folder: arguments, scalars, checkpoints, result. A method's skeleton is
 
-        run = common.Run(args, "my_method", stages=1)
-        if run.result:  # finished earlier, with the same arguments
-            return run.result
-        net = run.network()
-        for step in run.steps("train", 400, net=net, optimizer=optimizer):
-            ...
-            run.log(step, loss=loss, lr=lr)
-        return run.finish(net, target_labels=0)
-
-    args: the resolved arguments; device: where to compute; classes: names by train id; stages: how
-    many times the method calls `steps`. Under torchrun rank 0 alone writes.
+    run = common.Run(args, "my_method", stages=1)  # it will call `steps` once
+    if run.result:  # finished earlier, with the same arguments
+        return run.result
+    net = run.network()
+    for step in run.steps("train", 400, net=net, optimizer=optimizer):
+        ...
+        run.log(step, loss=loss, lr=lr)
+    return run.finish(net, target_labels=0)
     """
 
     def __init__(self, args: Any, method: str, stages: int) -> None:
         self.args = args = resolve(args, method)
-        self.result = finished(args, method)
         self.method, self.device, self.out = method, torch.device(args.device), args.out
         source, target = get_benchmark(args)
         self.classes = source.classes
+        self.result = finished(args, method)
         if self.result:
             self.say(f"{self.out}: finished earlier, with these arguments")
             return
@@ -1215,8 +1176,7 @@ class Run:
         barrier()
         self.stages, self.stage = stages, 0  # how many, and the number of the present one
         self.steps_before, self.total = 0, 0  # of the stages before, and of the present one
-        self.seconds_before, self.start = 0.0, time.perf_counter()
-        self.logged = 0  # bytes of scalars.json at the last checkpoint
+        self.lines, self.start = [], time.perf_counter()  # of scalars.json; minus earlier seconds
         self.test = load(args, "target_test")
         self.commit = commit()  # now, since the code may be edited meanwhile
         torch.manual_seed(args.seed)  # initial weights
@@ -1226,34 +1186,28 @@ class Run:
             torch.cuda.reset_peak_memory_stats(self.device)
         images, photos, test = (config[f"{n}_images"] for n in ("source", "target", "test"))
         kind = " (miniature)" if config["miniature"] else ""
-        h, w = args.size
-        self.say(
-            f"{method}: {source.name}, {images} images -> {target.name}{kind}, {photos} photos and "
-            f"{test} for test; {args.net}, {h}x{w}, {args.steps} steps, {self.device}; {self.out}"
-        )
+        data = f"{source.name}, {images} images -> {target.name}{kind}, {photos} photos"
+        settings = f"{args.net}, {args.size[0]}x{args.size[1]}, {args.steps} steps, {self.device}"
+        self.say(f"{method}: {data} and {test} for test; {settings}; {self.out}")
 
     def prepare_folder(self, config: dict[str, Any]) -> None:
         """Continues a run folder of this configuration; one of another is renamed."""
         old = read_json(self.out / "config.json")
-        files = self.out.glob("[!.]*")  # a run that was killed may leave a temporary file
-        if not old and any(files):
+        if not old and any(self.out.glob("[!.]*")):  # a killed run may leave a temporary file
             raise UserError(f"{self.out}: not empty and not a run folder; give another --out")
         same = {**old, "test_files": ""} == {**config, "test_files": ""}  # which change no weight
         if old and not (same and self.args.resume and not (self.out / "result.json").exists()):
             names = (self.out.with_name(f"{self.out.name}.old{n}") for n in itertools.count(1))
-            aside = next(name for name in names if not name.exists())
-            self.out.rename(aside)
+            aside = self.out.rename(next(name for name in names if not name.exists()))
             self.say(f"{self.out}: the run that was there is now {aside}")
         write_json(self.out / "config.json", config)
-        if not list(self.out.glob("stage_*.pt")):
-            (self.out / "scalars.json").write_text("")
+        (self.out / "scalars.json").write_text("")  # the checkpoints have its lines, too
 
     def say(self, line: str) -> None:
         """Prints a line, once under torchrun."""
         if rank() == 0:
             print(line, flush=True)
 
-    # Training ................................................................................
     def network(self) -> Network:
         """A new segmentation network on the device, with the weights of --init where given."""
         net = Network(self.args.net, len(self.classes), self.args.pretrained)
@@ -1282,15 +1236,16 @@ class Run:
             checkpoint = read_checkpoint(path)
             for name, part in state.items():
                 part.load_state_dict(checkpoint["state"][name])
-            done, self.seconds_before = checkpoint["step"], checkpoint["seconds"]
-            self.start, self.logged = time.perf_counter(), checkpoint["scalars_bytes"]
+            done, self.lines = checkpoint["step"], checkpoint["lines"]
+            self.start = time.perf_counter() - checkpoint["seconds"]
         barrier()  # until all have seen whether there is a checkpoint
-        if done < total:
-            self.rewind()
-        self.stage, self.total, saved = self.stage + 1, total, time.monotonic()
+        if rank() == 0:
+            text = "".join(json.dumps(line) + "\n" for line in self.lines)
+            (self.out / "scalars.json").write_text(text)
+        self.stage, self.total = self.stage + 1, total
         title = f"stage {self.stage} of {self.stages}, {stage}"
         self.say(f"{title}: {total - done} steps")
-        start = said = saved
+        start = said = saved = time.monotonic()
         for step in show_progress(range(done + 1, total + 1), title):
             torch.manual_seed(seed_of(self.args.seed, stage, step, rank()))  # dropout
             yield step
@@ -1299,52 +1254,39 @@ class Run:
                 left = (now - start) / (step - done) * (total - step)
                 self.say(f"{title}: step {step} of {total}, {left:.0f} s left")
                 said = now
-            due = step % max(1, total // 10) == 0 or time.monotonic() - saved > 120
-            if rank() == 0 and (due or step == total):
-                self.logged = (self.out / "scalars.json").stat().st_size
-                save_checkpoint(
-                    path,
-                    step=step,
-                    state={name: part.state_dict() for name, part in state.items()},
-                    scalars_bytes=self.logged,
-                    seconds=self.seconds(),
-                )
-                saved = time.monotonic()
+            due = step % max(1, total // 10) == 0 or now - saved > 120 or step == total
+            if rank() == 0 and due:
+                states = {name: part.state_dict() for name, part in state.items()}
+                seconds = time.perf_counter() - self.start
+                save_checkpoint(path, step=step, lines=self.lines, seconds=seconds, state=states)
+                saved = now
         self.steps_before += total
         # What a method makes after the stage does not depend on whether the stage was resumed.
         torch.manual_seed(seed_of(self.args.seed, stage, "end"))
 
-    def rewind(self) -> None:
-        """Removes what was logged after the last checkpoint: it is logged again."""
-        if rank() == 0:
-            os.truncate(self.out / "scalars.json", self.logged)
-
-    def seconds(self) -> float:
-        return self.seconds_before + time.perf_counter() - self.start
-
-    # Scalars .................................................................................
     def log(self, step: int, **values: Any) -> None:
         """Writes scalars, numbers or 0-d tensors, at every tenth step and at a stage's last one.
 
         UserError where a value named *loss* is not finite.
         """
-        if step % 10 == 0 or step == self.total:
-            means = torch.stack([torch.as_tensor(v, device=self.device) for v in values.values()])
-            means = mean_over_processes(means.detach().float()).tolist()
-            line = dict(zip(values, means, strict=True))
-            for name, value in line.items():
-                if "loss" in name and not math.isfinite(value):
-                    raise UserError(f"{name} is {value} at step {step}; try a lower learning rate")
-            self.write({**line, "memory": peak_memory_mb(self.device)}, step)
+        if step % 10 and step != self.total:
+            return
+        means = torch.stack([torch.as_tensor(v, device=self.device) for v in values.values()])
+        means = mean_over_processes(means.detach().float()).tolist()
+        line = dict(zip(values, means, strict=True))
+        for name, value in line.items():
+            if "loss" in name and not math.isfinite(value):
+                raise UserError(f"{name} is {value} at step {step}; try a lower learning rate")
+        self.write({**line, "memory": peak_memory_mb(self.device)}, step)
 
     def write(self, line: dict[str, Any], step: int) -> None:
         """A line of scalars.json, in which steps count through all stages."""
         step += self.steps_before
+        self.lines.append({**line, "iter": step, "step": step})
         if rank() == 0:
             with (self.out / "scalars.json").open("a") as file:
-                file.write(json.dumps({**line, "iter": step, "step": step}) + "\n")
+                file.write(json.dumps(self.lines[-1]) + "\n")
 
-    # Evaluation ..............................................................................
     def evaluate(self, net: nn.Module, step: int) -> np.ndarray:
         """Scores on the test photos into scalars.json: for the curve, no weight ever sees them."""
         with self.autocast():
@@ -1360,19 +1302,17 @@ class Run:
 
         steps: updates of `net`, if not --steps; other_updates: "800 U-Net updates".
         """
-        self.rewind()
-        confusion = self.evaluate(net, 0)  # [N,C,C]
-        total, cuda = confusion.sum(axis=0), self.device.type == "cuda"
-        ious = zip(self.classes, iou(total).tolist(), strict=True)
+        confusion, cuda = self.evaluate(net, 0), self.device.type == "cuda"  # [N,C,C]
+        ious = zip(self.classes, iou(confusion.sum(axis=0)).tolist(), strict=True)
         self.result = Result(
             benchmark=self.args.benchmark,
             method=self.method,
             seed=self.args.seed,
-            miou=scores(total)["mIoU"] if self.test.test_files else None,
+            miou=self.lines[-1]["mIoU"] if self.test.test_files else None,
             iou={name: None if math.isnan(value) else value for name, value in ious},
             target_labels=target_labels,
             steps=self.args.steps if steps is None else steps,
-            seconds=self.seconds(),
+            seconds=time.perf_counter() - self.start,
             peak_memory_mb=peak_memory_mb(self.device),
             device=torch.cuda.get_device_name(self.device) if cuda else "cpu",
             commit=self.commit,
@@ -1380,18 +1320,13 @@ class Run:
             other_updates=other_updates,
         )
         if rank() == 0:
-            save_checkpoint(
-                self.out / "checkpoint.pt",
-                network=net.name,
-                classes=list(self.classes),
-                size=list(self.args.size),
-                benchmark=self.args.benchmark,
-                net=net.state_dict(),
-            )
-            path = self.out / "confusion.npy"
-            with replacing(path) as temporary, temporary.open("wb") as file:
+            record = {"network": net.name, "classes": list(self.classes), "net": net.state_dict()}
+            record |= {"benchmark": self.args.benchmark, "size": list(self.args.size)}
+            save_checkpoint(self.out / "checkpoint.pt", **record)
+            with replacing(self.out / "confusion.npy") as temporary, temporary.open("wb") as file:
                 np.save(file, confusion)
-            write_csvs(self.out, read_scalars(self.out))
+            write_csv(self.out / "loss.csv", [line for line in self.lines if "mIoU" not in line])
+            write_csv(self.out / "metrics.csv", [line for line in self.lines if "mIoU" in line])
             draw_predictions(self.out / "figures/predictions.png", self.test, {"prediction": net})
             write_json(self.out / "result.json", asdict(self.result))  # the run is finished
             for path in self.out.glob("stage_*.pt"):  # nothing is left to resume
@@ -1399,20 +1334,12 @@ class Run:
         return self.result
 
 
-def read_scalars(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a run folder's scalars.json."""
-    return [json.loads(line) for line in (folder / "scalars.json").read_text().splitlines()]
-
-
-def write_csvs(folder: Path, lines: list[dict[str, Any]]) -> None:
-    """Lines of scalars.json as loss.csv (training lines) and metrics.csv (evaluation lines)."""
-    for name, evaluation in (("loss.csv", False), ("metrics.csv", True)):
-        rows = [line for line in lines if ("mIoU" in line) == evaluation]
-        columns = list(dict.fromkeys(["step", *itertools.chain(*rows)]))
-        with replacing(folder / name) as temporary, temporary.open("w", newline="") as file:
-            writer = csv.DictWriter(file, columns, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+def write_csv(path: Path, lines: list[dict[str, Any]]) -> None:
+    """Lines of scalars.json as a table; an empty cell where a line lacks a value."""
+    columns = list(dict.fromkeys(["step", *itertools.chain(*lines)]))
+    rows = [columns, *([str(line.get(name, "")) for name in columns] for line in lines)]
+    with replacing(path) as temporary:
+        temporary.write_text("".join(",".join(row) + "\n" for row in rows))
 
 
 # ---- The supervised recipe ----------------------------------------------------------------------
@@ -1436,7 +1363,6 @@ def segmentation_loss(outputs: Sequence[Tensor], labels: Tensor) -> Tensor:
 
 
 def make_optimizer(net: nn.Module, lr: float) -> torch.optim.AdamW:
-    """AdamW with weight decay 0.01, as all segmentation networks are trained."""
     return torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=0.01, fused=True)
 
 
@@ -1519,24 +1445,21 @@ def save_figure(figure: Any, path: Path) -> None:
 
 def draw_sheet(path: Path, columns: dict[str, list[np.ndarray]], classes: Sequence[str]) -> None:
     """Pictures, uint8 [h,w,3], or label maps [h,w], in titled columns; a legend of any classes."""
-    first = next(iter(columns.values()))
-    height, width = first[0].shape[:2]
+    rows = list(zip(*columns.values(), strict=True))
+    height, width = rows[0][0].shape[:2]
     inches = max(2.2, 10 / len(columns))
-    figure = new_figure(inches * len(columns), inches * height / width * len(first) * 1.04 + 0.9)
-    from matplotlib.patches import Patch
-
-    axes = figure.subplots(len(first), len(columns), squeeze=False)
+    figure = new_figure(inches * len(columns), inches * height / width * len(rows) * 1.04 + 0.9)
+    axes = figure.subplots(len(rows), len(columns), squeeze=False)
     colours = palette(classes)
-    for j, (title, pictures) in enumerate(columns.items()):
-        axes[0, j].set_title(title, fontsize=9)
-        for axis, picture in zip(axes[:, j], pictures, strict=True):
-            axis.imshow(colours[picture] if picture.ndim == 2 else picture)
-            axis.axis("off")
-    handles = [Patch(color=colours[i] / 255, label=name) for i, name in enumerate(classes)]
-    handles.append(Patch(color="black", label="ignored"))
+    for axis, picture in zip(axes.flat, itertools.chain(*rows), strict=True):
+        axis.imshow(colours[picture] if picture.ndim == 2 else picture)
+        axis.axis("off")
+    for axis, title in zip(axes[0], columns, strict=True):
+        axis.set_title(title, fontsize=9)
+    for i, name in enumerate((*classes, "ignored") if classes else ()):
+        axes[0, 0].plot([], [], "s", color=colours[i] / 255, label=name)
     if classes:
-        place = {"loc": "outside lower center", "frameon": False}
-        figure.legend(handles=handles, ncols=7, fontsize=7, **place)
+        figure.legend(loc="outside lower center", ncols=7, fontsize=7, frameon=False)
     save_figure(figure, path)
 
 
@@ -1554,10 +1477,9 @@ def draw_predictions(path: Path, split: Split, networks: dict[str, Network]) -> 
         truth = columns["ground truth"] = [resize_label(label, size) for label in labels]
     for name, net in networks.items():
         device = next(net.parameters()).device
-        maps = predict(net.eval(), split.images[chosen], device).argmax(dim=1).byte()
+        maps = predict(net.eval(), split.images[chosen], device).argmax(dim=1).cpu().numpy()
         # Where the truth is ignored the prediction does not count either: black in both.
-        pairs = zip(truth, maps.cpu().numpy(), strict=True)
-        columns[name] = [np.where(t == IGNORE, IGNORE, m) for t, m in pairs]
+        columns[name] = list(np.where(np.equal(truth, IGNORE), IGNORE, maps))
     draw_sheet(path, columns, split.dataset.classes)
 
 
@@ -1585,32 +1507,21 @@ def main(args_class: type, run: Callable[[Any], Any], doc: str | None) -> None:
 def parse(args_class: type, doc: str | None) -> Any:
     """The command line as `args_class`; --help shows its own flags first, then the shared ones."""
     import tyro
-    from docstring_parser import parse_from_object
 
-    script, paragraphs = Path(sys.argv[0]).name, (doc or "").strip("\n").split("\n\n")
     # tyro joins lines, except those that begin with a space.
-    indents = ["     " if paragraph.startswith(" ") else " " for paragraph in paragraphs]
-    paragraphs = [
-        textwrap.fill(" ".join(p.split()), 80, initial_indent=i, subsequent_indent=i)
-        for p, i in zip(paragraphs, indents, strict=True)
-    ]
-    doc = "\n".join(paragraphs)
+    fill = functools.partial(textwrap.fill, width=80, initial_indent=" ", subsequent_indent=" ")
+    paragraphs = (doc or "").strip("\n").split("\n\n")
+    doc = "\n".join(fill(re.sub(r"(?<=\S)\s+", " ", paragraph)) for paragraph in paragraphs)
+    command_line = functools.partial(tyro.cli, prog=Path(sys.argv[0]).name, description=doc)
     if not issubclass(args_class, SharedArgs):
-        return tyro.cli(args_class, prog=script, description=doc)
+        return command_line(args_class)
     shared = Args if issubclass(args_class, Args) else SharedArgs
-    names = {field.name for field in dataclasses.fields(shared)}
-    types, texts = typing.get_type_hints(args_class), parse_from_object(args_class).params
-    texts = {text.arg_name: " ".join(text.description.split()) for text in texts}
-    own_fields = [
-        (field.name, Annotated[types[field.name], tyro.conf.arg(help=texts[field.name])], field)
-        for field in dataclasses.fields(args_class)
-        if field.name not in names
-    ]
-    own = dataclasses.make_dataclass("Own", own_fields)
+    fields = dataclasses.fields(shared)
+    hidden = [(f.name, f.type, dataclasses.field(default=f.default, init=False)) for f in fields]
+    own = dataclasses.make_dataclass("Own", hidden, bases=(args_class,), frozen=True)
     groups = {"own": tyro.conf.OmitArgPrefixes[own], "shared": tyro.conf.OmitArgPrefixes[shared]}
-    both = dataclasses.make_dataclass("Both", groups.items())
-    parsed = tyro.cli(both, prog=script, description=doc)
-    return args_class(**vars(parsed.own), **vars(parsed.shared))
+    parsed = command_line(dataclasses.make_dataclass("Both", groups.items()))
+    return args_class(**vars(parsed.own) | vars(parsed.shared))
 
 
 # ---- A look over a dataset ----------------------------------------------------------------------
@@ -1642,12 +1553,12 @@ def look(args: LookArgs) -> None:
     for train_id, name in [*enumerate(dataset.classes), (IGNORE, "ignored")]:
         share = pixels[train_id] / pixels.sum()
         print(f"{name:14}{share:9.3%} of the pixels, in {images[train_id]:,} images")
-    columns: dict[str, list[np.ndarray]] = {"image": [], "with its label": []}
-    for i in spaced(len(pairs), 6):
-        picture = read_image(pairs[i][0], (256, 512))
-        train_ids = resize_label(read_label(pairs[i][1], dataset), (256, 512))
-        columns["image"].append(picture)
-        columns["with its label"].append(picture // 2 + palette(dataset.classes)[train_ids] // 2)
+    chosen, size = [pairs[i] for i in spaced(len(pairs), 6)], (256, 512)
+    pictures = [read_image(image, size) for image, _ in chosen]
+    labels = [resize_label(read_label(label, dataset), size) for _, label in chosen]
+    colours, both = palette(dataset.classes), zip(pictures, labels, strict=True)
+    overlays = [picture // 2 + colours[label] // 2 for picture, label in both]
+    columns = {"image": pictures, "with its label": overlays}
     draw_sheet(args.out / f"{dataset.name}-{args.split}.png", columns, dataset.classes)
 
 

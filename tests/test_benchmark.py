@@ -5,7 +5,6 @@ import dataclasses
 import importlib
 import io
 import json
-import shutil
 import signal
 import subprocess
 import sys
@@ -149,7 +148,7 @@ def stub(
 
     monkeypatch.setattr(benchmark, "finished", finished)
     monkeypatch.setattr(benchmark, "command_of", command_of)
-    monkeypatch.setattr(benchmark, "METHODS", dict.fromkeys(code, "set"))
+    monkeypatch.setattr(benchmark, "METHODS", tuple(code))
     args = benchmark.Args(benchmarks=(VKITTI,), methods=tuple(code), **changes)
     return benchmark.rows_of(args), args
 
@@ -157,7 +156,7 @@ def stub(
 def test_a_row_that_fails_costs_no_other_row(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
-    record = json.dumps(dataclasses.asdict(Result(VKITTI, "works", 0, miou=50.0)))
+    record = json.dumps(dataclasses.asdict(Result(VKITTI, "works", 0, miou=50.0, seconds=1.0)))
     write = "import pathlib, sys; out = pathlib.Path(sys.argv[1]); out.mkdir(parents=True); "
     write += f"(out / 'result.json').write_text({record!r})"
     code = {
@@ -170,8 +169,10 @@ def test_a_row_that_fails_costs_no_other_row(
         "works": write,
     }
     rows, args = stub(monkeypatch, code, timeout=4.0, jobs=2, combine=("raises+works",))
-    failed = benchmark.run_rows(rows, args)
-    assert {key[1]: result.error.split(",")[0] for key, result in failed.items()} == {
+    results: dict[benchmark.Key, Result] = {}
+    benchmark.run_rows(rows, args, results)
+    failed = {key[1]: result.error for key, result in results.items() if result.error}
+    assert {name: error.split(",")[0] for name, error in failed.items()} == {
         "silent": "exit status 3",
         "lies": "exit status 0",
         "mends": "no such file: x.png",
@@ -192,7 +193,7 @@ def test_ctrl_c_ends_the_rows(monkeypatch: pytest.MonkeyPatch):
     signal.alarm(2)
     start = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
-        benchmark.run_rows(rows, args)
+        benchmark.run_rows(rows, args, {})
     assert time.monotonic() - start < 20  # the pool has waited for its processes
     assert len(list(Path("runs/logs").iterdir())) == 2
 
@@ -226,59 +227,51 @@ def test_collected_runs_make_a_table_on_any_terminal(
     assert f"| {100 * (value - low) / (high - low):.0f}% |" in metasim
     assert f"| {value - low:+.1f} [" in metasim
     # A later command keeps these rows, though their folders are elsewhere.
-    write_run(tmp_path / "table", "random_aug", 0.4)
-    benchmark.gather(benchmark.Args(out=tmp_path / "table"), {})
-    assert len(rows_in("table")) == 9
+    assert len(benchmark.earlier_results(tmp_path / "table")) == 8
 
 
 def test_rows_that_do_not_compare(tmp_path: Path):
     write_run(tmp_path, "source_only", 0.5)
     write_run(tmp_path, "oracle", 0.9, steps=50, commit="d")
-    with pytest.raises(UserError, match=r"source_only/seed0: found .*'steps': 5.*expected"):
-        benchmark.gather(benchmark.Args(collect=(tmp_path,), out=Path("table")), {})
-    results, folders = benchmark.gather(benchmark.Args(out=tmp_path), {})  # of two commands
-    pair = [results[1]], [results[0]]
+    write_run(tmp_path, "reward_opt@100", 0.9, steps=100)  # on purpose
+    results, folders = benchmark.collected_results((tmp_path,))
+    pair = [results[VKITTI, "oracle", 0]], [results[VKITTI, "source_only", 0]]
     assert benchmark.interval_of(folders, *pair)[0] > 0
     np.save(folders[VKITTI, "oracle", 0] / "confusion.npy", confusion_of(0.9, images=19))
     assert benchmark.interval_of(folders, *pair) is None  # not of the same test photos
-    warnings = [line for line in benchmark.notes(results, folders) if line.startswith("warning")]
-    assert sorted(warnings) == [
+    notes = benchmark.notes(list(results.values()), folders)
+    assert [line for line in notes if line.startswith("warning")] == [
         f"warning: {VKITTI}: commit differs: c, d",
         f"warning: {VKITTI}: steps differs: 5, 50",
     ]
     Path(tmp_path, "results.json").write_text('[{"method":')
     with pytest.raises(UserError, match=r"results\.json: damaged"):
-        benchmark.gather(benchmark.Args(out=tmp_path), {})
+        benchmark.earlier_results(tmp_path)
 
 
-def test_a_variant_in_the_usual_folder_is_no_row(tmp_path: Path):
-    folder = write_run(tmp_path, "adversarial_da", 0.5)
-    config = json.loads((folder / "config.json").read_text())
-    assert len(benchmark.gather(benchmark.Args(out=tmp_path), {})[0]) == 1
-    (tmp_path / "results.json").unlink()
-    (folder / "config.json").write_text(json.dumps(config | {"align": "output"}))
-    assert benchmark.gather(benchmark.Args(out=tmp_path), {})[0] == []
-
-
-def test_the_table_of_another_command_below_is_left_alone(tmp_path: Path):
+def test_two_run_folders_of_the_same_row(tmp_path: Path):
     write_run(tmp_path, "source_only", 0.5)
-    write_run(tmp_path / "quick", "source_only", 0.6)
-    results, folders = benchmark.gather(benchmark.Args(out=tmp_path), {})
-    assert len(results) == 1 and "quick" not in str(*folders.values())
+    folder = write_run(tmp_path / "quick", "source_only", 0.6)
     with pytest.raises(UserError, match="the same row as"):
-        benchmark.gather(benchmark.Args(collect=(tmp_path,), out=tmp_path / "table"), {})
+        benchmark.collected_results((tmp_path,))
+    folder.rename(folder.with_name("seed0.old1"))  # an old run is no row
+    assert len(benchmark.collected_results((tmp_path,))[0]) == 1
+    with pytest.raises(UserError, match="no finished run folder"):
+        benchmark.collected_results((tmp_path / "quick",))
 
 
-def test_a_combination_without_its_parent_fails_alone(tmp_path: Path):
-    write_run(tmp_path, "metasim", 0.5)
+def test_a_combination_needs_its_parent_and_a_control_at_matched_updates(tmp_path: Path):
+    write_run(tmp_path, "adversarial_da", 0.5)
+    write_run(tmp_path, "adversarial_da+few_label", 0.6, steps=3)
     write_run(tmp_path, "metasim+few_label", 0.6)
-    key = VKITTI, "metasim", 0
-    failed = {key: Result(*key, status="failed", error="killed")}
-    benchmark.gather(benchmark.Args(out=tmp_path), failed)
-    shutil.rmtree(tmp_path / VKITTI / "metasim")
-    results, _ = benchmark.gather(benchmark.Args(out=tmp_path), {})
+    results, folders = benchmark.collected_results((tmp_path,))
     reason = "the run of metasim, from which it starts, is missing"
-    assert [r.error for r in results] == ["killed", reason]
+    assert results[VKITTI, "metasim+few_label", 0].error == reason
+    assert results[VKITTI, "adversarial_da+few_label", 0].steps == 8  # of one network
+    control = f"{VKITTI}: adversarial_da+few_label: matched updates have --methods few_label@8"
+    assert control in benchmark.notes(list(results.values()), folders)
+    row = benchmark.rows_of(benchmark.Args(methods=("few_label@8",), benchmarks=(VKITTI,)))[0]
+    assert (row.method, row.args.steps, row.args.out.parts[-2]) == ("few_label", 8, "few_label@8")
 
 
 @pytest.mark.parametrize("method", benchmark.METHODS)

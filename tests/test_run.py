@@ -81,7 +81,7 @@ def test_every_tenth_step_is_logged_with_the_keys_that_it_has(args: common.Args)
     assert [line.get("loss") for line in lines] == [10, 20, 25, None]
     assert [line["step"] for line in lines] == [10, 20, 25, 27]
     assert lines[1]["images"] == 3 and lines[3]["gap_loss"] == 2
-    common.write_csvs(Path("run"), lines)
+    common.write_csv(Path("run/loss.csv"), lines)
     rows = csv.DictReader(Path("run/loss.csv").read_text().splitlines())
     assert [row["images"] for row in rows] == ["", "3.0", "", ""]
 
@@ -236,7 +236,7 @@ def test_a_module_made_between_two_stages_is_the_same_after_a_restart(args, monk
     assert torch.equal(method("whole"), method("cut"))
 
 
-@pytest.mark.parametrize("broken", ["write_csvs", "write_json", "draw_predictions"])
+@pytest.mark.parametrize("broken", ["write_csv", "write_json", "draw_predictions"])
 def test_what_dies_while_it_finishes_is_finished_by_the_next(args, monkeypatch, broken):
     """No step is trained again, and no file is missing in the end."""
     run(args, "source_only", "whole")
