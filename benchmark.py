@@ -66,16 +66,12 @@ class BaselineArgs(common.Args):
 
 def run_baseline(args: BaselineArgs) -> Result:
     """Trains a baseline: the segmentation network without any adaptation method."""
-    few_label = args.row == "few_label"
+    few_label, oracle = args.row == "few_label", args.row == "oracle"
     run = common.Run(args, args.row, stages=2 if few_label else 1)
     if run.result:
         return run.result
     args, net = run.args, run.network()
-    if args.row == "oracle":
-        photos = common.load(args, "target_train")
-        common.train(run, net, photos, args.steps, "target")
-        return run.finish(net, target_labels=len(photos))
-    labelled = common.load(args, "target_few") if few_label else None  # errors come first
+    labelled = common.load(args, "target_few") if few_label else ()  # errors come first
 
     # Step 1: training on the source. A checkpoint given by --init has had it already.
     finetune_steps = max(1, round(args.steps * args.finetune)) if few_label else 0
@@ -90,16 +86,18 @@ def run_baseline(args: BaselineArgs) -> Result:
             styles = common.random_images(photos, len(images), rng, run.device)
             return common.color_transfer(images, styles).clamp(0, 1)
 
-    if source_steps > 0:
+    if source_steps > 0 and not oracle:
         source = common.load(args, "source")
         common.train(run, net, source, source_steps, "source", translate, augment)
 
-    # Step 2: fine-tuning on the labelled photos.
-    if few_label:
+    # Step 2: training on labelled photos: all of the training part, or a few.
+    if oracle:
+        labelled, finetune_steps, source_steps = common.load(args, "target_train"), args.steps, 0
+        common.train(run, net, labelled, args.steps, "target")
+    elif few_label:
         lr = args.lr * args.finetune_lr
         common.train(run, net, labelled, finetune_steps, "few", lr=lr)
-    labels = args.labelled if few_label else 0
-    return run.finish(net, target_labels=labels, steps=source_steps + finetune_steps)
+    return run.finish(net, target_labels=len(labelled), steps=source_steps + finetune_steps)
 
 
 # ---- Rows ---------------------------------------------------------------------------------------
@@ -110,8 +108,8 @@ class Args(common.SharedArgs):
     methods: tuple[str, ...] = (*BASELINES, *METHODS)
     """Rows of the table. reward_opt@600 is reward_opt with 600 updates."""
     combine: tuple[str, ...] = ()
-    """More rows: methods joined by +. Each starts from the training set (datarater, metasim,
-    diffusion_bridge) or the network (all others) of the one before it: metasim+reward_opt."""
+    """More rows: metasim+reward_opt, say. Each method starts from the training set (datarater,
+    metasim, diffusion_bridge) or the network (all others) of the one before it."""
     seeds: tuple[int, ...] = (0,)
     """Seeds of every row. With more than one the table has mean and standard deviation (n - 1)."""
     out: Path = Path("runs")
@@ -144,6 +142,10 @@ class Row(NamedTuple):
     parent: Key | None  # the row that a combination starts from
     method: str  # its last method
     args: common.Args
+
+
+def key_of(result: Result) -> Key:
+    return result.benchmark, result.method, result.seed
 
 
 def shared_args(args: Args, **own: Any) -> common.Args:
@@ -268,7 +270,7 @@ def run_rows(rows: list[Row], args: Args, results: dict[Key, Result]) -> None:
                 futures[row.key] = pool.submit(task, row)
             for count, future in enumerate(as_completed(futures.values()), start=1):
                 result = future.result()
-                results[result.benchmark, result.method, result.seed] = result
+                results[key_of(result)] = result
                 write_results(results, args.out)
                 name = f"{result.benchmark} {result.method} seed {result.seed}"
                 outcome = result.error or f"{result.miou:.1f}, {result.seconds:.0f} s"
@@ -313,7 +315,7 @@ def earlier_results(out: Path) -> dict[Key, Result]:
         rows = [Result(**row) for row in json.loads(path.read_text())] if path.exists() else []
     except (ValueError, TypeError) as error:
         raise UserError(f"{path}: damaged, or of another version ({error}); move it") from error
-    return {(row.benchmark, row.method, row.seed): row for row in rows}
+    return {key_of(row): row for row in rows}
 
 
 def collected_results(roots: tuple[Path, ...]) -> tuple[dict[Key, Result], dict[Key, Path]]:
@@ -378,12 +380,10 @@ def interval_of(folders: dict[Key, Path], *methods: list[Result]) -> tuple[float
 
     None without such seeds or their run folders, or where these are not of the same test photos.
     """
-    confusions: list[dict[int, np.ndarray]] = [{} for _ in methods]
-    for rows, by_seed in zip(methods, confusions, strict=True):
-        for r in rows:
-            path = folders.get((r.benchmark, r.method, r.seed), Path()) / "confusion.npy"
-            if path.exists():
-                by_seed[r.seed] = np.load(path)
+    confusions = []
+    for rows in methods:
+        paths = {r.seed: folders[key_of(r)] / "confusion.npy" for r in rows if key_of(r) in folders}
+        confusions.append({seed: np.load(path) for seed, path in paths.items()})
     seeds = sorted(set.intersection(*map(set, confusions)))
     truths = {c[seed].sum(axis=-1).tobytes() for c in confusions for seed in seeds}
     if len(truths) != 1:
@@ -424,8 +424,7 @@ def method_table(methods: Methods, folders: dict[Key, Path], labelled: bool) -> 
             cells[f"over {name}"] = text
         if rows:
             gap = f"{100 * (mious[method] - low) / (high - low):.0f}%" if high > low else ""
-            updates = "/".join(dict.fromkeys(f"{r.steps:,}" for r in rows))
-            cells |= {"gap closed": gap, "updates": updates}
+            cells |= {"gap closed": gap, "updates": "/".join({f"{r.steps:,}": 0 for r in rows})}
             cells["other updates"] = "; ".join(dict.fromkeys(r.other_updates for r in rows))
             cells["seconds"] = f"{mean(r.seconds for r in rows):,.0f}"
             cells["MB"] = f"{max(r.peak_memory_mb for r in rows):,.0f}"
@@ -469,7 +468,7 @@ def notes(results: list[Result], folders: dict[Key, Path]) -> list[str]:
         records = []
         for r in rows:
             if not re.search(r"[+@]", r.method):  # these may have other updates
-                folder = folders.get((benchmark, r.method, r.seed), Path())
+                folder = folders.get(key_of(r), Path())
                 record = {"commit": r.commit, "device": r.device, "versions": r.versions}
                 records.append(record | common.read_json(folder / "config.json"))
         if any(record.get("miniature") for record in records):
@@ -520,14 +519,13 @@ def write_tables(results: list[Result], folders: dict[Key, Path], out: Path) -> 
 
 # ---- Figures ------------------------------------------------------------------------------------
 def draw_figures(results: list[Result], folders: dict[Key, Path], out: Path) -> None:
-    """miou.png: mIoU of every method with its 95% interval. cost.png: mIoU over seconds."""
+    """miou.png: mIoU of every method with its interval. cost.png: mIoU over seconds."""
     benchmarks = list(dict.fromkeys(r.benchmark for r in results))
-    bars, costs = common.new_figure(9, 5), common.new_figure(9, 6)
-    bar_axes = bars.subplots(1, len(benchmarks), squeeze=False)[0]
-    cost_axes = costs.subplots(1, len(benchmarks), squeeze=False)[0]
-    finished = [r for r in results if not r.error]
-    for benchmark, bar, cost in zip(benchmarks, bar_axes, cost_axes, strict=True):
-        for k, (method, rows) in enumerate(methods_of(finished, benchmark).items()):
+    figures = {"miou": common.new_figure(9, 5), "cost": common.new_figure(9, 6)}
+    axes = [figure.subplots(1, len(benchmarks), squeeze=False)[0] for figure in figures.values()]
+    for benchmark, bar, cost in zip(benchmarks, *axes, strict=True):
+        methods = methods_of([r for r in results if not r.error], benchmark)
+        for k, (method, rows) in enumerate(methods.items()):
             name, value = method.replace("+", "+\n"), mean(r.miou for r in rows)
             color, marker = ("C1", "s") if rows[0].target_labels else ("C0", "o")
             _, low, high = interval_of(folders, rows) or (value, value, value)
@@ -537,11 +535,10 @@ def draw_figures(results: list[Result], folders: dict[Key, Path], out: Path) -> 
             cost.plot(mean(r.seconds for r in rows), value, marker, color=f"C{k}", label=method)
         bar.invert_yaxis()
         bar.set(xlabel="mIoU (%), orange: with target labels", title=benchmark)
-        cost.set(xscale="log", xlabel="seconds, squares: with target labels", ylabel="mIoU (%)")
-        cost.set_title(benchmark)
+        cost.set(xlabel="seconds, squares: with target labels", ylabel="mIoU (%)", title=benchmark)
         cost.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2, fontsize=7)
-    common.save_figure(bars, out / "figures/miou.png")
-    common.save_figure(costs, out / "figures/cost.png")
+    for name, figure in figures.items():
+        common.save_figure(figure, out / f"figures/{name}.png")
 
 
 def draw_sheets(rows: list[Row], results: dict[Key, Result], args: Args) -> None:
@@ -614,9 +611,9 @@ def study_networks(args: Args) -> None:
         net.to(flags.device, memory_format=torch.channels_last)
         seconds, amp = [], flags.amp and images.device.type == "cuda"
         autocast = torch.autocast(images.device.type, torch.bfloat16, enabled=amp)
+        with torch.inference_mode(), autocast, FlopCounterMode(display=False) as flops:
+            net(images[:1])
         with torch.inference_mode(), autocast:
-            with FlopCounterMode(display=False) as flops:
-                net(images[:1])
             for x in (images[:1], images):
                 values, threads = {"net": net, "x": x}, torch.get_num_threads()
                 timer = Timer("net(x)", globals=values, num_threads=threads)

@@ -667,23 +667,16 @@ def blur(images: Tensor, rng: torch.Generator) -> Tensor:
 
 
 def colorjitter(images: Tensor, rng: torch.Generator) -> Tensor:
-    """Brightness, contrast, saturation by a factor of 0.7 to 1.3, hue by up to a 20th of a turn.
-
-    All four are affine in RGB, so each image gets one 3x3 matrix and one offset. images [B,3,H,W].
-    """
-    numbers = draw(rng, len(images), 4, 1, 1)
-    brightness, contrast, saturation = (0.7 + 0.6 * numbers[:, :3]).unbind(dim=1)  # [B,1,1] each
+    """Brightness, contrast and saturation times 0.7 to 1.3, hue by up to a 20th of a turn."""
+    numbers = to_device(draw(rng, len(images), 4, 1, 1, 1), images.device)
+    brightness, contrast, saturation = (0.7 + 0.6 * numbers[:, :3]).unbind(dim=1)  # [B,1,1,1] each
     angle = (numbers[:, 3] - 0.5) * 0.2 * torch.pi
-    # Hue: rotation about the grey axis (Rodrigues), cos I + (1 - cos) 1/3 + sin [axis]_x.
-    eye, third = torch.eye(3), torch.full((3, 3), 1 / 3)
-    cross = torch.tensor([[0.0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / 3**0.5
-    hue = angle.cos() * eye + (1 - angle.cos()) * third + angle.sin() * cross  # [B,3,3]
-    grey = torch.tensor([0.299, 0.587, 0.114]).expand(3, 3)  # luma of Rec. 601, in every row
-    matrix = brightness * contrast * hue @ torch.lerp(grey, eye, saturation)
-    mean = images.mean(dim=(1, 2, 3), keepdim=True)
-    flat = to_device(matrix, images.device) @ (images - mean).flatten(2)  # [B,3,HW]
-    offset = to_device(brightness[..., None], images.device) * mean
-    return (flat.view_as(images) + offset).clamp(0, 1)
+    grey = images.mean(dim=1, keepdim=True)
+    color = images - grey
+    sideways = (color.roll(1, dims=1) - color.roll(-1, dims=1)) / 3**0.5  # grey axis x color
+    color = saturation * (angle.cos() * color + angle.sin() * sideways)
+    mean = grey.mean(dim=(2, 3), keepdim=True)
+    return (brightness * (mean + contrast * (grey - mean + color))).clamp(0, 1)
 
 
 def rgbshift(images: Tensor, rng: torch.Generator) -> Tensor:
@@ -856,7 +849,7 @@ def world_size() -> int:
 
 def join_processes(device: str) -> str:
     """Joins the other processes of torchrun, if there are any. -> this process's device."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "LOCAL_RANK" not in os.environ:
+    if "LOCAL_RANK" not in os.environ:
         return device
     cuda = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
     if cuda:
@@ -1204,7 +1197,6 @@ class Run:
         (self.out / "scalars.json").write_text("")  # the checkpoints have its lines, too
 
     def say(self, line: str) -> None:
-        """Prints a line, once under torchrun."""
         if rank() == 0:
             print(line, flush=True)
 
@@ -1265,10 +1257,7 @@ class Run:
         torch.manual_seed(seed_of(self.args.seed, stage, "end"))
 
     def log(self, step: int, **values: Any) -> None:
-        """Writes scalars, numbers or 0-d tensors, at every tenth step and at a stage's last one.
-
-        UserError where a value named *loss* is not finite.
-        """
+        """Writes numbers or 0-d tensors at every tenth step and at a stage's last one."""
         if step % 10 and step != self.total:
             return
         means = torch.stack([torch.as_tensor(v, device=self.device) for v in values.values()])
@@ -1298,10 +1287,7 @@ class Run:
     def finish(
         self, net: Network, target_labels: int, steps: int | None = None, other_updates: str = ""
     ) -> Result:
-        """Evaluates the final weights, and writes result, checkpoint and figures.
-
-        steps: updates of `net`, if not --steps; other_updates: "800 U-Net updates".
-        """
+        """Evaluates the final weights; writes result, checkpoint and figures. See `Result`."""
         confusion, cuda = self.evaluate(net, 0), self.device.type == "cuda"  # [N,C,C]
         ious = zip(self.classes, iou(confusion.sum(axis=0)).tolist(), strict=True)
         self.result = Result(

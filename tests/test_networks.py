@@ -49,7 +49,7 @@ def test_augmentations_keep_range_and_shape_and_follow_their_generator(name: str
     assert name == "original" or not torch.equal(same[0], same[1])  # drawn for each image
 
 
-def test_augmentations_do_what_their_names_say():
+def test_augmentations_do_what_their_names_say(monkeypatch: pytest.MonkeyPatch):
     rng, flat = common.generator("x"), torch.full((4, 3, 32, 32), 0.5)
     torch.testing.assert_close(common.blur(flat, rng), flat)  # weights sum to 1
     noise = torch.rand(4, 3, 32, 32)
@@ -60,6 +60,13 @@ def test_augmentations_do_what_their_names_say():
     shift = common.rgbshift(flat, rng) - flat
     torch.testing.assert_close(shift, shift[..., :1, :1].expand_as(shift))
     assert shift[:, :, 0, 0].unique().numel() == 12 and shift.abs().max() <= 0.2
+    # With all factors at 1 the hue alone moves, here by a tenth of a turn.
+    numbers = torch.tensor([0.5, 0.5, 0.5, 1.0]).view(1, 4, 1, 1, 1)
+    monkeypatch.setattr(common, "draw", lambda *_: numbers)
+    color = torch.tensor([0.5, 0.4, 0.4]).view(1, 3, 1, 1)
+    r, g, b = common.colorjitter(color, rng).flatten().tolist()
+    angle = math.atan2(3**0.5 * (g - b), 2 * r - g - b)  # of the hue, in the plane of equal grey
+    assert angle == pytest.approx(0.2 * math.pi) and r + g + b == pytest.approx(1.3)
 
 
 def test_random_augmentation_picks_each_equally_often():
