@@ -574,25 +574,20 @@ def read_curve(path: Path) -> list[dict[str, Any]]:
 
 
 def draw_curves(args: Args) -> None:
-    """curves.png: the loss, smoothed, and mIoU with its regression line, over the steps."""
+    """curves.png: the loss, smoothed, and mIoU over the steps."""
     figure = common.new_figure(10, 4)
-    losses, mious = figure.subplots(1, 2)
-    for k, path in enumerate(args.curves):
-        lines, color = read_curve(path), f"C{k}"
-        loss = np.array([(line["step"], line["loss"]) for line in lines if "loss" in line])
-        miou = np.array([(line["step"], line["mIoU"]) for line in lines if "mIoU" in line])
-        if len(loss):
-            window = np.ones(len(loss) // 10 + 1) / (len(loss) // 10 + 1)
-            smooth = [np.convolve(column, window, "valid") for column in loss.T]
-            losses.plot(*smooth, color=color, label=path)
-        if len(miou) > 1:
-            slope, offset = np.polyfit(*miou.T, 1)
-            mious.plot(miou[:, 0], slope * miou[:, 0] + offset, "--", color=color, linewidth=1)
-            mious.plot(*miou.T, ".", color=color, label=path)
-            print(f"{path}: mIoU {miou[-1, 1]:.1f}, {1000 * slope:+.2f} per 1,000 steps")
-    losses.set(xlabel="step", ylabel="loss (nats)")
-    mious.set(xlabel="step", ylabel="mIoU (%)")
-    losses.legend(fontsize=7)
+    axes = figure.subplots(1, 2)
+    for path in args.curves:
+        lines = read_curve(path)
+        for axis, key in zip(axes, ("loss", "mIoU"), strict=True):
+            points = np.array([(line["step"], line[key]) for line in lines if key in line])
+            if len(points):
+                window = np.ones(len(points) // 10 + 1 if key == "loss" else 1)
+                smooth = [np.convolve(x, window / len(window), "valid") for x in points.T]
+                axis.plot(*smooth, label=path)
+                axis.set(xlabel="step", ylabel="loss (nats)" if key == "loss" else "mIoU (%)")
+                print(f"{path}: {key} {points[-1, 1]:.3g} at step {points[-1, 0]:.0f}")
+    axes[0].legend(fontsize=7)
     common.save_figure(figure, args.out / "curves.png")
     print(f"written: {args.out}/curves.png")
 

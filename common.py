@@ -1139,14 +1139,16 @@ def read_scalars(folder: Path) -> list[dict[str, Any]]:
 class Run:
     """One run folder: arguments, scalars, checkpoints, result. A method's skeleton is
 
-    run = common.Run(args, "my_method", stages=1)  # it will call `steps` once
-    if run.result:  # finished earlier, with the same arguments
-        return run.result
-    net = run.network()
-    for step in run.steps("train", 400, net=net, optimizer=optimizer):
-        ...
-        run.log(step, loss=loss, lr=lr)
-    return run.finish(net, target_labels=0)
+        run = common.Run(args, "my_method", stages=1)
+        if run.result:  # finished earlier, with the same arguments
+            return run.result
+        net = run.network()
+        for step in run.steps("train", 400, net=net, optimizer=optimizer):
+            ...
+            run.log(step, loss=loss, lr=lr)
+        return run.finish(net, target_labels=0)
+
+    stages: how many times the method calls `steps`. Under torchrun rank 0 alone writes.
     """
 
     def __init__(self, args: Any, method: str, stages: int) -> None:

@@ -355,7 +355,7 @@ def test_curves_of_our_runs_and_of_mmsegmentation(tmp_path: Path, capsys: pytest
         (folder / "scalars.json").write_text(start + text, encoding="utf-8")
     benchmark.main(benchmark.Args(curves=(ours, tmp_path / "work"), out=tmp_path / "out"))
     output = capsys.readouterr().out
-    assert "2 lines left out" in output and output.count("+3000.00 per 1,000 steps") == 2
+    assert "2 lines left out" in output and output.count("mIoU 19 at step 6") == 2
     assert (tmp_path / "out/curves.png").exists() and len(benchmark.read_curve(ours)) == 9
     with pytest.raises(UserError, match="2 files"):
         benchmark.read_curve(tmp_path)
