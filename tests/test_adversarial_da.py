@@ -15,7 +15,7 @@ import adversarial_da as da
 import common
 from common import IGNORE, UserError
 
-ALL_STAGES = {"align": "entropy", "self_train": True, "augment": True, "translate": "fda"}
+ALL_STAGES = {"align": "entropy", "translate": "fda"}
 
 
 def make(args: common.Args, out: str, **changes) -> da.Args:
@@ -76,19 +76,18 @@ def test_self_information_by_hand():
 
 
 @pytest.mark.parametrize("align", ["output", "entropy"])
-def test_losses_are_those_of_the_paper_and_reach_only_their_network(args: common.Args, align: str):
+def test_losses_are_those_of_the_paper_and_reach_only_their_network(align: str):
     """-log D(target) and -(log D(source) + log(1 - D(target))) / 2, D the sigmoid of a score."""
-    args = make(args, "run", align=align, lambda_adv=0.1)
     discriminator = da.Discriminator(4, 4).requires_grad_(False)
     source, target = torch.randn(2, 2, 4, 32, 64, requires_grad=True)
     d_source, d_target = (discriminator(da.compared(x, align)).sigmoid() for x in (source, target))
 
-    loss = da.adversarial_loss([discriminator], [target], args)
-    torch.testing.assert_close(loss, -0.1 * d_target.log().mean())
+    loss = da.adversarial_loss(discriminator, target, align)
+    torch.testing.assert_close(loss, -d_target.log().mean())
     assert torch.autograd.grad(loss, target)[0].abs().sum() > 0
 
     discriminator.requires_grad_(True)
-    loss, _ = da.discriminator_loss([discriminator], [source], [target], align)
+    loss, _ = da.discriminator_loss(discriminator, source, target, align)
     expected = -(d_source.log().mean() + (1 - d_target).log().mean()) / 2
     torch.testing.assert_close(loss, expected)
     gradients = torch.autograd.grad(loss, [source, target], retain_graph=True, allow_unused=True)
@@ -104,31 +103,8 @@ def test_accuracy_of_the_discriminator():
     for first, second, expected in ((9, -9, 1.0), (-9, 9, 0.0), (9, 9, 0.5)):
         discriminator = torch.nn.Conv2d(2, 1, 1, bias=False)
         discriminator.weight.data = torch.tensor([first, second]).float().view(1, 2, 1, 1)
-        _, accuracy = da.discriminator_loss([discriminator], [source], [target], "output")
+        _, accuracy = da.discriminator_loss(discriminator, source, target, "output")
         assert accuracy == expected
-
-
-def test_the_first_two_heads_are_aligned(args: common.Args):
-    args = make(args, "run", align="output", lambda_adv=0.0, lambda_adv_aux=1.0)
-    discriminators = torch.nn.ModuleList(da.Discriminator(4, 4) for _ in range(2))
-    heads = [torch.randn(2, 4, 32, 32, requires_grad=True) for _ in range(3)]
-    da.adversarial_loss(discriminators, heads, args).backward()
-    assert heads[0].grad.abs().sum() == 0 and heads[1].grad.abs().sum() > 0
-    assert heads[2].grad is None
-
-
-def test_statistics_of_two_domains():
-    """joint: as of one batch. Otherwise each domain as if the other were not there."""
-    net = common.Network("tiny", 3)
-    x, y = torch.rand(2, 2, 3, 32, 32)
-    y = y / 4
-    with torch.no_grad():
-        both, only_x, only_y = net(torch.cat([x, y])), net(x), net(y)
-        for statistics in ("separate", "target"):
-            (on_x,), (on_y,) = da.forward_both(net, x, y, statistics)
-            assert torch.equal(on_x, only_x) and torch.equal(on_y, only_y)
-        (on_x,), (on_y,) = da.forward_both(net, x, y, "joint")
-    assert torch.equal(torch.cat([on_x, on_y]), both) and not torch.equal(on_x, only_x)
 
 
 def test_adapted_statistics_are_those_of_the_photos(args: common.Args):
@@ -159,10 +135,24 @@ def test_class_mix_pastes_whole_classes_and_half_of_them():
     assert len(draws) > 3
 
 
-def test_pseudo_labels_are_the_confident_ones():
+def test_pseudo_labels_and_the_share_of_confident_pixels():
+    """All pseudo-labels are kept; an image's share is that of its pixels above the threshold."""
     p = torch.tensor([[0.9, 0.1], [0.3, 0.7], [0.45, 0.55]]).T.view(1, 2, 1, 3)
-    labels = da.pseudo_labels(lambda images: p.log(), torch.zeros(1, 3, 1, 3), 0.6)
-    assert labels.tolist() == [[[0, 1, IGNORE]]]
+    labels, shares = da.pseudo_labels(lambda images: p.log(), torch.zeros(1, 3, 1, 3), 0.6)
+    assert labels.tolist() == [[[0, 1, 1]]] and shares.tolist() == pytest.approx([2 / 3])
+
+
+def test_loss_of_mixed_images_pixel_by_pixel():
+    logits = torch.randn(2, 3, 2, 2)
+    labels = torch.tensor([[[0, 1], [2, IGNORE]], [[1, 1], [0, 2]]])
+    pasted = torch.tensor([[[True, False], [False, True]], [[False, False], [True, False]]])
+    shares, expected = torch.tensor([0.25, 0.5]), 0.0
+    for b, y, x in product(range(2), range(2), range(2)):
+        label = int(labels[b, y, x])
+        if label != IGNORE:
+            weight = 1.0 if pasted[b, y, x] else float(shares[b])
+            expected -= weight * float(logits[b, :, y, x].log_softmax(dim=0)[label]) / 8
+    assert da.mixed_loss(logits, labels, pasted, shares).item() == pytest.approx(expected)
 
 
 # ---- Runs ---------------------------------------------------------------------------------------
@@ -170,14 +160,14 @@ def test_all_stages_together(args: common.Args):
     """As many updates as were given, scalars of the discriminator, and the figures."""
     result = da.run(make(args, "run", steps=12, statistics="target", **ALL_STAGES))
     assert (result.steps, result.target_labels) == (12, 0)
-    assert result.other_updates == "2 discriminator updates"
+    assert result.other_updates == "6 discriminator updates"
     assert any("discriminator_accuracy" in line for line in common.read_scalars(Path("run")))
     assert Path("run/figures/adaptation.png").stat().st_size > 10_000
 
 
 @pytest.mark.usefixtures("no_figures")
 def test_with_every_switch_off_it_trains_on_the_source_alone(args: common.Args):
-    da.run(make(args, "off", translate="none"))
+    da.run(make(args, "off", translate="none", self_train=False))
     run = common.Run(make(args, "plain"), "plain", stages=1)
     net = run.network()
     common.train(run, net, common.load(run.args, "source"), 6, "source")
@@ -186,15 +176,22 @@ def test_with_every_switch_off_it_trains_on_the_source_alone(args: common.Args):
 
 
 @pytest.mark.usefixtures("no_figures")
-def test_a_run_that_is_cut_off_in_every_stage_ends_with_the_same_weights(
-    args: common.Args, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("at", [3, 9])
+def test_a_run_that_is_cut_off_ends_with_the_same_weights(
+    args: common.Args, monkeypatch: pytest.MonkeyPatch, at: int
 ):
-    shares = {"align_share": 0.5, "self_train_share": 0.34}  # 4, 4 and 4 of 12 steps
-    settings = make(args, "whole", steps=12, statistics="joint", **shares, **ALL_STAGES)
-    whole_and_cut(monkeypatch, da.run, settings, ("source", "align", "self_train"), at=3)
+    settings = make(args, "whole", steps=12, **ALL_STAGES)
+    whole_and_cut(monkeypatch, da.run, settings, ("source",), at=at)
     assert equal(weights("whole"), weights("cut"))
-    steps = [line["step"] for line in common.read_scalars(Path("cut")) if "loss" in line]
-    assert steps == [4, 8, 12]  # each line once
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_the_weight_of_the_discriminator_reaches_the_network(args: common.Args):
+    """Its control, --lambda-adv 0, differs by the statistics of the photos alone."""
+    control = make(args, "control", align="output", lambda_adv=0.0, self_train=False)
+    da.run(control)
+    da.run(make(args, "on", align="output", lambda_adv=1.0, self_train=False))
+    assert not equal(weights("control"), weights("on"))
 
 
 @pytest.mark.usefixtures("no_figures")
@@ -209,19 +206,18 @@ def test_no_label_of_a_photo_is_used(args: common.Args, mini: Path):
 
 
 @pytest.mark.usefixtures("no_figures")
-def test_init_replaces_the_first_stage(args: common.Args):
+def test_init_replaces_the_first_updates(args: common.Args):
     da.run(make(args, "one"))
-    init = Path("one/checkpoint.pt")
-    assert da.run(make(args, "on", init=init)).steps == 6  # nothing comes after: it trains on
-    assert da.run(make(args, "two", init=init, self_train=True)).steps == 4
+    assert da.run(make(args, "two", init=Path("one/checkpoint.pt"))).steps == 3
+    assert da.run(make(args, "on", init=Path("one/checkpoint.pt"), self_train=False)).steps == 6
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"lambda_ent": 0.1}, "--lambda-ent: has no effect without --align"),
+        ({"lambda_adv": 0.1}, "--lambda-adv: has no effect without --align"),
         ({"beta": 0.1}, "--beta: has no effect without --translate fda"),
-        ({"self_train": True, "confidence_threshold": 1.1}, "--confidence-threshold 1.1: expected"),
+        ({"confidence_threshold": 1.1}, "--confidence-threshold: expected"),
     ],
 )
 def test_flags_that_cannot_be_meant(args: common.Args, changes: dict, message: str):
