@@ -132,10 +132,10 @@ PROPERTIES = read_table("""
     gables      0.0            0.7            0.1         0.6           share: gabled buildings
     haze        0.0005, 0.002  0.0, 0.002     0.0, 0.006  0.001, 0.005  1/m: extinction
     exposure    -0.2, 0.2      -0.6, 0.7      -0.9, 0.6   -0.3, 0.2     stops
-    tint        1, 1, 1        0.97, 1, 1.04  1, 1, 1     0.9, 1, 0.92  gain of red, green, blue
+    tint        1, 1, 1        1, 1, 1        1, 1, 1     0.9, 1, 0.92  gain of red, green, blue
     balance     0.015          0.03           0.05        0.01          deviation of log(gain)
     saturation  1.05           0.9            1.0         0.7           gain, 1: unchanged
-    contrast    1.0            1.1            1.0         0.78          gain, 1: unchanged
+    contrast    1.0            1.0            1.0         0.78          gain, 1: unchanged
     black       0.0            0.0            0.0         0.04          0..1: level of black
     blur        0.0            0.5            0.3         0.5           px: standard deviation
     noise       0.0            4.0            1.5         2.0           grey levels: the same
