@@ -1,7 +1,7 @@
-"""Learns which augmentation of each source image helps on real photos, by meta-gradients.
+"""Learns which version of each source image helps on real photos, by meta-gradients.
 
-DataRater (arXiv:2505.17895v1), here for choosing augmentations, with exact meta-gradients from
-mixed-mode differentiation (MixFlow-MG, arXiv:2505.00793v2):
+DataRater (arXiv:2505.17895v1), here for choosing among versions (candidates) of an image. Its
+meta-gradients come from mixed-mode differentiation (MixFlow-MG, arXiv:2505.00793v2):
 
     python datarater.py
 
@@ -12,30 +12,32 @@ mixed-mode differentiation (MixFlow-MG, arXiv:2505.00793v2):
 The first takes two minutes on one CPU core and reaches 59 mIoU on the miniature; a random choice
 reaches 56, training on the images as they are 44.
 
-A run has three parts. 1. Meta-training: a rater scores images. Inner networks train on batches of
-augmented source images, each weighted by the softmax of the batch's scores. After a few of these
-updates the loss on labelled target photos is measured, the outer loss. Its derivative with respect
-to the weights of the images says which images should have counted more, and trains the rater.
-2. The choice: the rater scores all candidates (each image with each augmentation); the best ones
-make a training set. 3. The segmentation network is trained from scratch on this set; --steps counts
-these updates.
+A run has four parts. 1. The warm-up: a segmentation network is trained on random candidates.
+2. Meta-training: a rater scores candidates. The inner network, a copy of the first, trains on
+batches with all candidates of a few images, each weighted by the softmax of its image's scores.
+After T such updates the loss on labelled target photos is measured, the outer loss. Its derivative
+with respect to the weights says which candidates should have counted more, and trains the rater.
+3. The choice: the rater scores all candidates; the best of each image make a training set. 4. The
+segmentation network is trained from scratch on this set; --steps counts these updates.
 
 The run folder gets best_augmentations_step_X.pt (scores and choice of each image) and set/, the
 training set, which other methods take as --init RUN/set. Without --out the controls and --corrupt
 have run folders of their own: datarater_random, datarater_corrupt and so on.
 
-Under torchrun each process has inner networks of its own, the rater learns from the mean of their
-meta-gradients, and rank 0 chooses. With --init CHECKPOINT all networks start from that checkpoint.
+The paper has a population of inner networks that start untrained; here it is one that stays near a
+trained network. Under torchrun each process has one of its own, the rater learns from the mean of
+their meta-gradients, and rank 0 chooses. With --init CHECKPOINT all networks start from that.
 """
 
+import contextlib
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
@@ -43,7 +45,8 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 import common
 from common import AUGMENTATIONS, IGNORE, Augmentation, Loader, Result, Run, Split, UserError
 
-Augmentations = dict[str, Augmentation]  # by name
+KINDS = (*AUGMENTATIONS, "color_transfer", "fourier")  # of candidates
+Augmentations = dict[str, Augmentation]  # by kind
 Batch = tuple[Tensor, Tensor]  # images [B,3,H,W] and labels [B,H,W]
 
 
@@ -52,39 +55,72 @@ class Args(common.Args):
     choose: Literal["best", "random", "worst", "original"] = "best"
     """Which candidates of an image to train on: those of the highest scores, random ones, those of
     the lowest scores, or the image as it is. random and original need no rater and train none."""
-    augmentations: tuple[str, ...] = tuple(AUGMENTATIONS)
-    """What the candidates of an image are made by. With --corrupt: original alone."""
+    augmentations: tuple[str, ...] = KINDS
+    """Kinds of candidates. color_transfer: with the mean and covariance of RGB of a random target
+    photo; fourier: with its low frequencies. With --corrupt: original alone."""
+    beta: float = 0.03
+    """fourier: the target's amplitude below this frequency, in cycles/px. FDA: 0.01 to 0.09."""
     k: int = 1
     """Candidates of each image to train on."""
     corrupt: float = 0.0
     """Share of source images in which 10-90% of the pixels are replaced by random colours, to see
-    whether the rater detects them."""
+    whether the rater detects them. The softmax is then over the images of a batch."""
+    warm_up: int | None = None
+    """Updates of the network that the inner network starts from, by the recipe of all rows. An
+    untrained network gains from any image, so its meta-gradient says little about a trained one.
+    Default: --steps. The paper: 0."""
     meta_steps: int | None = None
-    """Updates of the rater. Default: half of --steps; a quarter with --corrupt."""
+    """Updates of the rater. Default: an eighth of --steps."""
     meta_lr: float = 1e-3
     """Learning rate of the rater's Adam."""
     clip: float = 0.01
     """Largest norm of a meta-gradient. The paper: 0.01."""
-    population: int = 2
-    """Inner networks. The paper: 8."""
-    lifetime: int | None = None
-    """Meta-steps after which an inner network starts anew. The restarts of a population are spread
-    evenly over this time. Default: a quarter of --steps."""
-    warm_up: int | None = None
-    """Updates of a new inner network, on candidates of equal weights, before its first meta-step.
-    An untrained network gains from any image, so its meta-gradient tells little about a trained
-    one. Default: 0.75 times --steps; 2.5 times with --corrupt. The paper: 0."""
-    inner_updates: int | None = None
-    """T, inner updates that are differentiated. Default: 2, as in the paper; 16 with --corrupt."""
+    inner_updates: int = 2
+    """T, inner updates that are differentiated."""
     inner_batch: int | None = None
-    """Source images in an inner batch, each there with every augmentation. Default: 4; 16 with
-    --corrupt. Under torchrun: of each process."""
-    inner_lr: float = 0.05
-    """Learning rate of the inner networks, constant."""
-    inner_decay: float = 0.01
-    """Decoupled weight decay of the inner networks. The paper: 0.1."""
-    shrink: int = 2
-    """Sides of the images in meta-training and for the rater, as a fraction 1/shrink of --size."""
+    """Source images in an inner batch, each with all its candidates. Default: 4; 16 with --corrupt.
+    Under torchrun: of each process."""
+    inner_lr: float = 3e-4
+    """Learning rate of the inner network's Adam, constant. A low one keeps it near the network of
+    the warm-up: the noise of large updates hides the differences between candidates."""
+
+
+# ---- Kinds of candidates ------------------------------------------------------------------------
+def fourier_transfer(source: Tensor, target: Tensor, beta: float) -> Tensor:
+    """The target's amplitude at low frequencies (FDA, arXiv:2004.05498v1, eq. 3).
+
+    [B,3,H,W] twice -> [B,3,H,W], not clamped. beta: in cycles/px, for both axes.
+    """
+    (h, w), device = source.shape[2:], source.device
+    spectrum, style = torch.fft.rfft2(source), torch.fft.rfft2(target)  # [B,3,H,W//2+1]
+    rows = torch.fft.fftfreq(h, device=device)[:, None]  # [H,1]
+    columns = torch.fft.rfftfreq(w, device=device)  # [W//2+1]
+    band = (rows.abs() < beta) & (columns < beta)
+    amplitude = torch.where(band, style.abs(), spectrum.abs())
+    return torch.fft.irfft2(torch.polar(amplitude, spectrum.angle()), s=(h, w))
+
+
+def load_augmentations(args: Args) -> Augmentations:
+    """The kinds of --augmentations. Two of them take the style of random target photos."""
+    kinds = dict(AUGMENTATIONS)
+    if set(args.augmentations) - set(kinds):
+        photos = common.load(args, "target_unlabelled")
+
+        def color_transfer(images: Tensor, rng: torch.Generator) -> Tensor:
+            styles = common.random_images(photos, len(images), rng, images.device)
+            return common.color_transfer(images, styles).clamp(0, 1)
+
+        def fourier(images: Tensor, rng: torch.Generator) -> Tensor:
+            styles = common.random_images(photos, len(images), rng, images.device)
+            return fourier_transfer(images, styles, args.beta).clamp(0, 1)
+
+        kinds |= {"color_transfer": color_transfer, "fourier": fourier}
+    return {kind: kinds[kind] for kind in args.augmentations}
+
+
+def all_candidates(images: Tensor, augmentations: Augmentations, rng: torch.Generator) -> Tensor:
+    """Each image with each of the A augmentations. [B,3,H,W] -> [A*B,3,H,W]."""
+    return torch.cat([augment(images, rng) for augment in augmentations.values()])
 
 
 # ---- The rater ----------------------------------------------------------------------------------
@@ -115,10 +151,11 @@ class BatchNorm(nn.BatchNorm2d):
         if forward_ad.unpack_dual(x).tangent is None:
             return super().forward(x)
         # Plain operations, whose derivatives are right. The running statistics stay as they are.
-        x = x - x.mean(dim=(0, 2, 3), keepdim=True)
-        variance = x.square().mean(dim=(0, 2, 3), keepdim=True)  # [1,C,1,1]
-        x = x * (variance + self.eps).rsqrt()
-        return x * self.weight[:, None, None] + self.bias[:, None, None]
+        y = x if x.dtype == torch.float64 else x.float()
+        y = y - y.mean(dim=(0, 2, 3), keepdim=True)
+        variance = y.square().mean(dim=(0, 2, 3), keepdim=True)  # [1,C,1,1]
+        y = y * (variance + self.eps).rsqrt()
+        return (y * self.weight[:, None, None] + self.bias[:, None, None]).to(x.dtype)
 
 
 def replace_layers(module: nn.Module) -> None:
@@ -153,13 +190,18 @@ def image_losses(outputs: list[Tensor], labels: Tensor) -> Tensor:
 
 
 class InnerNetwork(nn.Module):
-    """A segmentation network as a function of its parameters in one vector, theta [P]."""
+    """A segmentation network as a function of its parameters in one vector, theta [P].
 
-    def __init__(self, net: nn.Module) -> None:
+    autocast: the context of its forward passes. momentum and scale, both [P], belong to its
+    optimizer.
+    """
+
+    def __init__(self, net: nn.Module, autocast: Callable = contextlib.nullcontext) -> None:
         super().__init__()
         replace_layers(net)
-        self.net = net.train()
-        self.register_buffer("momentum", torch.zeros_like(self.theta()))  # of its optimizer, [P]
+        self.net, self.autocast = net.train(), autocast
+        self.register_buffer("momentum", torch.zeros_like(self.theta()))
+        self.register_buffer("scale", torch.ones_like(self.theta()))
 
     def theta(self) -> Tensor:
         return parameters_to_vector(self.net.parameters()).detach()
@@ -174,7 +216,8 @@ class InnerNetwork(nn.Module):
         pieces = theta.split([p.numel() for p in self.net.parameters()])
         named = zip(self.net.named_parameters(), pieces, strict=True)
         parameters = {name: piece.view_as(p) for (name, p), piece in named}
-        outputs = torch.func.functional_call(self.net, parameters, (images,), {"aux": True})
+        with self.autocast():
+            outputs = torch.func.functional_call(self.net, parameters, (images,), {"aux": True})
         return image_losses(outputs, labels)
 
     def slopes(self, theta: Tensor, direction: Tensor, images: Tensor, labels: Tensor) -> Tensor:
@@ -192,15 +235,16 @@ class InnerNetwork(nn.Module):
 MOMENTUM = 0.9
 
 
-def sgd(theta: Tensor, momentum: Tensor, gradient: Tensor, args: Args) -> tuple[Tensor, Tensor]:
-    """An update of SGD with momentum and decoupled weight decay. All vectors [P]."""
-    momentum = MOMENTUM * momentum + gradient
-    theta = (1 - args.inner_lr * args.inner_decay) * theta - args.inner_lr * momentum
-    return theta, momentum
+def adam(
+    theta: Tensor, momentum: Tensor, gradient: Tensor, scale: Tensor, lr: float
+) -> tuple[Tensor, Tensor]:
+    """An update of Adam whose second moments are constant: scale is 1 over their roots. All [P]."""
+    momentum = MOMENTUM * momentum + (1 - MOMENTUM) * gradient
+    return theta - lr * scale * momentum, momentum
 
 
 def mixed(
-    member: InnerNetwork, batches: list[Batch], weights: Tensor, photos: Batch, args: Args
+    member: InnerNetwork, batches: list[Batch], weights: Tensor, photos: Batch, lr: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Trains an inner network for T updates, and differentiates the outer loss through them.
 
@@ -211,6 +255,10 @@ def mixed(
     Mixed-mode differentiation (MixFlow-MG): only the parameters of each update are kept. Backwards
     through time, forward mode gives the derivatives of all l_i along the direction d outer / dg.
     Reverse mode, applied to their weighted sum, gives the Hessian of the loss times this direction.
+
+    A known deviation: the outer loss normalises by running statistics, as at test. These depend on
+    the parameters of the updates, but the derivative takes them as constants. On tiny the gradient
+    of the first update's weights is off by up to 20%, that of the last update's is exact.
     """
     theta, momentum = member.theta(), member.momentum
     thetas, losses = [], []
@@ -219,13 +267,11 @@ def mixed(
         losses.append(member.losses(thetas[-1], *batch))  # [B]
         # DataRater: each image contributes to the gradient by its weight.
         (gradient,) = torch.autograd.grad(w @ losses[-1], thetas[-1])
-        theta, momentum = sgd(theta, momentum, gradient, args)
+        theta, momentum = adam(theta, momentum, gradient, member.scale, lr)
     member.update(theta, momentum)
 
-    # The outer loss, with running statistics as at test. Its derivative ignores that they depend on
-    # the parameters, too.
     theta = theta.requires_grad_()
-    member.eval()
+    member.eval()  # running statistics
     outer_loss = member.losses(theta, *photos).mean()
     member.train()
 
@@ -234,10 +280,9 @@ def mixed(
     to_momentum = torch.zeros_like(to_theta)
     to_weights = torch.empty_like(weights)
     for t in reversed(range(len(batches))):
-        # sgd adds the gradient to the momentum, and subtracts lr times the momentum from theta.
-        to_gradient = to_momentum - args.inner_lr * to_theta
-        to_momentum = MOMENTUM * to_gradient
-        to_theta = (1 - args.inner_lr * args.inner_decay) * to_theta
+        to_momentum = to_momentum - lr * member.scale * to_theta
+        to_gradient = (1 - MOMENTUM) * to_momentum
+        to_momentum = MOMENTUM * to_momentum
         slopes = member.slopes(thetas[t], to_gradient, *batches[t])  # [B]
         to_weights[t] = slopes.detach()
         if t > 0:  # g depends on theta: the Hessian of the weighted loss, times to_gradient
@@ -247,123 +292,102 @@ def mixed(
 
 
 # ---- Meta-training ------------------------------------------------------------------------------
-def shrunk(images: Tensor, labels: Tensor, by: int) -> Batch:
-    """Both at 1/by of their sides: means of images, single values of labels."""
-    return F.avg_pool2d(images, by), labels[:, by // 2 :: by, by // 2 :: by]
-
-
-def augmented(
-    batch: Batch, augmentations: Augmentations, shrink: int, rng: torch.Generator
-) -> Batch:
-    """A batch with each of the A augmentations, small. -> [A*B,3,h,w], [A*B,h,w]."""
-    images, labels = common.crop_flip(*batch, rng)
-    images = torch.cat([augment(images, rng) for augment in augmentations.values()])
-    return shrunk(images, labels.repeat(len(augmentations), 1, 1), shrink)
-
-
-def starts_anew(step: int, p: int, args: Args) -> bool:
-    """Whether inner network p is a new one at this meta-step; they take turns."""
-    return step == 1 or (step - 1 + p * args.lifetime // args.population) % args.lifetime == 0
-
-
-def new_inner_network(run: Run) -> InnerNetwork:
-    net = common.Network(run.args.net, len(run.classes), run.args.pretrained)
-    if run.args.checkpoint:
-        common.load_weights(net, run.args.checkpoint)
-    return InnerNetwork(net).to(run.device)
-
-
 def meta_train(
     run: Run, rater: Rater, source: Split, few: Split, augmentations: Augmentations
 ) -> None:
     """Trains the rater, in place."""
     args, seed = with_lengths(run.args), run.args.seed
-    updates = args.inner_updates
+    updates, count = args.inner_updates, len(augmentations)
+
+    # Step 1: the warm-up, from which the inner network starts
+    def random_candidates(images: Tensor, rng: torch.Generator) -> Tensor:  # [B,3,H,W]
+        kinds, images = list(augmentations.values()), images.clone()
+        choice = (common.draw(rng, len(images)) * len(kinds)).long()  # [B]
+        for a in choice.unique().tolist():
+            images[choice == a] = kinds[a](images[choice == a], rng)
+        return images
+
+    net = run.network()
+    common.train(run, net, source, args.warm_up, "warm_up", random_candidates, evaluated=False)
+
+    # Step 2: the inner network, and batches of N images with all A candidates
+    member = InnerNetwork(common.Network(args.net, len(run.classes)), run.autocast).to(run.device)
+    member.net.load_state_dict(net.state_dict())
     batch_size = args.inner_batch * common.world_size()
     source_loader = Loader(source, batch_size, run.device, seed, "rater", "source")
     photo_loader = Loader(few, args.batch_size, run.device, seed, "rater", "photos")
-    members = nn.ModuleList(new_inner_network(run) for _ in range(args.population))
-    # As in DataRater, each inner network has an Adam of its own, and the rater moves by the mean of
-    # their updates. An update of Adam depends on the gradient alone, so all of them, one after the
-    # other at a share of the learning rate, add up to the mean.
-    lr = args.meta_lr / args.population
-    adams = [torch.optim.Adam(rater.parameters(), lr) for _ in members]
-    state = {f"adam_{p}": adam for p, adam in enumerate(adams)}
-    model = common.parallel(rater.train())
-    for step in run.steps("rater", args.meta_steps, rater=rater, members=members, **state):
+
+    def inner_batch(n: int, rng: torch.Generator) -> Batch:
+        images, labels = source_loader(n)  # [N,3,H,W], [N,H,W]
+        return all_candidates(images, augmentations, rng), labels.repeat(count, 1, 1)
+
+    # Step 3: the scale of the inner updates, from gradients at equal weights
+    theta, squares = member.theta().requires_grad_(), torch.zeros_like(member.scale)
+    for n in range(16):
+        losses = member.losses(theta, *inner_batch(n, common.generator(seed, "scale", n)))
+        (gradient,) = torch.autograd.grad(losses.mean(), theta)
+        squares += gradient.square() / 16
+    member.scale = 1 / (squares.sqrt() + 0.01 * squares.sqrt().mean())
+
+    optimizer, model = torch.optim.Adam(rater.parameters(), args.meta_lr), common.parallel(rater)
+    rater.train()
+    state = {"rater": rater, "inner": member, "optimizer": optimizer}
+    for step in run.steps("rater", args.meta_steps, **state):
         rng = common.generator(seed, "rater", step)
-        gradients, scalars = [], []
-        for p in range(args.population):
-            # Step 1: in turns the inner networks start anew, with a warm-up at equal weights
-            if starts_anew(step, p, args):
-                members[p] = new_inner_network(run)
-                loader = Loader(source, batch_size, run.device, seed, "warm_up", step, p)
-                for n in range(args.warm_up):
-                    theta = members[p].theta().requires_grad_()
-                    batch = augmented(loader(n), augmentations, args.shrink, rng)
-                    loss = members[p].losses(theta, *batch).mean()
-                    (gradient,) = torch.autograd.grad(loss, theta)
-                    members[p].update(*sgd(theta, members[p].momentum, gradient, args))
+        batches = [inner_batch(step * updates + t, rng) for t in range(updates)]
 
-            # Step 2: the weights of T batches, each the softmax of the batch's scores
-            nth = step * args.population + p
-            batches = [source_loader(nth * updates + t) for t in range(updates)]
-            batches = [augmented(batch, augmentations, args.shrink, rng) for batch in batches]
-            scores = model(torch.cat([images for images, _ in batches])).view(updates, -1)
-            weights = scores.softmax(dim=1)  # [T,A*B]
+        # Step 4: the weights. The candidates of an image compete; where it has only one, the images
+        # of the batch do.
+        with run.autocast():
+            scores = model(torch.cat([images for images, _ in batches]))  # [T*A*N]
+        scores = scores.float().view(updates, count, -1)
+        weights = scores.softmax(dim=1 if count > 1 else 2)
+        weights = weights / weights.sum(dim=(1, 2), keepdim=True)
 
-            # Step 3: T updates of the inner network, and the meta-gradient
-            photos = shrunk(*common.crop_flip(*photo_loader(nth), rng), args.shrink)
-            to_weights, outer, inner = mixed(members[p], batches, weights.detach(), photos, args)
-            rater.zero_grad()
-            weights.backward(to_weights)
-            nn.utils.clip_grad_norm_(rater.parameters(), args.clip)
-            gradients.append([parameter.grad for parameter in rater.parameters()])
-            means = scores.detach().view(updates, len(augmentations), -1).mean(dim=(0, 2))  # [A]
-            scalars.append(torch.stack([outer, inner.mean(), *(means - means.mean())]))
+        # Step 5: T updates of the inner network, and the meta-gradient
+        given, photos = weights.detach().flatten(1), photo_loader(step)  # [T,A*N]
+        gradient, outer, inner = mixed(member, batches, given, photos, args.inner_lr)
 
-        # Step 4: the rater
-        for adam, gradient in zip(adams, gradients, strict=True):
-            for parameter, value in zip(rater.parameters(), gradient, strict=True):
-                parameter.grad = value
-            adam.step()
-        names = ("outer_loss", "inner_loss", *(f"score_{name}" for name in augmentations))
-        run.log(step, **dict(zip(names, torch.stack(scalars).mean(dim=0), strict=True)))
+        # Step 6: the rater
+        optimizer.zero_grad()
+        weights.backward(gradient.view_as(weights))
+        norm = nn.utils.clip_grad_norm_(rater.parameters(), args.clip)
+        optimizer.step()
+        means = (scores - scores.mean()).detach().mean(dim=(0, 2))  # [A]
+        means = {f"score_{kind}": mean for kind, mean in zip(augmentations, means, strict=True)}
+        run.log(step, outer_loss=outer, inner_loss=inner.mean(), norm=norm, **means)
 
 
 # ---- Candidates and choice ----------------------------------------------------------------------
 @dataclass(frozen=True)
 class Candidates:
-    """Each of the N images of a split with each of the A augmentations."""
+    """Each of the N images of a split with each of the A augmentations, in blocks of images."""
 
     split: Split
     augmentations: Augmentations
     seed: int
+    device: torch.device
 
-    def image(self, n: int, a: int) -> np.ndarray:
-        """Candidate a of image n, the same at every call. -> uint8 [H,W,3].
+    def blocks(self) -> list[range]:
+        """The indices of the images of each block."""
+        return [range(len(self.split))[i : i + 16] for i in range(0, len(self.split), 16)]
 
-        Its random numbers depend on the seed and the names alone, not on the order of the images.
-        """
-        name = list(self.augmentations)[a]
-        rng = common.generator(self.seed, "candidate", self.split.names[n], name)
-        image = common.to_tensor(self.split.images[n : n + 1], torch.device("cpu"))  # [1,3,H,W]
-        return common.to_uint8(self.augmentations[name](image, rng))[0]
+    def images(self, block: range) -> np.ndarray:
+        """All candidates of a block, the same at every call. -> uint8 [B,A,H,W,3]."""
+        rng = common.generator(self.seed, "candidates", block.start)
+        images = common.to_tensor(self.split.images[block.start : block.stop], self.device)
+        images = common.to_uint8(all_candidates(images, self.augmentations, rng))  # [A*B,H,W,3]
+        return images.reshape(-1, len(block), *images.shape[1:]).swapaxes(0, 1)
 
 
 @torch.no_grad()
-def analyze_with_individual_augmentations(
-    rater: Rater, candidates: Candidates, shrink: int, device: torch.device
-) -> np.ndarray:
+def analyze_with_individual_augmentations(rater: Rater, candidates: Candidates) -> np.ndarray:
     """Scores of all candidates of all images. -> float32 [N,A]."""
     rater.eval()
-    count, columns = len(candidates.split), range(len(candidates.augmentations))
     scores = []
-    for start in common.show_progress(range(0, count, 16), "scoring candidates"):
-        rows = range(start, min(start + 16, count))
-        images = np.stack([candidates.image(n, a) for n in rows for a in columns])
-        images = F.avg_pool2d(common.to_tensor(images, device), shrink)  # [16*A,3,h,w]
-        scores.append(rater(images).view(len(rows), -1))
+    for block in common.show_progress(candidates.blocks(), "scoring candidates"):
+        images = np.concatenate(candidates.images(block))  # [B*A,H,W,3]
+        scores.append(rater(common.to_tensor(images, candidates.device)).view(len(block), -1))
     return torch.cat(scores).cpu().numpy()
 
 
@@ -378,20 +402,20 @@ def write_set(folder: Path, candidates: Candidates, choice: np.ndarray) -> None:
     """The chosen candidates as a training set of N*k images. choice [N,k]."""
     split, kinds, k = candidates.split, list(candidates.augmentations), choice.shape[1]
     images = common.create_array(folder / "images.npy", (choice.size, *split.images.shape[1:]))
-    for i in common.show_progress(range(choice.size), "writing the training set"):
-        images[i] = candidates.image(i // k, choice.flat[i])
+    for block in common.show_progress(candidates.blocks(), "writing the training set"):
+        rows, versions = choice[block], candidates.images(block)  # [B,k], [B,A,H,W,3]
+        picked = versions[np.arange(len(block))[:, None], rows]  # [B,k,H,W,3]
+        images[block.start * k : block.stop * k] = picked.reshape(-1, *images.shape[1:])
     images.flush()
     labels = split.labels if k == 1 else np.repeat(split.labels, k, axis=0)
     names = [f"{split.names[n]} {kinds[a]}" for n in range(len(split)) for a in choice[n]]
     common.save_set(folder, split, labels, names)
 
 
-def write_choice(
-    path: Path, candidates: Candidates, scores: np.ndarray, choice: np.ndarray
-) -> None:
-    """{image: {index, scores: {augmentation: score}, choice: [augmentation, ...]}}."""
-    table, kinds = {}, list(candidates.augmentations)
-    for n, name in enumerate(candidates.split.names):
+def write_choice(path: Path, split: Split, kinds: list, scores: np.ndarray, choice: np.ndarray):
+    """{image: {index, scores: {kind: score}, choice: [kind, ...]}}."""
+    table = {}
+    for n, name in enumerate(split.names):
         by_kind = dict(zip(kinds, scores[n].tolist(), strict=True))
         table[name] = {"index": n, "scores": by_kind, "choice": [kinds[a] for a in choice[n]]}
     with common.replacing(path) as temporary:
@@ -425,13 +449,8 @@ def auroc(scores: np.ndarray, damaged: np.ndarray) -> float:
 # ---- The method ---------------------------------------------------------------------------------
 def with_lengths(args: Args) -> Args:
     """The arguments with the defaults that depend on --steps, --choose and --corrupt."""
-    steps = args.steps
-    values = {"meta_steps": steps // 2, "warm_up": steps * 3 // 4, "lifetime": steps // 4}
-    values |= {"inner_updates": 2, "inner_batch": 4}
-    if args.corrupt:
-        values |= {"meta_steps": steps // 4, "warm_up": steps * 5 // 2}
-        values |= {"inner_updates": 16, "inner_batch": 16}
-    values = {name: max(1, value) for name, value in values.items()}
+    values = {"warm_up": args.steps, "meta_steps": max(1, args.steps // 8)}
+    values["inner_batch"] = 16 if args.corrupt else 4
     args = replace(args, **{k: v for k, v in values.items() if getattr(args, k) is None})
     if args.corrupt or args.choose == "original":
         args = replace(args, augmentations=("original",))
@@ -440,20 +459,20 @@ def with_lengths(args: Args) -> Args:
 
 def check(args: Args) -> None:
     """UserError for what cannot run, or would run to no purpose."""
-    if not args.augmentations or not set(args.augmentations) <= set(AUGMENTATIONS):
-        given, names = " ".join(args.augmentations), " ".join(AUGMENTATIONS)
+    if not args.augmentations or not set(args.augmentations) <= set(KINDS):
+        given, names = " ".join(args.augmentations), " ".join(KINDS)
         raise UserError(f"--augmentations {given}: expected names out of {names}")
     count = len(set(args.augmentations))
     if not 1 <= args.k <= count:
         raise UserError(f"--k {args.k}: expected 1 to {count}, the candidates of an image")
     if args.choose in ("random", "original"):  # without a rater
         return
-    if args.inner_batch * count < 2:
-        raise UserError("--inner-batch 1: a single candidate always has the weight 1")
+    if count == 1 and not args.corrupt:
+        raise UserError("--augmentations: expected two or more, for the rater to choose from")
+    if args.corrupt and args.inner_batch < 2:
+        raise UserError("--inner-batch 1: a single image always has the weight 1")
     if args.net == "lraspp":
         raise UserError("--net lraspp: torch has no second derivative of its hard sigmoid")
-    if any(side // args.shrink % common.STRIDE for side in args.size):
-        raise UserError(f"--shrink {args.shrink}: --size over it is no multiple of 32")
 
 
 def run(args: Args) -> Result:
@@ -461,42 +480,41 @@ def run(args: Args) -> Result:
     method = f"{method}_corrupt" if args.corrupt else method
     check(with_lengths(common.resolve(args, method)))
     rated = args.choose in ("best", "worst")
-    run = Run(args, method, stages=1 + rated)
+    run = Run(args, method, stages=3 if rated else 1)
     if run.result:
         return run.result
     args, net = with_lengths(run.args), run.network()
     source, amount = common.load(args, "source"), None
     if args.corrupt:
         source, amount = corrupted(source, args.corrupt, args.seed)
-    augmentations = {name: AUGMENTATIONS[name] for name in args.augmentations}
+    augmentations = load_augmentations(args)
 
-    # Part 1: the rater
+    # Parts 1 and 2: the warm-up and the rater
     rater, updates = Rater().to(run.device), ""
     if rated:
         meta_train(run, rater, source, common.load(args, "target_few"), augmentations)
-        turns = [(s + 1, p) for s in range(args.meta_steps) for p in range(args.population)]
-        warm_ups = sum(starts_anew(step, p, args) for step, p in turns)
-        count = len(turns) * args.inner_updates + warm_ups * args.warm_up
-        updates = f"{count} updates of inner networks, {len(turns)} meta-gradients"
+        inner, scored = args.meta_steps * args.inner_updates, len(source) * len(augmentations)
+        updates = f"{args.warm_up} of the warm-up, {inner} of the inner network, "
+        updates += f"{args.meta_steps} meta-gradients, {scored} candidates scored"
 
-    # Part 2: the choice by rank 0, written as the training set that all processes read
+    # Part 3: the choice by rank 0, written as the training set that all processes read
     if common.rank() == 0:
-        candidates = Candidates(source, augmentations, args.seed)
+        candidates = Candidates(source, augmentations, args.seed, run.device)
         scores = np.zeros((len(source), len(augmentations)))  # [N,A], without a rater
         if rated:
-            analyze = analyze_with_individual_augmentations
-            scores = analyze(rater, candidates, args.shrink, run.device)
+            scores = analyze_with_individual_augmentations(rater, candidates)
         choice = chosen(scores, args.k, args.choose, args.seed)
         write_set(run.out / "set", candidates, choice)
         if rated:
             file = run.out / f"best_augmentations_step_{args.meta_steps}.pt"
-            write_choice(file, candidates, scores, choice)
-            draw_rater(run, candidates, scores)
+            write_choice(file, source, list(augmentations), scores, choice)
+            draw_kinds(run, list(augmentations))
+            draw_scores(run, candidates, scores)
         if rated and args.corrupt:
             draw_corruption(run, scores[:, 0], amount)
     common.barrier()
 
-    # Part 3: the segmentation network
+    # Part 4: the segmentation network
     training_set = common.load_set(run.out / "set", source.dataset, args.size)
     common.train(run, net, training_set, args.steps, "source")
     labels = args.labelled if rated else 0
@@ -504,52 +522,44 @@ def run(args: Args) -> Result:
 
 
 # ---- Figures ------------------------------------------------------------------------------------
-def draw_curves(path: Path, lines: list[dict], titles: dict[str, str], label: str) -> None:
-    """Scalars against the meta-step. titles: {name of a scalar: its title}."""
-    figure = common.new_figure(6, 3.5)
-    axis = figure.subplots()
-    for name, title in titles.items():
-        steps, values = [line["step"] for line in lines], [line[name] for line in lines]
-        axis.plot(steps, values, ".-", label=title)
-    axis.set(xlabel="meta-step", ylabel=label)
-    axis.grid(alpha=0.3)
-    axis.legend(frameon=False)
-    common.save_figure(figure, path)
-
-
-def draw_rater(run: Run, candidates: Candidates, scores: np.ndarray) -> None:
-    """Into figures/: meta_losses.png, augmentation_scores.png, and scores.png, five images with all
-    candidates and their scores, the best framed green and the worst red."""
-    folder, kinds = run.out / "figures", list(candidates.augmentations)
+def draw_kinds(run: Run, kinds: list[str]) -> None:
+    """figures/augmentation_scores.png: the mean score of each kind of candidate."""
     lines = [line for line in common.read_scalars(run.out) if "outer_loss" in line]
-    titles = {"outer_loss": "outer: labelled photos", "inner_loss": "inner: source images"}
-    draw_curves(folder / "meta_losses.png", lines, titles, "cross-entropy (nats)")
-    rows = common.spaced(len(scores), 5)
-    if len(kinds) > 1:
-        titles = {f"score_{kind}": kind for kind in kinds}
-        label = "mean score, less that of all"
-        draw_curves(folder / "augmentation_scores.png", lines, titles, label)
-    else:  # different images, from the highest score to the lowest
+    figure = common.new_figure(6, 3.5)
+    axis, steps = figure.subplots(), [line["step"] for line in lines]
+    for kind in kinds:
+        axis.plot(steps, [line[f"score_{kind}"] for line in lines], label=kind)
+    axis.set(xlabel="step", ylabel="mean score, less that of all")
+    axis.legend(frameon=False)
+    common.save_figure(figure, run.out / "figures/augmentation_scores.png")
+
+
+def draw_scores(run: Run, candidates: Candidates, scores: np.ndarray) -> None:
+    """figures/scores.png: five images with all candidates and their scores, the best framed green
+    and the worst red. Where an image has only one: from the highest score to the lowest."""
+    kinds, rows = list(candidates.augmentations), common.spaced(len(scores), 5)
+    if len(kinds) == 1:
         rows = (-scores[:, 0]).argsort(kind="stable")[rows]
     figure = common.new_figure(2.4 * len(kinds), 7.5)
     axes = figure.subplots(len(rows), len(kinds), squeeze=False)
     for i, n in enumerate(rows):
+        block = next(block for block in candidates.blocks() if n in block)
+        versions = candidates.images(block)[n - block.start]  # [A,H,W,3]
         frames = {scores[n].argmin(): "tab:red", scores[n].argmax(): "tab:green"}
         for a, kind in enumerate(kinds):
             axis = axes[i, a]
-            axis.imshow(candidates.image(n, a))
+            axis.imshow(versions[a])
             axis.set_title(f"{kind} {scores[n, a]:+.2g}", fontsize=9)
             axis.set(xticks=[], yticks=[])
             for side in axis.spines.values():
                 side.set(color=frames.get(a), linewidth=4, visible=a in frames and len(kinds) > 1)
-    common.save_figure(figure, folder / "scores.png")
+    common.save_figure(figure, run.out / "figures/scores.png")
 
 
 def draw_corruption(run: Run, scores: np.ndarray, amount: np.ndarray) -> None:
     """figures/corruption.png: the score of each image against its share of random pixels."""
-    area = auroc(scores, amount > 0)
+    area, figure = auroc(scores, amount > 0), common.new_figure(5, 3.5)
     run.say(f"damaged images have lower scores with a probability of {area:.3f} (AUROC)")
-    figure = common.new_figure(5, 3.5)
     axis = figure.subplots()
     axis.scatter(100 * amount, scores, s=8, alpha=0.5)
     axis.set(xlabel="pixels at random (%)", ylabel="score", title=f"AUROC {area:.3f}")

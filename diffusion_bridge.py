@@ -13,7 +13,11 @@ the cosine schedule (arXiv:2202.00512v2). The commands, each with its own --help
 
 The first takes about six minutes on one CPU core and reaches 65 mIoU on the miniature, where
 training on the source alone reaches 44. No label of a photo is used. Every translated set is
-checked: kernel distance to the photos, edges along the masks' borders, what a reader network sees.
+checked: kernel distance to the photos by class, edges along the masks' borders, what a reader
+network sees, how much of the change a plain colour map explains, and the deviation of the noise.
+
+The control `--bridge sdedit` adds noise once and then follows the deterministic flow of the photos;
+SDEdit (arXiv:2108.01073) itself follows the reverse SDE, with new noise in every step.
 
 Letters besides those of common.py: a cell is a patch of pixels, K its channels, h x w the cells of
 an image, S the statistics of appearance. Noise levels are angles a from 0 (the image x) to pi/2
@@ -21,14 +25,16 @@ an image, S the statistics of appearance. Noise levels are angles a from 0 (the 
 """
 
 import copy
-import hashlib
 import json
 import math
+import os
 import shutil
 import sys
 import tomllib
 import typing
+import unicodedata
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import groupby, pairwise
@@ -52,38 +58,61 @@ SOURCE, TARGET = 0, 1  # the domain condition
 class Args(common.Args):
     bridge: Literal["ddib", "sdedit"] = "ddib"
     """ddib: encode along the flow of the source, decode along that of the target. sdedit, the
-    control (arXiv:2108.01073): add noise once, then decode along the flow of the target."""
+    control: add noise once, then decode along the flow of the target."""
     strength: float = 0.97
     """Highest noise level, as a share of the way from the image to pure noise."""
+    noise_floor: float = 0.02
+    """Lowest noise level, on the same scale. Noise of this level is added to an image before it is
+    encoded, since flat areas have no variation that could become noise. Decoding removes it."""
     sample_steps: int | None = None
     """Evaluations of the U-Net to encode, and again to decode. Default: a tenth of --steps, at
-    least 2 and at most 16."""
-    min_agreement: float = 0.0
-    """If the reader agrees with the labels on a smaller share of an image's pixels than this,
-    training ignores the whole image."""
+    least 2 and at most 12."""
     unet_steps: int | None = None
-    """Updates of the U-Net. Default: one and a half times --steps."""
+    """Updates of the U-Net. Default: twice --steps, at large sizes one and a half times."""
     reader_steps: int | None = None
-    """Updates of the reader, a small segmentation network that is trained on the source in the
-    colours of photos. It labels the photos for the U-Net and checks results. Default: --steps."""
+    """Updates of the reader, a small segmentation network that is trained on the source, labels
+    the photos for the U-Net and checks results. Default: half of --steps."""
     reader_color: float = 0.5
     """Share of the reader's images that get the colours of a random photo."""
-    width: int = 32
-    """Channels of the U-Net at its finest level; twice and four times as many at the next two."""
-    patch: Literal[2, 4, 8] = 2
-    """Side in pixels of a cell, whose Haar coefficients are the channels that are diffused."""
+    color: float = 0.0
+    """Share of the translated images that get the colours of a random photo, drawn anew in every
+    update of the segmentation network."""
+    width: int | None = None
+    """Channels of the U-Net at its finest level, twice as many at the second, four times as many
+    from the third on. Default: 32, at large sizes 128."""
+    levels: int | None = None
+    """Resolutions of the U-Net, each half of the one before. Default: 3, at large sizes 4."""
+    patch: Literal[2, 4, 8] | None = None
+    """Side in pixels of a cell, whose Haar coefficients are the channels that are diffused.
+    Default: 2, at large sizes 4."""
     whiten: float = 0.5
     """Each channel is divided by its standard deviation to this power."""
-    unet_lr: float = 2e-3
-    """Initial learning rate of the U-Net's AdamW."""
-    ema: float = 0.995
-    """Decay of the averaged weights of the U-Net, which are the ones that translate."""
+    unet_lr: float | None = None
+    """Initial learning rate of the U-Net's AdamW. Default: 0.002, at large sizes 0.0005."""
+    ema: float = 0.05
+    """Averaging window of the U-Net's weights, as a share of its updates: the decay of their EMA
+    is 1 - 1 / (ema * unet_steps). The averaged weights are the ones that translate."""
     label_confidence: float = 0.5
     """Least probability of the labels that the reader gives to photos."""
 
-    def __post_init__(self) -> None:
-        if not 0 < self.strength <= 1 or self.sample_steps == 0:
-            raise UserError("--strength or --sample-steps: expected above 0, a strength up to 1")
+
+SMALL = {"width": 32, "levels": 3, "patch": 2, "unet_lr": 2e-3}
+LARGE = {"width": 128, "levels": 4, "patch": 4, "unet_lr": 5e-4}
+LARGE_PIXELS = 256 * 256  # images from here on are large: those of the real datasets, for a GPU
+
+
+def fill_in(args: Args) -> Args:
+    """The defaults that depend on --size and --steps."""
+    large = math.prod(args.size) >= LARGE_PIXELS
+    defaults = {**(LARGE if large else SMALL), "reader_steps": math.ceil(args.steps / 2)}
+    defaults["unet_steps"] = math.ceil(args.steps * (1.5 if large else 2))
+    defaults["sample_steps"] = max(2, min(12, args.steps // 10))
+    args = replace(args, **{k: v for k, v in defaults.items() if getattr(args, k) is None})
+    noise_levels(args)  # an error now rather than after the training
+    cell = args.patch * 2 ** (args.levels - 1)
+    if any(side % cell for side in args.size):
+        raise UserError(f"--size {args.size}: --patch and --levels need multiples of {cell}")
+    return args
 
 
 @dataclass(frozen=True)
@@ -104,7 +133,9 @@ class TranslateArgs:
     """ddib encodes and decodes; sdedit adds noise once and decodes."""
     strength: float = 0.97
     """Highest noise level, as a share of the way from the image to pure noise."""
-    sample_steps: int = 16
+    noise_floor: float = 0.02
+    """Lowest noise level, on the same scale; noise of this level is added before encoding."""
+    sample_steps: int = 12
     """Evaluations of the U-Net to encode, and again to decode."""
     min_agreement: float = 0.0
     """Share of an image's pixels on which the reader's result for the translation must equal the
@@ -112,7 +143,7 @@ class TranslateArgs:
     batch_size: int = 16
     """Images of equal size that are translated together."""
     seed: int = 0
-    """Decides, with an image's path, which photo's statistics it gets, and the noise of sdedit."""
+    """Decides, with an image's path, which photo's statistics it gets, and its noise."""
 
 
 # ---- What is diffused, and its conditions -------------------------------------------------------
@@ -124,6 +155,12 @@ def hadamard(x: Tensor) -> Tensor:
     a, b, c, d = x.unflatten(1, (-1, 4)).unbind(dim=2)  # [B,K,h,w] each
     bands = (a + b + c + d, a - b + c - d, a + b - c - d, a - b - c + d)
     return torch.stack(bands, dim=2).flatten(1, 2) / 2
+
+
+def class_shares(labels: Tensor, classes: int, size: Sequence[int]) -> Tensor:
+    """Share of each class in each of h x w cells, 0 where ignored. [B,H,W] -> [B,C,h,w]."""
+    train_ids = torch.arange(classes, device=labels.device).view(-1, 1, 1)
+    return F.adaptive_avg_pool2d((labels[:, None] == train_ids).float(), tuple(size))
 
 
 def luminance(images: Tensor) -> Tensor:
@@ -152,8 +189,7 @@ def appearance(images: Tensor) -> Tensor:
 
 # ---- The U-Net ----------------------------------------------------------------------------------
 def channel_norm(x: Tensor) -> Tensor:
-    """Layer normalisation over the channels of each cell. A norm over the whole image would give
-    other results in a tile than in the whole image."""
+    """Layer normalisation over the channels of a cell, so that the image's size does not matter."""
     return F.layer_norm(x.permute(0, 2, 3, 1), x.shape[1:2]).permute(0, 3, 1, 2)
 
 
@@ -178,37 +214,45 @@ class UNet(nn.Module):
     """v = cos(a) e - sin(a) x from x_a, its angle, and conditions.
 
     x [B,K,h,w], maps [B,C,h,w] shares of the classes in a cell (all 0: not known), angle [B],
-    domain [B] int64, statistics [B,S] -> [B,K,h,w]. h and w are multiples of 4.
+    domain [B] int64, statistics [B,S] -> [B,K,h,w]. h and w are multiples of `stride`.
     """
 
-    def __init__(self, channels: int, classes: int, width: int) -> None:
+    def __init__(self, channels: int, classes: int, width: int, levels: int) -> None:
         super().__init__()
-        w1, w2, w3, e = width, 2 * width, 4 * width, 4 * width
+        widths, e = [width * min(4, 2**level) for level in range(levels)], 4 * width
+        self.stride = 2 ** (levels - 1)
         self.time = nn.Sequential(nn.Linear(16, e), nn.SiLU(), nn.Linear(e, e))
         self.domain, self.statistics = nn.Embedding(2, e), nn.Linear(len(STATISTICS), e)
         self.register_buffer("mean", torch.zeros(len(STATISTICS)))  # of the statistics
         self.register_buffer("std", torch.ones(len(STATISTICS)))
-        self.enter = nn.Conv2d(channels + classes, w1, 3, padding=1)
-        self.down1, self.to2 = ResidualBlock(w1, w1, e), nn.Conv2d(w1, w2, 3, 2, padding=1)
-        self.down2, self.to3 = ResidualBlock(w2, w2, e), nn.Conv2d(w2, w3, 3, 2, padding=1)
-        self.down3, self.middle = ResidualBlock(w3, w3, e), ResidualBlock(w3, w3, e)
-        self.up2, self.up1 = ResidualBlock(w3 + w2, w2, e), ResidualBlock(w2 + w1, w1, e)
-        self.leave = nn.Conv2d(w1, channels, 3, padding=1)
+        self.enter = nn.Conv2d(channels + classes, width, 3, padding=1)
+        self.down = nn.ModuleList(ResidualBlock(w, w, e) for w in widths)
+        self.shrink = nn.ModuleList(
+            nn.Conv2d(fine, coarse, 3, 2, padding=1) for fine, coarse in pairwise(widths)
+        )
+        self.middle = ResidualBlock(widths[-1], widths[-1], e)
+        self.up = nn.ModuleList(
+            ResidualBlock(coarse + fine, fine, e) for fine, coarse in pairwise(widths)
+        )
+        self.leave = nn.Conv2d(width, channels, 3, padding=1)
         nn.init.zeros_(self.leave.weight)
 
     def forward(
         self, x: Tensor, maps: Tensor, angle: Tensor, domain: Tensor, statistics: Tensor
     ) -> Tensor:
-        waves = angle[:, None] * 2.0 ** torch.arange(8, device=angle.device)  # [B,8]
-        e = self.time(torch.cat([waves.sin(), waves.cos()], dim=1))
-        normalised = (statistics - self.mean) / self.std
-        e = F.silu(e + self.domain(domain) + self.statistics(normalised))
-        x1 = self.down1(self.enter(torch.cat([x, maps], dim=1)), e)  # [B,w1,h,w]
-        x2 = self.down2(self.to2(x1), e)  # [B,w2,h/2,w/2]
-        y = self.down3(self.to3(x2), e)  # [B,w3,h/4,w/4]
+        with torch.autocast(x.device.type, enabled=False):  # bfloat16 would blur the angle
+            waves = angle[:, None] * 2.0 ** torch.arange(8, device=angle.device)  # [B,8]
+            e = self.time(torch.cat([waves.sin(), waves.cos()], dim=1))
+            normalised = (statistics - self.mean) / self.std
+            e = F.silu(e + self.domain(domain) + self.statistics(normalised))  # [B,E]
+        y = self.down[0](self.enter(torch.cat([x, maps], dim=1)), e)  # [B,width,h,w]
+        skips = []
+        for shrink, down in zip(self.shrink, self.down[1:], strict=True):
+            skips.append(y)
+            y = down(shrink(y), e)  # half as high and wide
         y = self.middle(y, e)
-        y = self.up2(torch.cat([F.interpolate(y, scale_factor=2.0), x2], dim=1), e)
-        y = self.up1(torch.cat([F.interpolate(y, scale_factor=2.0), x1], dim=1), e)
+        for up, skip in zip(reversed(self.up), reversed(skips), strict=True):
+            y = up(torch.cat([F.interpolate(y, scale_factor=2.0), skip], dim=1), e)
         return self.leave(F.silu(channel_norm(y))).float()
 
 
@@ -217,8 +261,8 @@ def flow(velocity: Callable[[Tensor, float], Tensor], x: Tensor, angles: Sequenc
     """The probability flow dx/da = v(x, a) along `angles`, rising to encode, falling to decode.
 
     x [B,K,h,w] at the first angle -> at the last. The first step is that of DDIM
-    (arXiv:2202.00512v2, app. D). From the second step on, we extrapolate image and noise linearly
-    to the angle in the middle of the step, so that the solver is of second order.
+    (arXiv:2202.00512v2, app. D). From then on, we extrapolate image and noise linearly to the
+    middle of the step, so that the solver is of second order.
     """
     previous, last = None, 0.0
     for a, b in pairwise(angles):
@@ -232,58 +276,38 @@ def flow(velocity: Callable[[Tensor, float], Tensor], x: Tensor, angles: Sequenc
     return x
 
 
-def tile_starts(size: int, tile: int) -> list[int]:
-    """Where tiles begin that cover `size` cells and overlap by about a quarter.
+def noise_levels(args: Args | TranslateArgs) -> list[float]:
+    """Angles from --noise-floor to --strength, whose distances grow from step to step.
 
-    All are multiples of 4, the stride of the U-Net, so that coarse cells are those of the image.
+    What varies by s in the data (little, in a sky) becomes noise or detail at angles near s. Equal
+    steps jump over these angles, and the noise of flat areas then has a deviation far below 1.
     """
-    count = 1 + math.ceil((size - tile) / max(4, tile * 3 // 4))
-    return [(size - tile) * i // max(1, count - 1) // 4 * 4 for i in range(count)]
-
-
-def tiled(
-    predict: Callable[[Tensor, Tensor], Tensor], x: Tensor, maps: Tensor, tile: Sequence[int]
-) -> Tensor:
-    """predict(x [B,K,h,w], maps [B,C,h,w]) -> [B,K,h,w], in tiles of at most `tile` cells whose
-    predictions are blended in every step (MultiDiffusion, arXiv:2302.08113)."""
-    h, w = x.shape[2:]
-    sides = min(tile[0], h), min(tile[1], w)
-    if sides == (h, w):
-        return predict(x, maps)
-    ramps = []  # 1 at a tile's border, rising over a quarter of its side
-    for side in sides:
-        to_border = torch.minimum(torch.arange(side), torch.arange(side).flip(0)) + 1
-        ramps.append(to_border.clamp(max=side // 4 + 1) ** 2)
-    weight = common.to_device(ramps[0][:, None] * ramps[1], x.device)  # [tile_h,tile_w]
-    total, weights = torch.zeros_like(x), torch.zeros_like(x[:1, :1])
-    for top in tile_starts(h, sides[0]):
-        for left in tile_starts(w, sides[1]):
-            box = (..., slice(top, top + sides[0]), slice(left, left + sides[1]))
-            total[box] += weight * predict(x[box], maps[box])
-            weights[box] += weight
-    return total / weights
+    if not 0 <= args.noise_floor < args.strength <= 1 or args.sample_steps < 1:
+        flags = "--noise-floor, --strength or --sample-steps"
+        raise UserError(f"{flags}: expected 0 <= floor < strength <= 1, and at least one step")
+    low, high = args.noise_floor * math.pi / 2, args.strength * math.pi / 2
+    return (low + (high - low) * np.linspace(0, 1, args.sample_steps + 1) ** 2).tolist()
 
 
 # ---- The bridge ---------------------------------------------------------------------------------
 class Bridge(nn.Module):
     """All that a translation needs: U-Net, reader, and statistics of the data.
 
-    config: patch, width, classes (names), size, unet_steps. `photo_statistics` [N,S] and
-    `photo_features` [N,2D] are those of the training photos.
+    config: patch, width, levels, classes (names), size, unet_steps. `photo_statistics` [N,S] and
+    `photo_features` [N,C,D] are those of the training photos.
     """
 
     def __init__(self, config: dict[str, Any], photos: int) -> None:
         super().__init__()
         self.config, classes = config, len(config["classes"])
         channels, statistics = 3 * config["patch"] ** 2, len(STATISTICS)
-        self.levels = int(math.log2(config["patch"]))
-        self.unet = UNet(channels, classes, config["width"])
+        self.unet = UNet(channels, classes, config["width"], config["levels"])
         self.reader = Network("tiny", classes)
-        features = 2 * self.reader.body.head.in_channels
+        features = self.reader.body.head.in_channels
         self.register_buffer("mean", torch.zeros(channels, 1, 1))
         self.register_buffer("scale", torch.ones(channels, 1, 1))
         self.register_buffer("photo_statistics", torch.zeros(photos, statistics))
-        self.register_buffer("photo_features", torch.zeros(photos, features))
+        self.register_buffer("photo_features", torch.zeros(photos, classes, features))
         self.to(memory_format=torch.channels_last)
 
     def encode(self, images: Tensor) -> Tensor:
@@ -292,96 +316,84 @@ class Bridge(nn.Module):
         images [B,3,H,W] in [0,1] -> [B,K,h,w] with K = 3 patch^2, h = H / patch, w = W / patch.
         """
         x = 2 * images - 1
-        for _ in range(self.levels):
+        for _ in range(int(math.log2(self.config["patch"]))):
             x = hadamard(F.pixel_unshuffle(x, 2))
         return (x - self.mean) / self.scale
 
     def decode(self, x: Tensor) -> Tensor:
         x = x * self.scale + self.mean
-        for _ in range(self.levels):
+        for _ in range(int(math.log2(self.config["patch"]))):
             x = F.pixel_shuffle(hadamard(x), 2)
         return (x + 1) / 2
-
-    def class_maps(self, labels: Tensor) -> Tensor:
-        """Share of each class in each cell. labels [B,H,W] train ids or IGNORE -> [B,C,h,w]."""
-        classes = torch.arange(len(self.config["classes"]), device=labels.device).view(-1, 1, 1)
-        one_hot = (labels[:, None] == classes).float()  # [B,C,H,W], all 0 where ignored
-        return F.avg_pool2d(one_hot, self.config["patch"])
 
     @torch.inference_mode()
     def translate(
         self, images: Tensor, labels: Tensor, names: Sequence[str], args: Args | TranslateArgs
-    ) -> Tensor:
-        """images [B,3,H,W] in [0,1] of the source, labels [B,H,W] -> [B,3,H,W] in [0,1].
+    ) -> tuple[Tensor, Tensor]:
+        """images [B,3,H,W] in [0,1] of the source, labels [B,H,W] -> [B,3,H,W] in [0,1], and the
+        deviation from 0 of each image's noise [B], which is 1 in a bridge without error.
 
-        What is random depends on --seed and the image's name alone. Large images are tiled.
+        What is random depends on --seed and the image's name alone. H and W are any.
         """
-        (h, w), patch = images.shape[2:], self.config["patch"]
-        padding = (0, -w % (4 * patch), 0, -h % (4 * patch))
+        (h, w), patch, stride = images.shape[2:], self.config["patch"], self.unet.stride
+        padding = (0, -w % (stride * patch), 0, -h % (stride * patch))
         x = self.encode(F.pad(images, padding, mode="replicate"))  # [B,K,h,w]
-        maps = self.class_maps(F.pad(labels, padding, value=common.IGNORE))  # [B,C,h,w]
-        tile = [max(4, side // patch // 4 * 4) for side in self.config["size"]]
-        # Each image gets the statistics of a random photo.
-        rngs = [common.generator(args.seed, name) for name in names]
-        photos = [int(torch.randint(len(self.photo_statistics), (), generator=g)) for g in rngs]
+        labels = F.pad(labels, padding, value=common.IGNORE)
+        maps = class_shares(labels, len(self.config["classes"]), x.shape[2:])  # [B,C,h,w]
+        # Each image gets the statistics of a random photo, and noise of its own.
+        rngs = [torch.Generator(x.device).manual_seed(common.seed_of(args.seed, n)) for n in names]
+        noise = torch.stack([torch.randn(x.shape[1:], generator=g, device=x.device) for g in rngs])
+        n = len(self.photo_statistics)
+        photos = [common.seed_of(args.seed, name, "photo") % n for name in names]
         source, target = appearance(images), self.photo_statistics[photos]  # [B,S]
 
         def velocity(x: Tensor, angle: float, domain: int, statistics: Tensor) -> Tensor:
             angles = x.new_full((len(x),), angle)
             domains = torch.full((len(x),), domain, device=x.device)
-            predict = partial(self.unet, angle=angles, domain=domains, statistics=statistics)
-            return tiled(predict, x, maps, tile)
+            return self.unet(x, maps, angles, domains, statistics)
 
-        angles = np.linspace(0, args.strength * math.pi / 2, args.sample_steps + 1).tolist()
+        angles = noise_levels(args)
+        start = angles[0] if args.bridge == "ddib" else angles[-1]
+        x = math.cos(start) * x + math.sin(start) * noise
         if args.bridge == "ddib":  # arXiv:2203.08382v4, algorithm 1
             x = flow(partial(velocity, domain=SOURCE, statistics=source), x, angles)
-        else:
-            noise = torch.stack([torch.randn(x.shape[1:], generator=rng) for rng in rngs])
-            x = math.cos(angles[-1]) * x + math.sin(angles[-1]) * noise.to(x)
-        x = flow(partial(velocity, domain=TARGET, statistics=target), x, angles[::-1])
-        return self.decode(x)[:, :, :h, :w].clamp(0, 1)
-
-
-def digest(config: dict[str, Any], state: dict[str, Tensor]) -> str:
-    """SHA-256 of configuration and weights."""
-    result = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-    for name, value in sorted(state.items()):
-        result.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
-    return result.hexdigest()
+        deviation = x.square().mean(dim=(1, 2, 3)).sqrt()  # [B]
+        down = angles[::-1] if angles[0] == 0 else [*angles[::-1], 0.0]
+        x = flow(partial(velocity, domain=TARGET, statistics=target), x, down)
+        return self.decode(x)[:, :, :h, :w].clamp(0, 1), deviation
 
 
 def load_bridge(path: Path, device: str | torch.device) -> Bridge:
-    """A bridge.pt; UserError for any other file, or if it has been changed."""
+    """A bridge.pt; UserError for any other file."""
     checkpoint = common.read_checkpoint(path)
     if "bridge" not in checkpoint:
         raise UserError(f"{path}: a checkpoint without a bridge, expected bridge.pt of a training")
-    config, state = checkpoint["config"], checkpoint["bridge"]
-    if digest(config, state) != checkpoint["sha256"]:
-        raise UserError(f"{path}: weights or configuration were changed after they were written")
-    bridge = Bridge(config, len(state["photo_statistics"]))
-    bridge.load_state_dict(state)
+    bridge = Bridge(checkpoint["config"], len(checkpoint["bridge"]["photo_statistics"]))
+    bridge.load_state_dict(checkpoint["bridge"])
     return bridge.to(device).eval().requires_grad_(False)
 
 
 # ---- Training -----------------------------------------------------------------------------------
-def train_bridge(run: Run, source: Split, photos: Split) -> Bridge:
+def recolor(images: Tensor, photos: Split, share: float, rng: torch.Generator) -> Tensor:
+    """A share of the images gets the colours of random photos. [B,3,H,W] -> [B,3,H,W]."""
+    style = common.random_images(photos, len(images), rng, images.device)  # [B,3,H,W]
+    chosen = common.draw(rng, len(images), 1, 1, 1) < share
+    recolored = common.color_transfer(images, style).clamp(0, 1)
+    return torch.where(common.to_device(chosen, images.device), recolored, images)
+
+
+def train_bridge(run: Run, args: Args, source: Split, photos: Split) -> Bridge:
     """Trains the reader, then the U-Net, in two stages of the run. Writes OUT/bridge.pt."""
-    args, device = run.args, run.device
-    reader_steps = args.steps if args.reader_steps is None else args.reader_steps
-    unet_steps = args.steps * 3 // 2 if args.unet_steps is None else args.unet_steps
-    config = {"patch": args.patch, "width": args.width, "unet_steps": unet_steps}
+    device = run.device
+    config = {name: getattr(args, name) for name in ("patch", "width", "levels", "unet_steps")}
     config |= {"classes": list(run.classes), "size": list(args.size)}
     bridge = Bridge(config, len(photos)).to(device)
 
     # Step 1: the reader is trained on the source in the colours of photos, and labels the photos.
-    def recolor(images: Tensor, rng: torch.Generator) -> Tensor:
-        style = common.random_images(photos, len(images), rng, device)  # [B,3,H,W]
-        chosen = common.draw(rng, len(images), 1, 1, 1) < args.reader_color
-        recolored = common.color_transfer(images, style).clamp(0, 1)
-        images = torch.where(common.to_device(chosen, device), recolored, images)
-        return common.random_augmentation(images, rng)
+    def augment(images: Tensor, rng: torch.Generator) -> Tensor:
+        return common.random_augmentation(recolor(images, photos, args.reader_color, rng), rng)
 
-    common.train(run, bridge.reader, source, reader_steps, "reader", recolor, evaluated=False)
+    common.train(run, bridge.reader, source, args.reader_steps, "reader", augment, evaluated=False)
     bridge.reader.eval()
     if common.world_size() > 1:  # each process has measured its own batch statistics
         for buffer in bridge.reader.buffers():
@@ -397,23 +409,21 @@ def train_bridge(run: Run, source: Split, photos: Split) -> Bridge:
     sample = common.to_tensor(np.concatenate(sample), device)  # about 200 images
     x, values = bridge.encode(sample), appearance(sample)
     bridge.unet.mean.copy_(values.mean(dim=0))
-    bridge.unet.std.copy_(values.std(dim=0))
+    bridge.unet.std.copy_(values.std(dim=0).clamp(min=1e-3))  # where all images are alike
     bridge.mean.copy_(x.mean(dim=(0, 2, 3))[:, None, None])
-    bridge.scale.copy_(x.std(dim=(0, 2, 3))[:, None, None] ** args.whiten)
+    bridge.scale.copy_(x.std(dim=(0, 2, 3))[:, None, None].clamp(min=1e-3) ** args.whiten)
 
     # Step 3: the U-Net.
-    train_unet(run, bridge, source, photos, unet_steps)
+    train_unet(run, args, bridge, source, photos)
     if common.rank() == 0:
-        state = bridge.state_dict()
-        content = {"config": config, "bridge": state, "sha256": digest(config, state)}
-        common.save_checkpoint(run.out / "bridge.pt", **content)
+        common.save_checkpoint(run.out / "bridge.pt", config=config, bridge=bridge.state_dict())
     return bridge.eval().requires_grad_(False)
 
 
-def train_unet(run: Run, bridge: Bridge, source: Split, photos: Split, steps: int) -> None:
+def train_unet(run: Run, args: Args, bridge: Bridge, source: Split, photos: Split) -> None:
     """Squared error of v at random angles. It ends with the averaged weights in the bridge."""
-    args, device, unet = run.args, run.device, bridge.unet
-    half = args.batch_size // 2
+    device, unet, steps, half = run.device, bridge.unet, args.unet_steps, args.batch_size // 2
+    decay = 1 - 1 / max(1, args.ema * steps)
     source_loader = common.Loader(source, half, device, args.seed, "unet source")
     photo_loader = common.Loader(photos, args.batch_size - half, device, args.seed, "unet photos")
     average = copy.deepcopy(unet).requires_grad_(False)
@@ -427,23 +437,21 @@ def train_unet(run: Run, bridge: Bridge, source: Split, photos: Split, steps: in
         # Step 1: a batch, half source and half photos; each image is flipped or not at random
         (images, labels), (photo_images, photo_labels) = source_loader(step), photo_loader(step)
         domain = torch.tensor([SOURCE] * len(images) + [TARGET] * len(photo_images))  # [B]
-        images = torch.cat([images, photo_images])  # [B,3,H,W]
-        labels = torch.cat([labels, photo_labels])  # [B,H,W]
+        images, labels = torch.cat([images, photo_images]), torch.cat([labels, photo_labels])
         images, labels = common.crop_flip(images, labels, rng, zoom=1.0)
 
-        # Step 2: the conditions
+        # Step 2: what is diffused, and the conditions
         domain = common.to_device(domain, device)
-        maps = bridge.class_maps(labels)  # [B,C,h,w]
-        statistics = appearance(images)  # [B,S]
+        x, statistics = bridge.encode(images), appearance(images)  # [B,K,h,w], [B,S]
+        maps = class_shares(labels, len(run.classes), x.shape[2:])  # [B,C,h,w]
 
         # Step 3: noise. Each of B equal parts of the range has one angle: the loss varies less.
         order = torch.randperm(len(images), generator=rng)
         angle = (order + common.draw(rng, len(images))) / len(images) * math.pi / 2
         angle = common.to_device(angle, device)  # [B]
         cos, sin = angle.cos()[:, None, None, None], angle.sin()[:, None, None, None]
-        x = bridge.encode(images)  # [B,K,h,w]
-        noise_rng = torch.Generator(device)  # drawn on the device, which is faster
-        noise_rng.manual_seed(common.seed_of(args.seed, "unet noise", step, common.rank()))
+        seed = common.seed_of(args.seed, "unet noise", step, common.rank())
+        noise_rng = torch.Generator(device).manual_seed(seed)  # on the device, which is faster
         noise = torch.randn(x.shape, generator=noise_rng, device=device)
 
         # Step 4: the U-Net and its average. v = cos(a) e - sin(a) x (arXiv:2202.00512v2)
@@ -454,7 +462,7 @@ def train_unet(run: Run, bridge: Bridge, source: Split, photos: Split, steps: in
         loss.backward()
         nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
         optimizer.step()
-        common.update_ema(average, unet, min(args.ema, step / (step + 9)))
+        common.update_ema(average, unet, min(decay, step / (step + 9)))
         run.log(step, unet_loss=loss, unet_lr=lr)
     unet.load_state_dict(average.state_dict())
 
@@ -462,11 +470,16 @@ def train_unet(run: Run, bridge: Bridge, source: Split, photos: Split, steps: in
 # ---- Checks -------------------------------------------------------------------------------------
 @torch.no_grad()
 def read(
-    net: Network, images: np.ndarray, device: torch.device, threshold: float = 0.0
+    net: Network,
+    images: np.ndarray,
+    device: torch.device,
+    threshold: float = 0.0,
+    labels: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """What the reader sees in images, uint8 [N,H,W,3] -> the likeliest classes, uint8 [N,H,W],
-    IGNORE where their probability is below the threshold; and features, float32 [N,2D]: mean and
-    deviation of the input of its last layer."""
+    IGNORE where their probability is below the threshold; and features, float32 [N,C,D]: the mean
+    input of its last layer in the region of each class, NaN where the class covers less than a
+    hundredth of the image. The regions are those of `labels` [N,H,W], or of the classes."""
     inputs, classes, features = [], [], []
     hook = net.body.head.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
     for i in range(0, len(images), 16):
@@ -474,8 +487,12 @@ def read(
         confidence, best = logits.softmax(dim=1).max(dim=1)  # [B,H,W] each
         best = torch.where(confidence >= threshold, best, common.IGNORE)
         classes.append(best.byte().cpu().numpy())
-        x = inputs.pop().flatten(2).float()  # [B,D,hw]
-        features.append(torch.cat([x.mean(dim=2), x.std(dim=2)], dim=1).cpu().numpy())
+        regions = best if labels is None else torch.from_numpy(labels[i : i + 16]).to(device)
+        x = inputs.pop().float()  # [B,D,h,w]
+        shares = class_shares(regions, net.num_classes, x.shape[2:]).flatten(2)  # [B,C,hw]
+        mean = shares @ x.flatten(2).mT / shares.sum(dim=2, keepdim=True)  # [B,C,D]
+        mean[shares.mean(dim=2) < 0.01] = math.nan
+        features.append(mean.cpu().numpy())
     hook.remove()
     return np.concatenate(classes), np.concatenate(features)
 
@@ -495,6 +512,35 @@ def kernel_distance(x: np.ndarray, y: np.ndarray) -> float:
     within_x = (xx.sum() - xx.trace()) / (n * (n - 1))
     within_y = (yy.sum() - yy.trace()) / (m * (m - 1))
     return float(within_x + within_y - 2 * xy.mean())
+
+
+def region_distances(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Kernel distance of each class's region, NaN where fewer than 8 images of a set have it.
+
+    x [N,C,D], y [M,C,D], with NaN where an image lacks the class -> [C].
+    """
+    result = np.full(x.shape[1], math.nan)
+    for c in range(x.shape[1]):
+        a, b = (z[~np.isnan(z[:, c, 0]), c] for z in (x, y))
+        if min(len(a), len(b)) >= 8:
+            result[c] = kernel_distance(a, b)
+    return result
+
+
+def affine_share(before: np.ndarray, after: np.ndarray) -> float:
+    """Share of the change that an affine map of each image's colours explains, 1 of a colour
+    transfer. NaN where nothing has changed. uint8 [N,H,W,3] twice.
+
+    It is 1 - sum |y - A x - b|^2 / sum |y - x|^2, A and b by least squares in each image.
+    """
+    left, change = 0.0, 0.0
+    for old, new in zip(before, after, strict=True):
+        x = old.reshape(-1, 3).astype(np.float64)
+        y = new.reshape(-1, 3) - x
+        x = np.column_stack([x, np.ones(len(x))])
+        left += np.square(y - x @ np.linalg.lstsq(x, y, rcond=None)[0]).sum()
+        change += np.square(y).sum()
+    return float(1 - left / change) if change else math.nan
 
 
 def borders(labels: np.ndarray) -> np.ndarray:
@@ -529,42 +575,58 @@ def agreement(classes: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 CHECKS = {  # what each of them measures, and whether more of it is better
-    "kid": ("kernel distance to the photos", False),
+    "kid": ("kernel distance to the photos, features of a small network, not Inception", False),
     "edges": ("image edges along the borders of the masks", True),
     "agreement": ("pixels that the reader reads as labelled", True),
 }
-FEW_UPDATES = 300  # of the U-Net; a bridge of fewer adds noise and little else
+FEW_UPDATES = 500  # of the U-Net; a bridge of fewer adds noise and little else
 
 
 def check(
     bridge: Bridge, before: np.ndarray, after: np.ndarray, masks: np.ndarray, labelled: bool
-) -> dict[str, float | None]:
+) -> dict[str, Any]:
     """CHECKS of a translated set; None where one cannot be measured. before, after: uint8
     [N,H,W,3]; masks [N,H,W]: train ids if `labelled`, else any ids."""
-    table, photos = {}, bridge.photo_features.cpu().numpy()
+    table, photos, device = {}, bridge.photo_features.cpu().numpy(), bridge.mean.device
+    regions = masks if labelled else read(bridge.reader, before, device)[0]
+    kid = {}
     for when, images in (("before", before), ("after", after)):
-        classes, features = read(bridge.reader, images, bridge.mean.device)
-        table[f"kid_{when}"] = kernel_distance(features, photos)
+        classes, features = read(bridge.reader, images, device, labels=regions)
+        kid[when] = region_distances(features, photos)
         edges = np.array([edge_agreement(i, m) for i, m in zip(images, masks, strict=True)])
         table[f"edges_{when}"] = math.nan if np.isnan(edges).all() else float(np.nanmean(edges))
         if labelled:
             table[f"agreement_{when}"] = float(agreement(classes, masks).mean())
-    return {key: None if math.isnan(value) else value for key, value in table.items()}
+    measured = ~np.isnan(kid["before"] + kid["after"])
+    for when, distances in kid.items():
+        table[f"kid_{when}"] = float(distances[measured].mean()) if measured.any() else math.nan
+    table["affine_share"] = affine_share(before, after)
+    table = {key: None if math.isnan(value) else value for key, value in table.items()}
+    pairs = np.stack([kid["before"], kid["after"]], axis=1)[measured].tolist()
+    names = np.array(bridge.config["classes"])[measured]
+    return table | {"kid_of_classes": dict(zip(names.tolist(), pairs, strict=True))}
 
 
 def verdict(table: dict[str, Any], unet_steps: int) -> list[str]:
-    """What the checks say, in lines of words."""
-    lines, improved, measured = [], 0, 0
+    """What the checks say, in lines of words. The last line is the verdict."""
+    lines, results = [], {"better": [], "worse": []}
     for key, (meaning, more_is_better) in CHECKS.items():
         before, after = table.get(f"{key}_before"), table.get(f"{key}_after")
-        if before is None or after is None:
-            continue
-        better = (after > before) == more_is_better
-        improved, measured = improved + better, measured + 1
-        lines.append(f"{meaning}: {before:.3f} -> {after:.3f}, {'better' if better else 'worse'}")
-    lines.append(f"verdict: {improved} of {measured} checks improved, {table['left_out']} left out")
-    if unet_steps < FEW_UPDATES:
-        lines.append(f"{unet_steps} updates of the U-Net are too few: this is not a bridge yet")
+        if before is not None and after is not None:
+            result = "better" if (after > before) == more_is_better else "worse"
+            results[result].append(key)
+            lines.append(f"{key}: {meaning}: {before:.3f} -> {after:.3f}, {result}")
+    if table["kid_of_classes"]:
+        pairs = table["kid_of_classes"].items()
+        lines.append("kid: " + ", ".join(f"{name} {b:.1f} -> {a:.1f}" for name, (b, a) in pairs))
+    share = table["affine_share"]
+    if share is not None:
+        kind = f"{'little' if share > 0.5 else 'much'} more than a colour transfer"
+        lines.append(f"{share:.2f} of the change is an affine map of an image's colours: {kind}")
+    lines.append(f"deviation of the encoded noise: {table['noise_deviation']:.2f} (1 is right)")
+    text = ", ".join(f"{key} {result}" for result, keys in results.items() for key in keys)
+    few = f"; {unet_steps} updates of the U-Net are too few: this is no bridge yet"
+    lines.append(f"verdict: {text or 'nothing to compare'}{few * (unet_steps < FEW_UPDATES)}")
     return lines
 
 
@@ -585,65 +647,67 @@ def draw_translations(path: Path, columns: dict[str, np.ndarray], masks: np.ndar
 # ---- The benchmark's row ------------------------------------------------------------------------
 def translate_set(run: Run, args: Args, bridge: Bridge, source: Split) -> None:
     """The source translated into OUT/set. Each process translates its share of every batch."""
-    folder, device = run.out / "set", run.device
+    folder, n = run.out / "set", args.batch_size
     if common.rank() == 0:
         images = common.create_array(folder / "images.npy", source.images.shape)
-        labels = common.create_array(folder / "labels.npy", source.labels.shape)
-    n = args.batch_size
     for step in run.steps("translate", math.ceil(len(source) / n)):
         batch = np.arange((step - 1) * n, min(step * n, len(source)))
-        result = torch.zeros(len(batch), *args.size, 3, dtype=torch.uint8, device=device)
+        result = torch.zeros(len(batch), *args.size, 3, dtype=torch.uint8, device=run.device)
         own = np.array_split(np.arange(len(batch)), common.world_size())[common.rank()]
         if len(own):
-            old = common.to_tensor(source.images[batch[own]], device)  # [B,3,H,W]
-            old_labels = torch.from_numpy(source.labels[batch[own]]).to(device).long()  # [B,H,W]
-            names = [source.names[i] for i in batch[own]]
-            with run.autocast():
-                new = bridge.translate(old, old_labels, names, args)
-            result[own] = torch.from_numpy(common.to_uint8(new)).to(device)
+            new, _ = translate_rows(run, args, bridge, source, batch[own])
+            result[own] = torch.from_numpy(common.to_uint8(new)).to(run.device)
         if common.world_size() > 1:
             torch.distributed.all_reduce(result)  # a sum: each image is 0 in all processes but one
         if common.rank() == 0:
             images[batch] = result.cpu().numpy()
-            classes, _ = read(bridge.reader, images[batch], device)
-            agrees = agreement(classes, source.labels[batch]) >= args.min_agreement
-            labels[batch] = np.where(agrees[:, None, None], source.labels[batch], common.IGNORE)
     if common.rank() == 0:
         images.flush()
-        common.save_set(folder, source, labels, source.names)
+        common.save_set(folder, source, source.labels, source.names)
+    common.barrier()  # until rank 0 has written the set
+
+
+def translate_rows(run: Run, args: Args, bridge: Bridge, source: Split, indices: np.ndarray):
+    """`Bridge.translate` of these images of the source."""
+    images = common.to_tensor(source.images[indices], run.device)  # [B,3,H,W]
+    labels = torch.from_numpy(source.labels[indices]).to(run.device).long()  # [B,H,W]
+    with run.autocast():
+        return bridge.translate(images, labels, [source.names[i] for i in indices], args)
 
 
 def run(args: Args) -> Result:
     run = Run(args, "diffusion_bridge", stages=4)
     if run.result:
         return run.result
-    args, net = run.args, run.network()
-    if args.sample_steps is None:
-        args = replace(args, sample_steps=max(2, min(16, args.steps // 10)))
+    args, net = fill_in(run.args), run.network()
     source, photos = common.load(args, "source"), common.load(args, "target_unlabelled")
-    bridge = train_bridge(run, source, photos)
+    bridge = train_bridge(run, args, source, photos)
     translate_set(run, args, bridge, source)
-    common.barrier()  # until rank 0 has written the set
     translated = common.load_set(run.out / "set", source.dataset, args.size)
-    left_out = int((translated.labels == common.IGNORE).all(axis=(1, 2)).sum())
-    if left_out == len(translated):
-        raise UserError(f"--min-agreement {args.min_agreement}: no image agrees so well")
     if common.rank() == 0:
-        part = slice(None, None, math.ceil(len(source) / 1000))
+        part = np.arange(0, len(source), math.ceil(len(source) / 1000))
         before, after, labels = source.images[part], translated.images[part], source.labels[part]
-        table = check(bridge, before, after, labels, True) | {"left_out": left_out}
-        run.say("\n".join(verdict(table, bridge.config["unet_steps"])))
+        table = check(bridge, before, after, labels, True)
+        _, noise = translate_rows(run, args, bridge, source, part[: args.batch_size])
+        table["noise_deviation"] = float(noise.mean())
+        run.say("\n".join(verdict(table, args.unet_steps)))
         common.write_json(run.out / "checks.json", table)
         columns = {"source": before, "translated": after, "photo": photos.images}
         draw_translations(run.out / "figures/translation.png", columns, labels)
-    common.train(run, net, translated, args.steps, "segmenter")
-    return run.finish(net, 0, other_updates=f"{bridge.config['unet_steps']} U-Net updates")
+
+    def augment(images: Tensor, rng: torch.Generator) -> Tensor:
+        return recolor(images, photos, args.color, rng) if args.color else images
+
+    common.train(run, net, translated, args.steps, "segmenter", augment)
+    other = f"{args.unet_steps} U-Net updates, {args.reader_steps} of the reader"
+    return run.finish(net, 0, other_updates=other)
 
 
 def train(args: Args) -> None:
     """The command `train`: reader and U-Net, into OUT/bridge.pt."""
     run = Run(args, "diffusion_bridge_train", stages=2)
-    train_bridge(run, common.load(run.args, "source"), common.load(run.args, "target_unlabelled"))
+    source, photos = (common.load(run.args, role) for role in ("source", "target_unlabelled"))
+    train_bridge(run, fill_in(run.args), source, photos)
     run.say(f"written: {run.out / 'bridge.pt'}")
 
 
@@ -660,9 +724,10 @@ class Pair(NamedTuple):
 
 
 def find_pairs(inputs: Path, mask_dir: Path) -> tuple[list[Pair], int]:
-    """Images with their masks, sorted by size and path, and the number of other files.
+    """Images with their masks, sorted by size and path, and the number of other files: those of
+    other programs, and masks without an image.
 
-    UserError where the two do not match, or where masks would overwrite images.
+    UserError for an image without a mask, or where masks would overwrite images.
     """
     both, ignored = [], 0
     for folder, other in ((inputs, mask_dir), (mask_dir, inputs)):
@@ -671,7 +736,7 @@ def find_pairs(inputs: Path, mask_dir: Path) -> tuple[list[Pair], int]:
             relative = path.relative_to(folder)
             if path.is_dir() or (other.is_relative_to(folder) and path.is_relative_to(other)):
                 continue
-            stem = relative.with_suffix("").as_posix()
+            stem = unicodedata.normalize("NFC", relative.with_suffix("").as_posix())
             foreign = any(part[0] in ".@" for part in relative.parts)  # of other programs
             if foreign or path.suffix.lower() not in SUFFIXES:
                 ignored += 1
@@ -683,13 +748,12 @@ def find_pairs(inputs: Path, mask_dir: Path) -> tuple[list[Pair], int]:
     images, masks = both
     if not images:
         raise UserError(f"{inputs}: no image, expected files with {' '.join(SUFFIXES)}")
-    for these, those, folder in ((images, masks, mask_dir), (masks, images, inputs)):
-        for stem in sorted(these.keys() - those.keys()):
-            raise UserError(f"{these[stem]}: has no partner, expected {folder / stem}.*")
     mask_below = mask_dir.relative_to(inputs) if mask_dir.is_relative_to(inputs) else Path("masks")
     pairs = []
-    for stem in sorted(images):
-        image, mask = images[stem], masks[stem]
+    for stem, image in sorted(images.items()):
+        if stem not in masks:
+            raise UserError(f"{image}: has no mask, --mask-dir needs {mask_dir / stem}.*")
+        mask = masks[stem]
         with common.open_image(image, False) as picture, common.open_image(mask, False) as other:
             size, mask_size = picture.size, other.size
         if size != mask_size:
@@ -699,6 +763,7 @@ def find_pairs(inputs: Path, mask_dir: Path) -> tuple[list[Pair], int]:
     same = {pair.name for pair in pairs} & {pair.mask_name for pair in pairs}
     if same:
         raise UserError(f"{mask_dir}: masks would overwrite images, such as {min(same)}")
+    ignored += len(masks.keys() - images.keys())
     return sorted(pairs, key=lambda pair: pair.size), ignored
 
 
@@ -715,7 +780,7 @@ def read_mask(pair: Pair, mask_labels: str) -> np.ndarray:
 
 def write_image(pixels: np.ndarray, original: Path, path: Path) -> None:
     """uint8 [H,W,3] in the format of the original; grey, 16 bits and alpha stay."""
-    with common.open_image(original) as old:
+    with common.open_image(original, False) as old:  # decoded for its alpha alone
         new, mode = Image.fromarray(pixels), old.mode
         if mode in ("1", "L", "LA") or mode.startswith("I"):
             new = new.convert("L")
@@ -728,23 +793,46 @@ def write_image(pixels: np.ndarray, original: Path, path: Path) -> None:
 
 
 def translate_batch(
-    bridge: Bridge, batch: Sequence[Pair], args: TranslateArgs
-) -> tuple[np.ndarray, np.ndarray]:
-    """Images of one size in one forward pass -> uint8 [B,H,W,3], and their agreement [B]."""
+    bridge: Bridge, batch: Sequence[Pair], args: TranslateArgs, pool: ThreadPoolExecutor
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Images of one size in one forward pass -> uint8 [B,H,W,3], their agreement [B] and the
+    deviation of their noise [B]. The pool decodes the files."""
     device = bridge.mean.device
-    old = [np.asarray(common.to_rgb(common.open_image(pair.image))) for pair in batch]
-    old = np.stack(old)  # [B,H,W,3]
+    old = pool.map(lambda pair: np.asarray(common.to_rgb(common.open_image(pair.image))), batch)
+    old = np.stack(list(old))  # [B,H,W,3]
     if args.mask_labels == "none":
         labels, _ = read(bridge.reader, old, device)
     else:
-        labels = np.stack([read_mask(pair, args.mask_labels) for pair in batch])
+        labels = np.stack(list(pool.map(lambda pair: read_mask(pair, args.mask_labels), batch)))
     names = [pair.name for pair in batch]
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
         train_ids = torch.from_numpy(labels).to(device).long()
-        new = bridge.translate(common.to_tensor(old, device), train_ids, names, args)
+        new, noise = bridge.translate(common.to_tensor(old, device), train_ids, names, args)
     new = common.to_uint8(new)
     classes, _ = read(bridge.reader, new, device)
-    return new, agreement(classes, labels)
+    return new, agreement(classes, labels), noise.float().cpu().numpy()
+
+
+def write_pair(
+    args: TranslateArgs, pair: Pair, new: np.ndarray, share: float, noise: float
+) -> dict[str, Any]:
+    """Writes an image, uint8 [H,W,3], and its mask, unless it agrees too little. -> its record."""
+    out, left_out = args.output_dir.resolve(), bool(share < args.min_agreement)
+    if not left_out:
+        write_image(new, pair.image, out / pair.name)
+        with common.replacing(out / pair.mask_name) as temporary:
+            shutil.copyfile(pair.mask, temporary)
+    return {
+        "image": pair.name,
+        "mask": pair.mask_name,
+        "left_out": left_out,
+        "seed": common.seed_of(args.seed, pair.name),
+        "agreement": float(share),
+        "noise_deviation": float(noise),
+        "source_sha256": common.sha256(pair.image),
+        "mask_sha256": common.sha256(pair.mask),
+        "output_sha256": None if left_out else common.sha256(out / pair.name),
+    }
 
 
 def translate_folder(args: TranslateArgs) -> None:
@@ -759,8 +847,9 @@ def translate_folder(args: TranslateArgs) -> None:
     for name in ("input_dir", "output_dir", "checkpoint"):
         if getattr(args, name) is None:
             raise UserError(f"--{name.replace('_', '-')}: not given")
-    if not 0 < args.strength <= 1 or args.sample_steps < 1 or args.batch_size < 1:
-        raise UserError("--strength, --sample-steps or --batch-size is out of range")
+    noise_levels(args)
+    if args.batch_size < 1:
+        raise UserError(f"--batch-size {args.batch_size}: expected at least 1")
     inputs, out = args.input_dir.resolve(), args.output_dir.resolve()
     mask_dir = (args.mask_dir or args.input_dir / "masks").resolve()
     for flag, folder in (("--input-dir", inputs), ("--mask-dir", mask_dir)):
@@ -804,25 +893,17 @@ def translate_folder(args: TranslateArgs) -> None:
         stamp = [(pair.name, pair.mask_name) for pair in batch], [f.st_mtime_ns for f in files]
         records.append(out / f".records/{common.seed_of(repr(stamp)):014x}.json")
     own = range(common.rank(), len(batches), common.world_size())
-    for number in common.show_progress(own, "translating"):
-        batch, record = batches[number], []
-        if records[number].exists():
-            images = json.loads(records[number].read_text())
-            if all(image["left_out"] or (out / image["image"]).exists() for image in images):
-                continue
-        for pair, new, share in zip(batch, *translate_batch(bridge, batch, args), strict=True):
-            left_out = bool(share < args.min_agreement)
-            if not left_out:
-                write_image(new, pair.image, out / pair.name)
-                with common.replacing(out / pair.mask_name) as temporary:
-                    shutil.copyfile(pair.mask, temporary)
-            line = {"image": pair.name, "mask": pair.mask_name, "left_out": left_out}
-            line |= {"seed": common.seed_of(args.seed, pair.name), "agreement": float(share)}
-            line |= {"source_sha256": common.sha256(pair.image)}
-            line |= {"mask_sha256": common.sha256(pair.mask)}
-            line["output_sha256"] = None if left_out else common.sha256(out / pair.name)
-            record.append(line)
-        common.write_json(records[number], record)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for number in common.show_progress(own, "translating"):
+            batch = batches[number]
+            if records[number].exists():
+                images = json.loads(records[number].read_text())
+                if all(image["left_out"] or (out / image["image"]).exists() for image in images):
+                    continue
+            results = translate_batch(bridge, batch, args, pool)
+            # Encoding PNGs takes longer than translating on a GPU, so the threads share it.
+            record = list(pool.map(partial(write_pair, args), batch, *results))
+            common.write_json(records[number], record)
 
     # Step 3: the process that is last checks all of it
     if not all(record.exists() for record in records):
@@ -831,17 +912,20 @@ def translate_folder(args: TranslateArgs) -> None:
     kept = [p for p, i in zip(pairs, images, strict=True) if not i["left_out"]]
     table = {"left_out": len(pairs) - len(kept)}
     if kept:
+        table["noise_deviation"] = sum(i["noise_deviation"] for i in images) / len(images)
         table |= check_folder(bridge, kept, args, out)
     content = {"settings": settings, "checks": table, "ignored": ignored, "images": images}
     content |= {"complete": True, "commit": common.commit(), "torch": torch.__version__}
     common.write_json(metadata, content)
-    print(f"{len(kept)} images in {out}; {ignored} files ignored, which are no images")
-    print(*verdict(table, bridge.config["unet_steps"]), sep="\n", flush=True)
+    print(f"{len(kept)} images in {out}, {table['left_out']} left out by --min-agreement")
+    print(f"{ignored} files ignored: not images, or masks without an image")
+    if kept:
+        print(*verdict(table, bridge.config["unet_steps"]), sep="\n", flush=True)
 
 
 def check_folder(
     bridge: Bridge, pairs: Sequence[Pair], args: TranslateArgs, out: Path
-) -> dict[str, float | None]:
+) -> dict[str, Any]:
     """CHECKS of up to 1000 images at the size of training. The figure OUTPUT_DIR-sheet.png is not
     in the folder, so that no loader takes it for an image of the set."""
     pairs, (h, w) = pairs[:: math.ceil(len(pairs) / 1000)], bridge.config["size"]
@@ -850,8 +934,7 @@ def check_folder(
     masks = [Image.fromarray(read_mask(pair, args.mask_labels)) for pair in pairs]
     masks = np.stack([np.asarray(m.resize((w, h), Image.Resampling.NEAREST)) for m in masks])
     columns = {"source": before, "translated": after}
-    sheet = out.with_name(f"{out.name}-sheet.png")
-    draw_translations(sheet, columns, masks)
+    draw_translations(out.with_name(f"{out.name}-sheet.png"), columns, masks)
     return check(bridge, before, after, masks, args.mask_labels != "none")
 
 

@@ -1,13 +1,14 @@
-"""The bridge against closed forms, tiles against the whole, and the contract of the folder."""
+"""The bridge against closed forms, its checks, and the contract of the folder."""
 
 import copy
+import dataclasses
 import hashlib
 import json
 import math
 import os
+import shutil
 import sys
 from functools import partial
-from itertools import pairwise, product
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +32,7 @@ def rising(steps: int, strength: float = 1.0) -> list[float]:
 
 
 def row(args: common.Args, out: str, **changes) -> db.Args:
-    short = {"unet_steps": 4, "reader_steps": 4, "width": 8, "sample_steps": 2}
+    short = {"unet_steps": 4, "reader_steps": 4, "width": 8, "levels": 3, "sample_steps": 2}
     return like(args, db.Args, **{"out": Path(out), **short, **changes})
 
 
@@ -45,7 +46,8 @@ def trained(mini: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple:
     args = db.Args(data=str(mini), **options)
     run = common.Run(args, "diffusion_bridge_train", stages=2)
     source = common.load(run.args, "source")
-    bridge = db.train_bridge(run, source, common.load(run.args, "target_unlabelled"))
+    photos = common.load(run.args, "target_unlabelled")
+    bridge = db.train_bridge(run, db.fill_in(run.args), source, photos)
     os.chdir(here)
     return bridge, source, folder / "run/bridge.pt"
 
@@ -105,10 +107,31 @@ def test_bridge_between_gaussians_is_the_map_of_least_transport():
     torch.testing.assert_close(result, mean + std * (x - MEAN) / STD, atol=1e-4, rtol=0)
 
 
+class Kind:
+    """Settings of the flow alone."""
+
+    noise_floor, strength, sample_steps = 0.02, 1.0, 12
+
+
+@pytest.mark.parametrize("std", [1.0, 0.3, 0.1, 0.03, 0.01, 0.0])
+def test_noise_has_deviation_one_however_flat_the_data_are(std: float):
+    """Equal steps from zero noise gave 0.3 at a deviation of 0.03, as in a sky."""
+    rng = common.generator(2)
+    x, noise = (torch.randn(20_000, generator=rng).double() for _ in range(2))
+    angles = db.noise_levels(Kind())
+    assert (angles[0], angles[-1], len(angles)) == pytest.approx((0.01 * math.pi, math.pi / 2, 13))
+    x = math.cos(angles[0]) * std * x + math.sin(angles[0]) * noise
+    velocity = partial(gaussian, torch.tensor(0.0), torch.tensor(std))
+    assert 0.95 < db.flow(velocity, x, angles).std() < 1.1
+    plain = db.flow(velocity, 0.03 * noise, rising(12)).std() if std == 0.03 else 0
+    assert plain < 0.4
+
+
 def test_encode_and_decode_in_one_domain_return_the_image(trained: tuple):
     bridge = trained[0]
     images, labels, _ = batch(trained, 6)
-    x, maps, statistics = bridge.encode(images), bridge.class_maps(labels), db.appearance(images)
+    x, statistics = bridge.encode(images), db.appearance(images)
+    maps = db.class_shares(labels, 10, x.shape[2:])
     domain = torch.full((6,), db.SOURCE)
 
     def velocity(x: Tensor, angle: float) -> Tensor:
@@ -129,7 +152,7 @@ def test_sdedit_adds_noise_once_and_follows_the_flow_of_the_target(trained: tupl
     bridge, goal = copy.deepcopy(trained[0]), torch.full((1, 12, 1, 1), 0.2)
     domains = []
 
-    def velocity(x: Tensor, maps: Tensor, angle: Tensor, domain: Tensor, **_) -> Tensor:
+    def velocity(x: Tensor, maps: Tensor, angle: Tensor, domain: Tensor, _) -> Tensor:
         domains.append(int(domain[0]))
         cos, sin = angle.cos()[:, None, None, None], angle.sin()[:, None, None, None]
         return cos * (x - cos * goal) / sin.clamp(min=1e-9) - sin * goal
@@ -138,16 +161,17 @@ def test_sdedit_adds_noise_once_and_follows_the_flow_of_the_target(trained: tupl
     images, labels, names = batch(trained, 2)
     expected = bridge.decode(goal.expand(2, -1, 16, 32)).clamp(0, 1)
     args = db.TranslateArgs(bridge="sdedit", sample_steps=5)
-    result = bridge.translate(images, labels, names, args)
+    result, deviation = bridge.translate(images, labels, names, args)
     torch.testing.assert_close(result, expected, atol=1e-4, rtol=0)
-    assert domains == [db.TARGET] * 5
+    assert domains == [db.TARGET] * 6  # the last one from the lowest noise level to the image
+    assert ((deviation - 1).abs() < 0.1).all()
     bridge.translate(images, labels, names, db.TranslateArgs(sample_steps=5))
-    assert domains[5:] == [db.SOURCE] * 5 + [db.TARGET] * 5
+    assert domains[6:] == [db.SOURCE] * 5 + [db.TARGET] * 6
 
 
 # ---- What is diffused, network and conditions ---------------------------------------------------
 def new_bridge(patch: int) -> db.Bridge:
-    config = {"patch": patch, "width": 8, "classes": ["a", "b"], "size": [16, 16], "unet_steps": 0}
+    config = {"patch": patch, "width": 8, "levels": 3, "classes": ["a", "b"]}
     return db.Bridge(config, photos=2)
 
 
@@ -164,7 +188,7 @@ def test_haar_is_orthonormal_and_inverted(patch: int):
 
 def test_a_cell_sees_its_surroundings_alone():
     """No statistic of the whole picture: what is far away changes nothing, what is near does."""
-    unet = db.UNet(12, 2, 8)
+    unet = db.UNet(12, 2, 8, levels=3)
     for p in unet.parameters():
         torch.nn.init.normal_(p, std=0.1)
     x, maps = torch.randn(1, 12, 4, 256), torch.zeros(1, 2, 4, 256)
@@ -192,10 +216,10 @@ def test_appearance_by_hand():
     assert (signs[:, [0, 1, 2, 4]] == torch.tensor([1.0, -1, -1, 1])).all()
 
 
-def test_maps_are_shares_of_classes(trained: tuple):
+def test_maps_are_shares_of_classes():
     labels = torch.full((1, 4, 8), IGNORE)
     labels[0, :2, :2] = torch.tensor([[0, 3], [3, IGNORE]])
-    maps = trained[0].class_maps(labels)
+    maps = db.class_shares(labels, 10, (2, 4))
     expected = torch.zeros(10)
     expected[0], expected[3] = 0.25, 0.5
     torch.testing.assert_close(maps[0, :, 0, 0], expected)
@@ -207,50 +231,24 @@ def test_maps_are_shares_of_classes(trained: tuple):
 def test_an_image_is_translated_alike_in_any_company(trained: tuple, kind: str):
     args = db.TranslateArgs(bridge=kind, sample_steps=3)
     images, labels, names = batch(trained, 5)
-    together = trained[0].translate(images, labels, names, args)
+    together, _ = trained[0].translate(images, labels, names, args)
     translate = partial(trained[0].translate, images[3:4], labels[3:4])
-    alone = translate(names[3:4], args)
+    alone, _ = translate(names[3:4], args)
     torch.testing.assert_close(alone, together[3:4], atol=1e-4, rtol=0)
-    # With another name it gets another photo's statistics, or other noise.
-    others = [translate([name], args) for name in "abcd"]
+    # With another name it gets another photo's statistics and other noise.
+    others = [translate([name], args)[0] for name in "abcd"]
     assert max((other - alone).abs().max() for other in others) > 1e-3
 
 
-def test_any_size(trained: tuple):
+@pytest.mark.parametrize("colour", [0.0, 0.5, 1.0])
+def test_any_size_and_flat_images(trained: tuple, colour: float):
     images, labels, names = batch(trained, 2)
     images, labels = images[..., :25, :51], labels[:, :25, :51]
-    result = trained[0].translate(images, labels, names, db.TranslateArgs(sample_steps=2))
-    assert result.shape == images.shape and result.isfinite().all()
-
-
-def test_tiles_change_less_than_a_percent_and_show_no_seam(trained: tuple):
-    images, labels, names = batch(trained, 4, columns=3)  # 32x192, in tiles of 32x128
-    results = []
-    for width in (192, 128):
-        bridge = copy.deepcopy(trained[0])
-        bridge.config = {**bridge.config, "size": [32, width]}
-        results.append(bridge.translate(images, labels, names, db.TranslateArgs(sample_steps=8)))
-    whole, tiled = results
-    assert 0 < (tiled - whole).abs().mean() < 0.01
-    # At a seam neighbouring columns would differ more than they do in the whole image.
-    step = (tiled.diff(dim=3) - whole.diff(dim=3)).abs().mean(dim=(0, 1, 2))  # [191]
-    assert step.max() < 0.1 * whole.diff(dim=3).abs().mean()
-
-
-def test_tiles_cover_and_blend_to_one():
-    for size, tile in product((16, 20, 36, 100), (8, 12, 16)):
-        starts = db.tile_starts(size, tile)
-        assert starts[0] == 0 and starts[-1] == size - tile and all(s % 4 == 0 for s in starts)
-        assert all(b - a <= tile * 3 // 4 + 3 for a, b in pairwise(starts))
-    x, shapes = torch.randn(2, 3, 20, 36), []
-
-    def predict(part: Tensor, maps: Tensor) -> Tensor:
-        shapes.append(part.shape[2:])
-        return part + maps
-
-    result = db.tiled(predict, x, 2 * x, (8, 16))
-    torch.testing.assert_close(result, 3 * x)
-    assert set(shapes) == {(8, 16)}
+    images[1] = colour
+    result, deviation = trained[0].translate(images, labels, names, db.TranslateArgs())
+    assert result.shape == images.shape and result.isfinite().all() and deviation.isfinite().all()
+    classes, features = db.read(trained[0].reader, common.to_uint8(result), CPU)
+    assert classes.shape == (2, 25, 51) and features.shape == (2, 10, 48)
 
 
 # ---- Checks -------------------------------------------------------------------------------------
@@ -272,6 +270,46 @@ def test_kernel_distance_by_its_definition():
     assert math.isnan(db.kernel_distance(x[:1], y))
 
 
+def test_kernel_distance_of_each_region():
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(2, 30, 3, 4)).astype(np.float32)
+    x[:, 1] += 2  # only this class differs
+    x[7:, 2] = math.nan  # in too few images
+    near, far, missing = db.region_distances(x, y)
+    assert far > 5 * abs(near) and math.isnan(missing)
+
+
+def test_features_are_means_over_the_region(trained: tuple):
+    """A class that is everywhere has the mean of all cells, two halves average to it."""
+    reader, images = trained[0].reader, trained[1].images[:3]
+    everywhere, halves = np.zeros((2, 3, *SIZE), np.uint8)
+    halves[:, :, 32:] = 4
+    _, whole = db.read(reader, images, CPU, labels=everywhere)
+    _, parts = db.read(reader, images, CPU, labels=halves)
+    assert np.isnan(whole[:, 1:]).all()
+    np.testing.assert_allclose(parts[:, [0, 4]].mean(axis=1), whole[:, 0], rtol=1e-4)
+
+
+def test_affine_share_is_exact():
+    """1 for any affine map of an image's colours, the constructed share where noise is added."""
+    rng = np.random.default_rng(0)
+    old = rng.integers(60, 180, (3, 32, 32, 3))
+    matrices = np.array([np.eye(3) + k * rng.uniform(-0.1, 0.1, (3, 3)) for k in range(3)])
+    new = np.einsum("nhwc,ncd->nhwd", old, matrices) + 5
+    assert db.affine_share(old, new) == pytest.approx(1)
+    noise = rng.normal(size=new.shape)  # what least squares cannot explain, and orthogonal to it
+    for k in range(3):
+        x = np.column_stack([old[k].reshape(-1, 3), np.ones(32 * 32)])
+        flat = noise[k].reshape(-1, 3)
+        noise[k] = (flat - x @ np.linalg.lstsq(x, flat, rcond=None)[0]).reshape(noise[k].shape)
+    noise *= np.sqrt(3 * np.square(new - old).sum() / np.square(noise).sum())  # three times as much
+    assert db.affine_share(old, new + noise) == pytest.approx(0.25)
+    assert math.isnan(db.affine_share(old, old))
+    style = common.to_tensor(rng.integers(0, 256, (3, 32, 32, 3), dtype=np.uint8), CPU)
+    colours = common.color_transfer(common.to_tensor(old.astype(np.uint8), CPU), 0.3 * style + 0.3)
+    assert db.affine_share(old, common.to_uint8(colours.clamp(0, 1))) > 0.99
+
+
 def test_edge_agreement_is_one_at_the_borders_and_half_by_chance():
     labels = np.zeros((32, 32), np.uint8)
     labels[8:20, 10:25] = 7
@@ -290,9 +328,14 @@ def test_agreement_counts_valid_pixels():
 
 def test_verdict_says_what_is_better_and_that_few_updates_are_no_bridge():
     table = {"kid_before": 2.0, "kid_after": 1.0, "edges_before": 0.8, "edges_after": 0.7}
-    lines = db.verdict({**table, "left_out": 3}, unet_steps=10)
-    assert [line.rsplit(" ", 1)[-1] for line in lines[:2]] == ["better", "worse"]
-    assert lines[2] == "verdict: 1 of 2 checks improved, 3 left out" and "too few" in lines[3]
+    table |= {"kid_of_classes": {"road": [2.0, 1.0]}, "affine_share": 0.7, "noise_deviation": 0.9}
+    lines = db.verdict(table, unet_steps=10)
+    assert "not Inception" in lines[0] and lines[2] == "kid: road 2.0 -> 1.0"
+    assert "little more than a colour transfer" in lines[3] and "noise: 0.90" in lines[4]
+    assert lines[-1].startswith("verdict: kid better, edges worse; 10 updates of the U-Net are too")
+    assert db.verdict(table, unet_steps=1000)[-1] == "verdict: kid better, edges worse"
+    empty = {"kid_of_classes": {}, "affine_share": None, "noise_deviation": 1.0}
+    assert db.verdict(empty, unet_steps=1000)[-1] == "verdict: nothing to compare"
 
 
 # ---- The row ------------------------------------------------------------------------------------
@@ -303,25 +346,57 @@ def test_row_continues_where_it_was_cut_off(args: common.Args, no_figures, monke
             db.run(row(args, "cut"))
     cut = db.run(row(args, "cut"))
     assert cut.miou == whole.miou and cut.target_labels == 0
-    assert cut.other_updates == "4 U-Net updates"
+    assert cut.other_updates == "4 U-Net updates, 4 of the reader"
     for name in ("set/images.npy", "set/labels.npy"):
         np.testing.assert_array_equal(*(np.load(f"{run}/{name}") for run in ("whole", "cut")))
     steps = [[line["step"] for line in common.read_scalars(Path(o))] for o in ("whole", "cut")]
-    hashes = [common.read_checkpoint(Path(o, "bridge.pt"))["sha256"] for o in ("whole", "cut")]
-    assert steps[0] == steps[1] and hashes[0] == hashes[1]
+    old, new = (common.read_checkpoint(Path(o, "bridge.pt"))["bridge"] for o in ("whole", "cut"))
+    assert steps[0] == steps[1] and all(torch.equal(old[name], new[name]) for name in old)
 
 
-def test_images_below_the_least_agreement_are_ignored(args: common.Args, mini: Path, no_figures):
-    db.run(row(args, "all", steps=1))
-    images, labels = (np.load(f"all/set/{name}.npy") for name in ("images", "labels"))
-    bridge = db.load_bridge(Path("all/bridge.pt"), CPU)
-    shares = np.sort(db.agreement(db.read(bridge.reader, images, CPU)[0], labels))
-    db.run(row(args, "half", steps=1, min_agreement=float(shares[len(shares) // 2])))
-    left_out = json.loads(Path("half/checks.json").read_text())["left_out"]
-    ignored = (np.load("half/set/labels.npy") == IGNORE).all(axis=(1, 2))
-    assert 0 < left_out < len(images) and ignored.sum() == left_out
-    with pytest.raises(UserError, match=r"min-agreement 1.1: no image"):
-        db.run(row(args, "none", steps=1, min_agreement=1.1))
+def test_the_set_is_stored_once_and_checked(args: common.Args, no_figures, capsys):
+    result = db.run(row(args, "run", steps=1, color=0.5))
+    files = [p for p in Path("run").rglob("*") if p.is_file() and p.stat().st_size > 80_000]
+    images = np.load("run/set/images.npy")
+    pixels = [p.name for p in files if p.suffix == ".npy" and p.stat().st_size >= images.nbytes]
+    assert pixels == ["images.npy"] and result.miou is not None
+    assert not list(Path("run").glob("stage_*.pt"))
+    table, said = json.loads(Path("run/checks.json").read_text()), capsys.readouterr().out
+    assert {"affine_share", "noise_deviation", "kid_of_classes", "edges_after"} <= set(table)
+    assert "verdict: " in said and "4 updates of the U-Net are too few" in said
+
+
+def test_train_needs_no_label_of_a_photo_and_flat_photos_do(args: common.Args, mini, tmp_path):
+    """All photos are of one colour, and none has a label, but for those of the test."""
+    shutil.copytree(mini, "data")
+    photos = sorted(Path("data/kitti/training/image_2").iterdir())
+    for photo in photos[: len(photos) // 2]:
+        Image.new("RGB", Image.open(photo).size, (200, 200, 200)).save(photo)
+        (photo.parents[1] / "semantic" / photo.name).unlink()
+    db.train(row(args, "run", data="data"))
+    state = common.read_checkpoint(Path("run/bridge.pt"))["bridge"]
+    features = state.pop("photo_features")  # NaN where a photo lacks a class
+    assert all(value.isfinite().all() for value in state.values())
+    assert features[:, :, 0].isfinite().any()
+
+
+@pytest.mark.parametrize("flags", [{"noise_floor": 0.97}, {"strength": 1.1}, {"sample_steps": 0}])
+def test_bad_levels(args: common.Args, flags: dict):
+    args = dataclasses.replace(row(args, "run", **flags))
+    with pytest.raises(UserError, match="0 <= floor < strength <= 1"):
+        db.fill_in(args)
+    with pytest.raises(UserError, match="--patch and --levels need multiples of 64"):
+        db.fill_in(row(args, "run", patch=8, levels=4))
+
+
+def test_defaults_go_with_the_size_and_the_steps(args: common.Args):
+    plain = {"unet_steps": None, "reader_steps": None, "width": None, "levels": None}
+    plain |= {"sample_steps": None, "steps": 1200}
+    small = db.fill_in(row(args, "run", **plain, size=(64, 128)))
+    large = db.fill_in(row(args, "run", **plain, size=(192, 640)))
+    assert (small.unet_steps, small.reader_steps, small.sample_steps) == (3600, 600, 12)
+    assert (small.width, small.patch) == (32, 2) and (large.width, large.patch) == (128, 4)
+    assert db.fill_in(row(args, "run", **plain, size=(64, 128), patch=4)).patch == 4
 
 
 # ---- The folder ---------------------------------------------------------------------------------
@@ -367,21 +442,23 @@ def content(folder: Path) -> dict[str, str]:
 
 def test_folder_contract(trained: tuple, tmp_path: Path, no_figures, monkeypatch, capsys):
     images, masks = write(tmp_path)
-    for name in ("notes.txt", ".hidden.png", "@eaDir/thumb.png", ".ipynb_checkpoints/a.png"):
-        (images / name).parent.mkdir(exist_ok=True)
-        (images / name).write_text("no image")
+    foreign = ("notes.txt", "._wide.png", "@eaDir/thumb.png", ".ipynb_checkpoints/a.png")
+    for path in (*(images / name for name in foreign), masks / "wide_labelTrainIds.png"):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("no image")
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     args = made(tmp_path, trained)
     db.translate_folder(args)
     out, said = tmp_path / "out", capsys.readouterr().out
-    assert "9 images in" in said and "4 files ignored" in said and "verdict: " in said
+    assert "9 images in" in said and "5 files ignored" in said and "verdict: " in said
     assert "120 updates of the U-Net are too few" in said
     assert all(p.read_bytes() == data for p, data in before.items())  # inputs are never written to
+    (masks / "wide_labelTrainIds.png").unlink()
     for mask in masks.rglob("*.png"):
         assert (out / "masks" / mask.relative_to(masks)).read_bytes() == mask.read_bytes()
     modes = {"grey.png": "L", "alpha.png": "RGBA", "clear.PNG": "RGBA", "deep.png": "I;16"}
     metadata = json.loads((out / "metadata.json").read_text())
-    assert metadata["complete"] and metadata["ignored"] == 4 and len(metadata["images"]) == 9
+    assert metadata["complete"] and metadata["ignored"] == 5 and len(metadata["images"]) == 9
     assert metadata["settings"]["checkpoint"] == hashlib.sha256(trained[2].read_bytes()).hexdigest()
     for record in metadata["images"]:
         name = record["image"]
@@ -417,8 +494,14 @@ def test_folder_contract(trained: tuple, tmp_path: Path, no_figures, monkeypatch
         monkeypatch.setattr(common, "rank", lambda rank=rank: rank)
         db.translate_folder(ranks)
     assert content(tmp_path / "ranks") == whole
-    found = {p.stem for p in out.rglob("*") if p.suffix.lower() in db.SUFFIXES}
-    assert found == {p.stem for p in masks.rglob("*.png")}  # nothing else looks like an image
+    pictures = {p.stem for p in out.rglob("*") if p.suffix.lower() in db.SUFFIXES}
+    assert pictures == {p.stem for p in masks.rglob("*.png")}  # nothing else looks like an image
+    # Threads that decode and encode change nothing.
+    monkeypatch.setattr(common, "world_size", lambda: 1)
+    monkeypatch.setattr(common, "rank", lambda: 0)
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    db.translate_folder(made(tmp_path, trained, output_dir=tmp_path / "serial"))
+    assert content(tmp_path / "serial") == whole
 
 
 def test_stopped_at_any_file_it_ends_the_same(trained, tmp_path: Path, no_figures, monkeypatch):
@@ -433,7 +516,7 @@ def test_stopped_at_any_file_it_ends_the_same(trained, tmp_path: Path, no_figure
             raise KeyboardInterrupt
         return replace(self, target)
 
-    for moment in (0, 1, 2, 6, 10, 24):  # files that are renamed before it stops: 24 of 25
+    for moment in (0, 1, 3, 10, 24):  # files that are renamed before it stops: 24 of 25
         cut = made(tmp_path, trained, output_dir=tmp_path / f"cut{moment}")
         left[0] = moment
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -459,9 +542,9 @@ def test_labels_of_the_masks_and_the_filter(trained: tuple, tmp_path: Path, no_f
     # The folder's images are those of the row, but for what their names decide.
     images, labels, _ = batch(trained, 3)
     names = [f"{k}.png" for k in range(3)]
-    expected = common.to_uint8(bridge.translate(images, labels, names, args))
-    found = np.stack([np.asarray(Image.open(tmp_path / "out" / name)) for name in names])
-    np.testing.assert_array_equal(found, expected)
+    expected = common.to_uint8(bridge.translate(images, labels, names, args)[0])
+    written = np.stack([np.asarray(Image.open(tmp_path / "out" / name)) for name in names])
+    np.testing.assert_array_equal(written, expected)
     db.translate_folder(made(tmp_path, trained, min_agreement=1.1, output_dir=tmp_path / "none"))
     metadata = json.loads((tmp_path / "none/metadata.json").read_text())
     assert metadata["checks"] == {"left_out": 3} and not list((tmp_path / "none").rglob("*.png"))
@@ -480,15 +563,12 @@ def test_bad_folders(trained: tuple, tmp_path: Path):
     args, mask = made(tmp_path, trained), masks / "wide.png"
     kept = mask.read_bytes()
     mask.unlink()
-    fails(r"in/wide.png: has no partner, expected .*masks/wide\.\*", args)
+    fails(r"in/wide.png: has no mask, --mask-dir needs .*masks/wide\.\*", args)
     Image.new("L", (99, 36)).save(mask)
     fails(r"wide.png: width and height are \(99, 36\), of its image \(100, 36\)", args)
     mask.write_bytes(b"junk")
     fails("masks/wide.png: cannot be read as an image", args)
     mask.write_bytes(kept)
-    (masks / "more.png").write_bytes(kept)
-    fails("masks/more.png: has no partner", args)
-    (masks / "more.png").unlink()
     (images / "wide.jpg").write_bytes((images / "photo.jpg").read_bytes())
     fails("wide.png: differs from wide.jpg by its suffix", args)
     (images / "wide.jpg").unlink()
@@ -511,8 +591,6 @@ def test_bad_folders(trained: tuple, tmp_path: Path):
 def test_bad_checkpoints(trained: tuple, tmp_path: Path):
     checkpoint = torch.load(trained[2], weights_only=True)
     for match, change in {
-        "were changed": lambda c: c["bridge"]["mean"].add_(1e-3),
-        "or configuration": lambda c: c["config"].update(width=10**7),  # no memory could hold it
         "without a bridge": lambda c: c.pop("bridge"),
         "not a checkpoint of this": lambda c: c.update(format="other"),
     }.items():
