@@ -60,6 +60,8 @@ class BaselineArgs(common.Args):
     labelled target photos. oracle: trained on the target's training part with all its labels."""
     finetune: float = 0.5
     """few_label: the share of --steps that is spent on the labelled photos."""
+    epochs: int = 400
+    """few_label: most passes over the labelled photos; what they leave is source training."""
     finetune_lr: float = 0.5
     """few_label: initial learning rate of the fine-tuning, as a multiple of --lr."""
 
@@ -74,7 +76,8 @@ def run_baseline(args: BaselineArgs) -> Result:
     labelled = common.load(args, "target_few") if few_label else ()  # errors come first
 
     # Step 1: training on the source. A checkpoint given by --init has had it already.
-    finetune_steps = max(1, round(args.steps * args.finetune)) if few_label else 0
+    most = max(1, args.epochs * args.labelled // args.batch_size)
+    finetune_steps = min(max(1, round(args.steps * args.finetune)), most) if few_label else 0
     source_steps = 0 if args.checkpoint else max(0, args.steps - finetune_steps)
     translate = augment = common.identity
     if args.row == "random_aug":
