@@ -59,18 +59,18 @@ def test_augmentations_do_what_their_names_say(monkeypatch: pytest.MonkeyPatch):
     torch.testing.assert_close(jittered, jittered[:, :1].expand_as(jittered), atol=1e-5, rtol=0)
     shift = common.rgbshift(flat, rng) - flat
     torch.testing.assert_close(shift, shift[..., :1, :1].expand_as(shift))
-    assert shift[:, :, 0, 0].unique().numel() == 12 and shift.abs().max() <= 0.2
-    # With all factors at 1 the hue alone moves, here by a tenth of a turn.
+    assert shift[:, :, 0, 0].unique().numel() == 12 and 0.04 < shift.abs().max() < 0.079
+    # With all factors at 1 the hue alone moves, here by a 20th of a turn.
     numbers = torch.tensor([0.5, 0.5, 0.5, 1.0]).view(1, 4, 1, 1, 1)
     monkeypatch.setattr(common, "draw", lambda *_: numbers)
     color = torch.tensor([0.5, 0.4, 0.4]).view(1, 3, 1, 1)
     r, g, b = common.colorjitter(color, rng).flatten().tolist()
     angle = math.atan2(3**0.5 * (g - b), 2 * r - g - b)  # of the hue, in the plane of equal grey
-    assert angle == pytest.approx(0.2 * math.pi) and r + g + b == pytest.approx(1.3)
+    assert angle == pytest.approx(0.1 * math.pi) and r + g + b == pytest.approx(1.3)
 
 
 def test_random_augmentation_picks_each_equally_often():
-    images = torch.rand(400, 3, 16, 16) * 0.4 + 0.3
+    images = torch.rand(400, 3, 128, 8) * 0.4 + 0.3
     mixed = common.random_augmentation(images, common.generator("x"))
     untouched = (mixed == images).all(dim=3).all(dim=2).all(dim=1).float().mean()
     assert 0.18 < untouched < 0.32
