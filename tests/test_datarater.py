@@ -145,10 +145,8 @@ def test_meta_gradients_in_bfloat16_point_the_same_way():
 def test_image_losses_are_cross_entropies_of_each_image():
     outputs, labels = [100 * torch.randn(3, 4, 5, 6) for _ in range(2)], torch.randint(4, (3, 5, 6))
     labels[0, 0], labels[2] = IGNORE, IGNORE
-    losses, cross_entropy = (
-        dr.image_losses(outputs, labels),
-        nn.CrossEntropyLoss(ignore_index=IGNORE),
-    )
+    losses = dr.image_losses(outputs, labels)
+    cross_entropy = nn.CrossEntropyLoss(ignore_index=IGNORE)
     for i in range(2):
         first, aux = (cross_entropy(z[i][None], labels[i][None]) for z in outputs)
         torch.testing.assert_close(losses[i], first + common.AUX_WEIGHT * aux)
@@ -175,7 +173,7 @@ def test_the_rater_learns_which_augmentation_harms(args: common.Args):
 @pytest.mark.parametrize("kinds", [("original", "rgbshift"), ("original",)])
 def test_weights_are_the_softmax_within_an_image(args: common.Args, monkeypatch, kinds: tuple):
     """Where an image has one candidate, within the batch. The weights of a batch sum to 1."""
-    monkeypatch.setattr(dr.Rater, "forward", lambda self, x: 5 * self[:-3](x).mean(dim=(1, 2, 3)))
+    monkeypatch.setattr(dr.Rater, "forward", lambda self, x: 5 * self[0](x).mean(dim=(1, 2, 3)))
     seen, mixed = [], dr.mixed
     monkeypatch.setattr(dr, "mixed", lambda *given: seen.append(given[2]) or mixed(*given))
     given = settings(args, inner_batch=3, meta_steps=1, augmentations=kinds)
@@ -280,9 +278,8 @@ def test_original_is_the_baseline_without_any_method(args: common.Args):
 
 @pytest.mark.usefixtures("no_figures")
 def test_a_run_that_is_cut_off_ends_with_the_same_weights(args: common.Args, monkeypatch):
-    """In the warm-up, in meta-training, and in the last stage."""
-    stages = ("warm_up", "rater", "source")
-    whole_and_cut(monkeypatch, dr.run, make(args, warm_up=4), stages, at=3)
+    given, stages = make(args, warm_up=4), ("warm_up", "rater", "source")
+    whole_and_cut(monkeypatch, dr.run, given, stages, at=3)
     assert same_weights("whole", "cut")
 
 
