@@ -221,7 +221,6 @@ def meta_gradient(args: Args, folder: Path) -> Iterator[Row]:
     count = settings.inner_batch * len(settings.augmentations)  # images in an inner batch
     loader = common.Loader(source, count, run.device, "bench")
     photos = common.Loader(few, settings.batch_size, run.device, "bench")(0)
-    photos = datarater.shrunk(*photos, settings.shrink)
     member = datarater.new_inner_network(run)
 
     def unroll(batches: list, weights: Tensor) -> None:
@@ -234,7 +233,7 @@ def meta_gradient(args: Args, folder: Path) -> Iterator[Row]:
         torch.autograd.grad(member.losses(theta, *photos).mean(), weights)
 
     for updates in (2, 16):
-        batches = [datarater.shrunk(*loader(t), settings.shrink) for t in range(updates)]
+        batches = [loader(t) for t in range(updates)]
         weights = torch.full((updates, count), 1 / count, device=run.device)
         mixed = partial(datarater.mixed, member, batches, weights, photos, settings)
         yardstick, name = partial(unroll, batches, weights), f"meta-gradient, T={updates}"
@@ -248,14 +247,13 @@ def reward(args: Args, folder: Path) -> Iterator[Row]:
     run = start_run(args, folder, reward_opt)
     net, few = run.network(), common.load(run.args, "target_few")
     images, labels = common.Loader(few, run.args.batch_size, run.device, "bench")(0)
-    weights = torch.ones(len(run.classes), dtype=torch.float64, device=run.device)
     rng = common.generator("bench")
 
     def reward_step() -> None:
         net.train()
         with run.autocast():
             outputs = net(images, aux=True)
-        loss, _ = reward_opt.reward_loss(outputs[0], labels, weights, run.args, rng)
+        loss, _ = reward_opt.iou_objective(outputs[0], labels, rng)
         loss = run.args.weight * loss + common.segmentation_loss(outputs, labels)
         net.zero_grad()
         loss.backward()

@@ -19,7 +19,6 @@ from PIL import Image
 import benchmark
 import common
 
-OWN = {"datarater": {"shrink": 1}}  # flags that so small a run needs
 SHARED = {field.name: field.default for field in dataclasses.fields(common.Args)}
 
 
@@ -28,7 +27,7 @@ def weights_of(args: common.Args, row: str, out: str) -> tuple[dict, common.Resu
     kind, run, own = benchmark.BaselineArgs, benchmark.run_baseline, {"row": row}
     if row in METHODS:
         module = importlib.import_module(row)
-        kind, run, own = module.Args, module.run, OWN.get(row, {})
+        kind, run, own = module.Args, module.run, {}
     result = run(like(args, kind, steps=4, data="data", out=Path(out), **own))
     return common.read_checkpoint(Path(out, "checkpoint.pt"))["net"], result
 
