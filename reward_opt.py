@@ -16,7 +16,7 @@ nothing (cross_entropy: this is the row few_label); everything else is the same:
 
     python reward_opt.py --objective class_weighted_ce
 
-Each takes half a minute on one CPU core. The first reaches 65 mIoU on the miniature. All report
+Each takes two minutes on one CPU core. The first reaches 58 mIoU on the miniature. All report
 test_iou and test_object_recall in scalars.json, and those of each test photo in rewards/.
 
 IoU: label maps are drawn pixel by pixel. The estimator asks for each pixel what the reward would be
