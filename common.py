@@ -97,7 +97,7 @@ KITTI_CLASSES = tuple(dict.fromkeys(filter(None, VKITTI2_COLOURS.values())))
 
 
 class Dataset(NamedTuple):
-    """One dataset: where its files lie, and the train id of each value in its label files."""
+    """Where the files of a dataset lie, and the train id of each value in its label files."""
 
     name: str  # also its folder below --data
     images: str  # glob below that folder; {split} is train or val
@@ -129,21 +129,6 @@ VKITTI2 = Dataset(
     classes=KITTI_CLASSES,
     values=tuple(VKITTI2_COLOURS.items()),
 )
-KITTI = Dataset(
-    "kitti",
-    images="training/image_2/*_10.png",
-    renames=(("image_2/", "semantic/"),),
-    classes=KITTI_CLASSES,
-    values=LABEL_IDS,
-    halves=True,
-)
-GTA5 = Dataset(
-    "gta5",
-    images="images/*",
-    renames=(("images/", "labels/"),),
-    classes=CITYSCAPES_CLASSES,
-    values=(*LABEL_IDS, (34, None)),  # number plates
-)
 CITYSCAPES = Dataset(
     "cityscapes",
     images="leftImg8bit/{split}/*/*_leftImg8bit.png",
@@ -151,6 +136,12 @@ CITYSCAPES = Dataset(
     classes=CITYSCAPES_CLASSES,
     values=LABEL_IDS,
 )
+KITTI_RENAMES, GTA5_RENAMES = (("image_2/", "semantic/"),), (("images/", "labels/"),)
+GTA5_IDS = (*LABEL_IDS, (34, None))  # number plates
+KITTI = Dataset(
+    "kitti", "training/image_2/*_10.png", KITTI_RENAMES, KITTI_CLASSES, LABEL_IDS, halves=True
+)
+GTA5 = Dataset("gta5", "images/*", GTA5_RENAMES, CITYSCAPES_CLASSES, GTA5_IDS)
 DATASETS = {dataset.name: dataset for dataset in (VKITTI2, KITTI, GTA5, CITYSCAPES)}
 BENCHMARKS = {
     "vkitti2kitti": Benchmark(VKITTI2, KITTI),
@@ -178,7 +169,7 @@ def own_benchmark(root: Path) -> Benchmark:
     except (OSError, ValueError, TypeError, AttributeError) as error:
         example = '{"road": 7, "car": [26, 27], "sky": [[70, 130, 180]], "ignore": 0}'
         raise UserError(f"{path}: {error}; expected {example}, say") from error
-    source = Dataset("source", "images/**/*", GTA5.renames, classes, tuple(values.items()))
+    source = Dataset("source", "images/**/*", GTA5_RENAMES, classes, tuple(values.items()))
     return Benchmark(source, source._replace(name="target", halves=True))
 
 
@@ -227,13 +218,12 @@ def is_foreign(path: str) -> bool:
 
 
 def find_images(root: Path, pattern: str) -> tuple[dict[str, str], list[str]]:
-    """Images below `root` that match, or one folder deeper where there are none.
+    """Images that match below `root`, or one folder deeper where there are none, and other files.
 
-    -> {path as in the pattern, with accents in Unicode's form NFC: path below root}, and the paths
-    of other files that match. UserError where two images have the same path.
+    -> {path as in the pattern, in Unicode's form NFC: path below root}, and paths of the others.
     """
+    options = {"root_dir": root, "recursive": True, "include_hidden": True}
     for prefix in ("", "*/"):  # archives are often unpacked into folders of their own
-        options = {"root_dir": root, "recursive": True, "include_hidden": True}
         images, others = {}, []
         for path in sorted(glob.glob(prefix + pattern, **options)):
             key = unicodedata.normalize("NFC", path.partition("/")[2] if prefix else path)
@@ -265,13 +255,9 @@ def list_files(dataset: Dataset, root: Path, split: str) -> tuple[list, list[Pat
         left_out = GTA5_MISMATCHED & images.keys()
         note(f"{root}: {len(left_out)} frames are left out, whose labels differ from them in size")
         images = {key: path for key, path in images.items() if key not in left_out}
-    pairs, unlabelled = [], []
-    for key in sorted(images):
-        image, label = root / images[key], labels.get(dataset.label_of(key))
-        if label:
-            pairs.append((image, root / label))
-        else:
-            unlabelled.append(image)
+    files = [(root / images[key], labels.get(dataset.label_of(key))) for key in sorted(images)]
+    pairs = [(image, root / label) for image, label in files if label]
+    unlabelled = [image for image, label in files if not label]
     if dataset.halves:  # contiguous, so that neighbouring frames are not on both sides
         half = len(pairs) // 2
         return (pairs[:half], unlabelled) if split == "train" else (pairs[half:], [])
@@ -302,10 +288,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def read_image(path: Path, size: tuple[int, int] | None = None) -> np.ndarray:
-    """An image, upright as its EXIF data say, uint8 [H,W,3].
-
-    Resized to `size` (height, width) where given, bilinear with antialiasing.
-    """
+    """An image, upright as its EXIF data say. uint8 [H,W,3], at `size` (height, width) if given."""
     with open_image(path) as image:
         image = to_rgb(ImageOps.exif_transpose(image))
     return np.asarray(image.resize(size[::-1], Image.Resampling.BILINEAR) if size else image)
@@ -331,12 +314,10 @@ def read_label(path: Path, dataset: Dataset, image: Path | None = None) -> np.nd
     unknown = train_ids == UNKNOWN
     if unknown.any():
         value = int(values[unknown][0])
-        name = f"colour {(value >> 16, value >> 8 & 255, value & 255)}"
+        name = f"colour {value >> 16, value >> 8 & 255, value & 255}" if colours else f"id {value}"
         cause = "are these train ids" if value == 255 else "was the file compressed or recoloured"
-        raise UserError(
-            f"{path}: {name if colours else f'id {value}'} is not in the label map of "
-            f"{dataset.name} ({unknown.sum()} such pixels); {cause}?"
-        )
+        where = f"in the label map of {dataset.name} ({unknown.sum()} such pixels)"
+        raise UserError(f"{path}: {name} is not {where}; {cause}?")
     if image is not None:
         with open_image(image, decode=False) as photo:
             (w, h), shape = photo.size, train_ids.shape
@@ -494,9 +475,8 @@ def load(args: "Args", role: Role) -> Split:
     """The images of a role, through the cache. `args` are resolved.
 
     Labels are read for 'source', 'target_few' and 'target_train' (which is the oracle's alone);
-    those of 'target_test' are checked and left to `evaluate`, 'target_unlabelled' needs none. Where
-    no test photo has a label, 'target_test' holds photos for the pictures, without `test_files`.
-    UserError where labels are missing that the role needs.
+    a sample of those of 'target_test' is checked, the rest is left to `evaluate`. Without any test
+    label, 'target_test' holds photos for the pictures. UserError where needed labels are missing.
     """
     dataset = get_benchmark(args)[role != "source"]
     if role == "source" and args.init and args.init.is_dir():
@@ -514,7 +494,7 @@ def load(args: "Args", role: Role) -> Split:
         if not 1 <= k <= n:
             raise UserError(f"--labelled {k}: {root} has {n} labelled training photos")
         pairs = [pairs[(2 * i + 1) * n // (2 * k)] for i in range(k)]
-    if role == "target_train" and not pairs:
+    elif role == "target_train" and not pairs:
         raise UserError(f"{root}: no labelled training photo")
     if pairs and role != "target_unlabelled":
         check_labels(dataset, pairs)
@@ -542,8 +522,8 @@ def save_set(folder: Path, split: Split, labels: np.ndarray, names: Sequence[str
     Its N images are in `folder`/images.npy already, see `create_array`. labels uint8 [N,H,W].
     """
     create_array(folder / "labels.npy", labels.shape)[:] = labels
-    record = {"dataset": split.dataset.name, "names": list(names)}
-    record["classes"] = list(split.dataset.classes)
+    dataset = split.dataset
+    record = {"dataset": dataset.name, "classes": dataset.classes, "names": list(names)}
     for name in ("images", "labels"):
         record[name] = sha256(folder / f"{name}.npy")
     write_json(folder / "set.json", record)
@@ -554,8 +534,7 @@ def load_set(folder: Path, dataset: Dataset, size: Sequence[int]) -> Split:
     try:
         record = json.loads((folder / "set.json").read_text())
         images, labels = (np.load(folder / f"{n}.npy", mmap_mode="r") for n in ("images", "labels"))
-        kind = (record["dataset"], *images.shape[1:3])
-        classes = tuple(record["classes"])
+        kind, classes = (record["dataset"], *images.shape[1:3]), tuple(record["classes"])
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{folder}: not a training set that a method wrote ({error})") from error
     if kind[0] == dataset.name and classes != dataset.classes:
@@ -1560,7 +1539,7 @@ class PredictArgs:
     checkpoint: Path
     """The checkpoint.pt of a run."""
     photos: Path
-    """Folder of photos, JPG or PNG of any mode and size, also in folders below it."""
+    """Folder of photos, JPG or PNG of any mode and size, with its subfolders."""
     out: Path
     """Folder for ids/, colours/ and overlays/, with a PNG for each photo, and for classes.json."""
     device: str = "auto"
@@ -1568,34 +1547,34 @@ class PredictArgs:
 
 
 def predict_folder(args: PredictArgs) -> None:
-    """Labels photos at their own resolution with the network of a run.
-
-    Ids are Cityscapes' label ids, or train ids where the classes are own ones; OUT/classes.json
-    says which, as --benchmark own reads it.
-    """
+    """Labels photos at their own resolution with the network of a run. Ids are Cityscapes' label
+    ids, or train ids of own classes; OUT/classes.json says which, as --benchmark own reads it."""
     checkpoint, auto = read_checkpoint(args.checkpoint), args.device == "auto"
     device = torch.device(("cpu", "cuda")[torch.cuda.is_available()] if auto else args.device)
     if "net" not in checkpoint:
         raise UserError(f"{args.checkpoint}: holds no segmentation network")
     classes, size, own = checkpoint["classes"], checkpoint["size"], checkpoint["benchmark"] == "own"
-    net = Network(checkpoint["network"], len(classes))
+    net = Network(checkpoint["network"], len(classes)).to(device).eval()
     net.load_state_dict(checkpoint["net"])
-    net.to(device).eval()
     ids = {name: i if own else CITYSCAPES_IDS[name] for i, name in enumerate(classes)}
     photos, others = find_images(args.photos, "**/*")
-    if not photos or args.out.resolve().is_relative_to(args.photos.resolve()):
-        raise UserError(f"{args.photos}: no JPG or PNG file, or --out lies in this folder")
-    outputs = {str(Path(name).with_suffix(".png")): name for name in sorted(photos.values())}
-    if len(outputs) < len(photos):
-        raise UserError(f"{args.photos}: two photos whose names differ in the suffix alone")
+    outputs = {Path(name).with_suffix(".png"): name for name in sorted(photos.values())}
+    if not photos or len(outputs) < len(photos):
+        raise UserError(
+            f"{args.photos}: no JPG or PNG file, or two that differ in the suffix alone"
+        )
+    if args.out.resolve().is_relative_to(args.photos.resolve()):
+        raise UserError(f"--out {args.out}: lies in the folder of the photos")
     write_json(args.out / "classes.json", ids)
     for output, name in show_progress(outputs.items(), "labelling"):
         photo = read_image(args.photos / name)  # [h,w,3]
         small = Image.fromarray(photo).resize(size[::-1], Image.Resampling.BILINEAR)
         logits = upsample(predict(net, np.array(small)[None], device), photo.shape[:2])
         train_ids = logits[0].argmax(dim=0).cpu().numpy()  # [h,w]
-        colours = palette(classes)[train_ids]
-        values = np.array([*ids.values()], np.uint8)[train_ids]
+        values, colours = (
+            np.array([*ids.values()], np.uint8)[train_ids],
+            palette(classes)[train_ids],
+        )
         pictures = {"ids": values, "colours": colours, "overlays": photo // 2 + colours // 2}
         for folder, picture in pictures.items():
             with replacing(args.out / folder / output) as temporary:

@@ -91,7 +91,7 @@ def test_a_run_on_own_data_and_its_network_on_own_photos(own: common.Args, capsy
         np.testing.assert_array_equal(colours, common.palette([*names])[labels])
         np.testing.assert_array_equal(overlay, common.read_image(path) // 2 + colours // 2)
     Path("photos/day 0/0.jpg").touch()
-    with pytest.raises(common.UserError, match="differ in the suffix alone"):
+    with pytest.raises(common.UserError, match="two that differ in the suffix alone"):
         common.predict_folder(common.PredictArgs(checkpoint, Path("photos"), Path("out"), "cpu"))
 
 
