@@ -16,9 +16,6 @@ training on the source alone reaches 45. No label of a photo is used. Every tran
 checked: kernel distance to the photos by class, edges along the masks' borders, what a reader
 network sees, how much of the change a plain colour map explains, and the deviation of the noise.
 
-The control `--bridge sdedit` adds noise once and then follows the deterministic flow of the photos;
-SDEdit (arXiv:2108.01073) itself follows the reverse SDE, with new noise in every step.
-
 Letters besides those of common.py: a cell is a patch of pixels, K its channels, h x w the cells of
 an image, S the statistics of appearance. Noise levels are angles a from 0 (the image x) to pi/2
 (the noise e): x_a = cos(a) x + sin(a) e.
@@ -58,12 +55,16 @@ SOURCE, TARGET = 0, 1  # the domain condition
 class Args(common.Args):
     bridge: Literal["ddib", "sdedit"] = "ddib"
     """ddib: encode along the flow of the source, decode along that of the target. sdedit, the
-    control: add noise once, then decode along the flow of the target."""
+    control: add noise once, then decode along the flow of the target. SDEdit itself
+    (arXiv:2108.01073) follows the reverse SDE, with new noise in every step."""
     strength: float = 0.97
     """Highest noise level, as a share of the way from the image to pure noise."""
     noise_floor: float = 0.02
-    """Lowest noise level, on the same scale. Noise of this level is added to an image before it is
+    """Lowest noise level, on the same scale: of the noise that is added to an image before it is
     encoded, since flat areas have no variation that could become noise. Decoding removes it."""
+    statistics: Literal["photo", "own"] = "photo"
+    """Appearance to decode with: a random photo's, or, as the control, the image's own. The bridge
+    then changes materials and textures, and the overall colour stays."""
     sample_steps: int | None = None
     """Evaluations of the U-Net to encode, and again to decode. Default: a tenth of --steps, at
     least 2 and at most 12."""
@@ -135,6 +136,8 @@ class TranslateArgs:
     """Highest noise level, as a share of the way from the image to pure noise."""
     noise_floor: float = 0.02
     """Lowest noise level, on the same scale; noise of this level is added before encoding."""
+    statistics: Literal["photo", "own"] = "photo"
+    """Appearance to decode with: a random photo's, or the image's own."""
     sample_steps: int = 12
     """Evaluations of the U-Net to encode, and again to decode."""
     min_agreement: float = 0.0
@@ -148,10 +151,8 @@ class TranslateArgs:
 
 # ---- What is diffused, and its conditions -------------------------------------------------------
 def hadamard(x: Tensor) -> Tensor:
-    """For each group of four channels: twice their mean, and twice three signed means.
-
-    Orthonormal and its own inverse. [B,4K,h,w] -> [B,4K,h,w].
-    """
+    """For each group of four channels: twice their mean, and twice three signed means. Orthonormal
+    and its own inverse. [B,4K,h,w] -> [B,4K,h,w]."""
     a, b, c, d = x.unflatten(1, (-1, 4)).unbind(dim=2)  # [B,K,h,w] each
     bands = (a + b + c + d, a - b + c - d, a + b - c - d, a - b - c + d)
     return torch.stack(bands, dim=2).flatten(1, 2) / 2
@@ -345,7 +346,8 @@ class Bridge(nn.Module):
         noise = torch.stack([torch.randn(x.shape[1:], generator=g, device=x.device) for g in rngs])
         n = len(self.photo_statistics)
         photos = [common.seed_of(args.seed, name, "photo") % n for name in names]
-        source, target = appearance(images), self.photo_statistics[photos]  # [B,S]
+        source = appearance(images)  # [B,S]
+        target = source if args.statistics == "own" else self.photo_statistics[photos]
 
         def velocity(x: Tensor, angle: float, domain: int, statistics: Tensor) -> Tensor:
             angles = x.new_full((len(x),), angle)
@@ -499,10 +501,8 @@ def read(
 
 def kernel_distance(x: np.ndarray, y: np.ndarray) -> float:
     """KID: the unbiased squared MMD of two sets of features, [N,D] and [M,D], with the kernel
-    (x.y / D + 1)^3 (arXiv:1801.01401). NaN where a set has fewer than two images.
-
-    The features of the reader have no natural scale: those of `y` get mean 0 and deviation 1.
-    """
+    (x.y / D + 1)^3 (arXiv:1801.01401). NaN where a set has fewer than two images. The features of
+    the reader have no natural scale: those of `y` get mean 0 and deviation 1."""
     mean, std = y.mean(axis=0, dtype=np.float64), y.std(axis=0, dtype=np.float64)
     x, y = ((z - mean) / np.sqrt((std**2).mean()) for z in (x, y))
     n, m = len(x), len(y)
@@ -619,10 +619,9 @@ def verdict(table: dict[str, Any], unet_steps: int) -> list[str]:
     if table["kid_of_classes"]:
         pairs = table["kid_of_classes"].items()
         lines.append("kid: " + ", ".join(f"{name} {b:.1f} -> {a:.1f}" for name, (b, a) in pairs))
-    share = table["affine_share"]
-    if share is not None:
-        kind = f"{'little' if share > 0.5 else 'much'} more than a colour transfer"
-        lines.append(f"{share:.2f} of the change is an affine map of an image's colours: {kind}")
+    if table["affine_share"] is not None:
+        text = "of the change is an affine map of an image's colours, the rest is local"
+        lines.append(f"{table['affine_share']:.2f} {text}")
     lines.append(f"deviation of the encoded noise: {table['noise_deviation']:.2f} (1 is right)")
     text = ", ".join(f"{key} {result}" for result, keys in results.items() for key in keys)
     few = f"; {unet_steps} updates of the U-Net are too few: this is no bridge yet"
@@ -933,8 +932,8 @@ def check_folder(
     after = np.stack([common.read_image(out / pair.name, (h, w)) for pair in pairs])
     masks = [Image.fromarray(read_mask(pair, args.mask_labels)) for pair in pairs]
     masks = np.stack([np.asarray(m.resize((w, h), Image.Resampling.NEAREST)) for m in masks])
-    columns = {"source": before, "translated": after}
-    draw_translations(out.with_name(f"{out.name}-sheet.png"), columns, masks)
+    sheet = out.with_name(f"{out.name}-sheet.png")
+    draw_translations(sheet, {"source": before, "translated": after}, masks)
     return check(bridge, before, after, masks, args.mask_labels != "none")
 
 
