@@ -935,15 +935,15 @@ class SharedArgs:
     data: str = "mini"
     """Folder that holds vkitti2/ and kitti/, or gta5/ and cityscapes/; 'mini': the miniature."""
     steps: int | None = None
-    """Updates of the network. Default: 400 for the miniature, else 20,000 and 40,000."""
+    """Updates of the network. Default: 2,000 for the miniature, else 20,000 and 40,000."""
     batch_size: int | None = None
-    """Images an update, over all processes. Default: 16; 8 for gta52cityscapes."""
+    """Images an update, over all processes. Default: 8; 16 for real data of vkitti2kitti."""
     size: tuple[int, int] | None = None
     """Height and width in training, in pixels. Default: 64 128, 256 512, or 512 1024, as above."""
     net: Literal["tiny", "bisenet", "lraspp", "deeplab"] | None = None
     """Segmentation network. Default: tiny for the miniature, else bisenet."""
     lr: float | None = None
-    """Initial learning rate of AdamW. Default: 0.005 for the miniature, else 0.001."""
+    """Initial learning rate of AdamW. Default: 0.01 for the miniature, else 0.001."""
     pretrained: bool | None = None
     """Backbone of torchvision's ImageNet weights. Default: on for real data, but tiny has none."""
     labelled: int = 16

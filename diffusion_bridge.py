@@ -620,7 +620,7 @@ def verdict(table: dict[str, Any], unet_steps: int) -> list[str]:
         pairs = table["kid_of_classes"].items()
         lines.append("kid: " + ", ".join(f"{name} {b:.1f} -> {a:.1f}" for name, (b, a) in pairs))
     if table["affine_share"] is not None:
-        text = "of the change is an affine map of an image's colours, the rest is local"
+        text = "of the change is an affine map of an image's colours, the rest is not"
         lines.append(f"{table['affine_share']:.2f} {text}")
     lines.append(f"deviation of the encoded noise: {table['noise_deviation']:.2f} (1 is right)")
     text = ", ".join(f"{key} {result}" for result, keys in results.items() for key in keys)
