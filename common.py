@@ -937,7 +937,7 @@ class SharedArgs:
     steps: int | None = None
     """Updates of the network. Default: 2,000 for the miniature, else 20,000 and 40,000."""
     batch_size: int | None = None
-    """Images an update, over all processes. Default: 8; 16 for real data of vkitti2kitti."""
+    """Images an update, over all processes. Default: 8; 16 for real vkitti2kitti and own."""
     size: tuple[int, int] | None = None
     """Height and width in training, in pixels. Default: 64 128, 256 512, or 512 1024, as above."""
     net: Literal["tiny", "bisenet", "lraspp", "deeplab"] | None = None
