@@ -2,8 +2,8 @@
 
 For the IoU of single images the exact gradient of the expected reward IS the gradient of the
 soft-Jaccard loss (measured cosine 1.0000), and both end at the same mIoU. So the method earns its
-keep only for rewards that have no such surrogate loss. One is the recall of whole objects: the
-share of the connected regions of one class of which at least half is labelled right.
+keep only for rewards that have no such surrogate. One is the recall of whole objects, the share of
+the connected regions of one class of which at least half is right: a step function of many pixels.
 
 "Tuning computer vision models with task rewards" (arXiv:2302.08242v1). The network is trained on
 the source, then fine-tuned on the labelled target photos with the reward and with cross-entropy
