@@ -118,7 +118,7 @@ PROPERTIES = read_table("""
     figure      1.0, 1.25      0.8, 1.05      1.0, 1.25   0.8, 1.05     size of people, signs, ...
     steel       0.2, 0.3       0.06, 0.2      0.1, 0.3    0.05, 0.15    brightness of poles
     housing     0.01           0.2            0.01        0.2           brightness: traffic lights
-    boards      0              1              0           1             1: fences of rails; paints
+    european    0              1              0           1             1: paints, fences of rails
     people      0              0.5            4           5             mean number
     trees       9              14             4           5             mean number
     bare        0              0.4            0.4         0.1           share: trees without leaves
@@ -454,7 +454,7 @@ class Scene:
         elif plot.label == "fence":
             spacing = 0.1 * plot.bay  # of the pickets
             opaque = solid & ((y > plot.height - 0.12) | (u % spacing < 0.55 * spacing))
-            if self.domain.boards:
+            if self.domain.european:
                 opaque = solid & ((y % 0.4 > 0.12) | (u % 2.5 < 0.15))
         elif plot.label == "rail":
             opaque = solid & ((y > 0.35) | (u % 2.0 < 0.12))
@@ -562,7 +562,7 @@ def paint_vehicle(scene: Scene, thing: Thing) -> None:
         length, height = scene.domain.car
         belt = 0.6 * height
     height *= rng.uniform(0.95, 1.1)
-    paints = EUROPEAN_PAINTS if scene.domain.boards else PAINTS
+    paints = EUROPEAN_PAINTS if scene.domain.european else PAINTS
     paints = paints.get(label, paints["car"])
     paint = linear(paints[rng.integers(len(paints))]) * rng.uniform(0.7, 1.2)
     load = scene.colour("facades") * 0.5 + 0.5 * paint
