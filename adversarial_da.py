@@ -25,6 +25,7 @@ scalars.json has the discriminator's accuracy: near 1 it knows the domains, near
 import copy
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -67,32 +68,6 @@ class Args(common.Args):
     """Pseudo-labels count by the share of pixels whose probability is above it. DACS: 0.968."""
     ema: float = 0.99
     """Decay of the teacher's weights at each step. DACS: 0.99; DAFormer: 0.999."""
-
-
-# ---- Image translation --------------------------------------------------------------------------
-def fourier_transfer(source: Tensor, target: Tensor, beta: float) -> Tensor:
-    """Source images with the target's amplitude at low frequencies (FDA, eq. 3).
-
-    [B,3,H,W] twice -> [B,3,H,W], not clamped. beta: in cycles/px, for both axes.
-    """
-    h, w = source.shape[2:]
-    spectrum, style = torch.fft.rfft2(source), torch.fft.rfft2(target)  # [B,3,H,W//2+1]
-    # The band is symmetric about frequency 0 at even sizes too, so the image stays real.
-    rows = torch.fft.fftfreq(h, device=source.device).abs() < beta
-    columns = torch.fft.rfftfreq(w, device=source.device).abs() < beta
-    band = rows[:, None] & columns  # M_beta, [H,W//2+1]
-    amplitude = torch.where(band, style.abs(), spectrum.abs())
-    return torch.fft.irfft2(torch.polar(amplitude, spectrum.angle()), s=(h, w))
-
-
-def translate(images: Tensor, rng: torch.Generator, photos: Split, args: Args) -> Tensor:
-    """Source images in the style of random photos. [B,3,H,W] -> [B,3,H,W] in [0,1]."""
-    if args.translate == "none":
-        return images
-    style = common.random_images(photos, len(images), rng, images.device)  # [B,3,H,W]
-    if args.translate == "color":
-        return common.color_transfer(images, style).clamp(0, 1)
-    return fourier_transfer(images, style, args.beta).clamp(0, 1)
 
 
 # ---- Alignment ----------------------------------------------------------------------------------
@@ -235,12 +210,18 @@ def train(
 ) -> None:
     """Supervised on source images; after `source_steps` updates photos join."""
     args, seed = run.args, run.args.seed
+    transfers = {"color": common.color_transfer}
+    transfers["fda"] = partial(common.fourier_transfer, beta=args.beta)
+    translate = common.identity
+    if args.translate != "none":
+        translate = common.photo_style(photos, transfers[args.translate])
     source_loader = Loader(source, args.batch_size, run.device, seed, "source")
     target_loader = Loader(photos, args.batch_size, run.device, seed, "target")
     torch.manual_seed(common.seed_of(seed, "discriminator"))
     discriminator = Discriminator(len(run.classes), args.discriminator_width)
     discriminator.to(run.device, memory_format=torch.channels_last)
-    teacher = copy.deepcopy(net).requires_grad_(False)
+    # In training mode, as in DACS: it normalises photos by the statistics of their batch.
+    teacher = copy.deepcopy(net).requires_grad_(False).train()
     model, model_d = common.parallel(net), common.parallel(discriminator)
     optimizer = common.make_optimizer(net, args.lr)
     optimizer_d = torch.optim.Adam(discriminator.parameters(), betas=(0.9, 0.99), fused=True)
@@ -253,7 +234,7 @@ def train(
         common.set_lr(optimizer, lr)
         common.set_lr(optimizer_d, common.learning_rate(args.discriminator_lr, step, steps))
         x, y = source_loader(step)  # [B,3,H,W], [B,H,W]
-        x, y = common.crop_flip(translate(x, rng, photos, args), y, rng)
+        x, y = common.crop_flip(translate(x, rng), y, rng)
         with run.autocast():
             on_source = model(x, aux=True)  # [B,C,H,W] of every head
             loss = total = common.segmentation_loss(on_source, y)
@@ -286,11 +267,12 @@ def train(
                 total = total + loss_mixed
             scalars |= {"mixed_loss": loss_mixed, "confident": shares.mean()}
 
-        # Step 3: the segmentation network and its teacher, at first the mean of all students
+        # Step 3: the segmentation network and its teacher, at first the mean of all students.
         optimizer.zero_grad()
         total.backward()
         optimizer.step()
-        common.update_ema(teacher, net, min(args.ema, 1 - 1 / (step + 1)))
+        if args.self_train:
+            common.update_ema(teacher, net, min(args.ema, 1 - 1 / (step + 1)))
 
         # Step 4: the discriminator
         if step > source_steps and args.align != "none":

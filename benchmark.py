@@ -39,7 +39,6 @@ from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
-from torch import Tensor
 
 import common
 from common import BENCHMARKS, Result, UserError
@@ -76,18 +75,15 @@ def run_baseline(args: BaselineArgs) -> Result:
     labelled = common.load(args, "target_few") if few_label else ()  # errors come first
 
     # Step 1: training on the source. A checkpoint given by --init has had it already.
-    most = max(1, args.epochs * args.labelled // args.batch_size)
-    finetune_steps = min(max(1, round(args.steps * args.finetune)), most) if few_label else 0
+    finetune_steps = 0
+    if few_label:
+        finetune_steps = common.finetune_steps(args, args.finetune, args.epochs)
     source_steps = 0 if args.checkpoint else max(0, args.steps - finetune_steps)
     translate = augment = common.identity
     if args.row == "random_aug":
         augment = common.random_augmentation
     elif args.row == "color_transfer":
-        photos = common.load(args, "target_unlabelled")
-
-        def translate(images: Tensor, rng: torch.Generator) -> Tensor:  # [B,3,H,W]
-            styles = common.random_images(photos, len(images), rng, run.device)
-            return common.color_transfer(images, styles).clamp(0, 1)
+        translate = common.photo_style(common.load(args, "target_unlabelled"))
 
     if source_steps > 0 and not oracle:
         source = common.load(args, "source")

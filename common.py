@@ -701,6 +701,31 @@ def color_transfer(source: Tensor, target: Tensor) -> Tensor:
         return (matrix @ x + y_mean).view_as(source)
 
 
+def fourier_transfer(source: Tensor, target: Tensor, beta: float) -> Tensor:
+    """Images with the target's low frequencies (FDA, arXiv:2004.05498v1, eq. 3).
+
+    [B,3,H,W] twice -> [B,3,H,W], not clamped. beta: in cycles/px, for both axes.
+    """
+    h, w = source.shape[2:]
+    spectrum, style = torch.fft.rfft2(source), torch.fft.rfft2(target)  # [B,3,H,W//2+1]
+    # The band is symmetric about frequency 0 at even sizes too, so the image stays real.
+    rows = torch.fft.fftfreq(h, device=source.device).abs() < beta
+    columns = torch.fft.rfftfreq(w, device=source.device).abs() < beta
+    band = rows[:, None] & columns  # M_beta, [H,W//2+1]
+    amplitude = torch.where(band, style.abs(), spectrum.abs())
+    return torch.fft.irfft2(torch.polar(amplitude, spectrum.angle()), s=(h, w))
+
+
+def photo_style(photos: Split, transfer: Callable = color_transfer) -> Augmentation:
+    """Each image takes over the style of a random photo, by `transfer(images, styles)`."""
+
+    def translate(images: Tensor, rng: torch.Generator) -> Tensor:  # [B,3,H,W] in [0,1]
+        styles = random_images(photos, len(images), rng, images.device)
+        return transfer(images, styles).clamp(0, 1)
+
+    return translate
+
+
 # ---- Networks -----------------------------------------------------------------------------------
 conv = Conv2dNormActivation  # convolution, batch normalisation, ReLU; 'same' padding
 
@@ -832,9 +857,11 @@ def world_size() -> int:
 
 def join_processes(device: str) -> str:
     """Joins the other processes of torchrun, if there are any. -> this process's device."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     if "LOCAL_RANK" not in os.environ:
         return device
-    cuda = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
+    cuda = device.startswith("cuda")
     if cuda:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
@@ -992,8 +1019,6 @@ def resolve(args: Any, method: str) -> Any:
     defaults["pretrained"] = not small and args.net != "tiny"
     defaults["out"] = Path("runs") / args.benchmark / method / f"seed{args.seed}"
     args = replace(args, **{k: v for k, v in defaults.items() if getattr(args, k) is None})
-    if args.device == "auto":
-        args = replace(args, device="cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(1, device=args.device)
     except (RuntimeError, AssertionError) as error:
@@ -1032,11 +1057,17 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return checkpoint
 
 
-def load_weights(net: Network, path: Path) -> None:
-    """The segmentation network of a checkpoint into `net`; UserError where it is another."""
+def read_network(path: Path) -> dict[str, Any]:
+    """A run's checkpoint.pt; UserError where the file holds no segmentation network."""
     checkpoint = read_checkpoint(path)
     if "net" not in checkpoint:
         raise UserError(f"{path}: holds no segmentation network")
+    return checkpoint
+
+
+def load_weights(net: Network, path: Path) -> None:
+    """The segmentation network of a checkpoint into `net`; UserError where it is another."""
+    checkpoint = read_network(path)
     kind = f"{checkpoint['network']} of {len(checkpoint['classes'])} classes"
     if kind != f"{net.name} of {net.num_classes} classes":
         raise UserError(f"{path}: holds {kind}, expected {net.name} of {net.num_classes}")
@@ -1385,6 +1416,11 @@ def train(
             run.evaluate(net, step)
 
 
+def finetune_steps(args: Args, share: float, epochs: int) -> int:
+    """Updates on the labelled photos: a share of --steps, at most so many passes over them."""
+    return max(1, min(round(args.steps * share), epochs * args.labelled // args.batch_size))
+
+
 def is_quarter(step: int, total: int) -> bool:
     """Whether a stage is evaluated after this step: at quarters of it, its end excepted."""
     return step < total and step % max(1, total // 4) == 0
@@ -1549,10 +1585,7 @@ class PredictArgs:
 def predict_folder(args: PredictArgs) -> None:
     """Labels photos at their own resolution with the network of a run. Ids are Cityscapes' label
     ids, or train ids of own classes; OUT/classes.json says which, as --benchmark own reads it."""
-    checkpoint, auto = read_checkpoint(args.checkpoint), args.device == "auto"
-    device = torch.device(("cpu", "cuda")[torch.cuda.is_available()] if auto else args.device)
-    if "net" not in checkpoint:
-        raise UserError(f"{args.checkpoint}: holds no segmentation network")
+    checkpoint, device = read_network(args.checkpoint), torch.device(join_processes(args.device))
     classes, size, own = checkpoint["classes"], checkpoint["size"], checkpoint["benchmark"] == "own"
     net = Network(checkpoint["network"], len(classes)).to(device).eval()
     net.load_state_dict(checkpoint["net"])
@@ -1571,10 +1604,8 @@ def predict_folder(args: PredictArgs) -> None:
         small = Image.fromarray(photo).resize(size[::-1], Image.Resampling.BILINEAR)
         logits = upsample(predict(net, np.array(small)[None], device), photo.shape[:2])
         train_ids = logits[0].argmax(dim=0).cpu().numpy()  # [h,w]
-        values, colours = (
-            np.array([*ids.values()], np.uint8)[train_ids],
-            palette(classes)[train_ids],
-        )
+        values = np.array([*ids.values()], np.uint8)[train_ids]
+        colours = palette(classes)[train_ids]  # [h,w,3]
         pictures = {"ids": values, "colours": colours, "overlays": photo // 2 + colours // 2}
         for folder, picture in pictures.items():
             with replacing(args.out / folder / output) as temporary:

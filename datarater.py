@@ -33,6 +33,7 @@ import contextlib
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -86,35 +87,14 @@ class Args(common.Args):
 
 
 # ---- Kinds of candidates ------------------------------------------------------------------------
-def fourier_transfer(source: Tensor, target: Tensor, beta: float) -> Tensor:
-    """The target's amplitude at low frequencies (FDA, arXiv:2004.05498v1, eq. 3).
-
-    [B,3,H,W] twice -> [B,3,H,W], not clamped. beta: in cycles/px, for both axes.
-    """
-    (h, w), device = source.shape[2:], source.device
-    spectrum, style = torch.fft.rfft2(source), torch.fft.rfft2(target)  # [B,3,H,W//2+1]
-    rows = torch.fft.fftfreq(h, device=device)[:, None]  # [H,1]
-    columns = torch.fft.rfftfreq(w, device=device)  # [W//2+1]
-    band = (rows.abs() < beta) & (columns < beta)
-    amplitude = torch.where(band, style.abs(), spectrum.abs())
-    return torch.fft.irfft2(torch.polar(amplitude, spectrum.angle()), s=(h, w))
-
-
 def load_augmentations(args: Args) -> Augmentations:
     """The kinds of --augmentations. Two of them take the style of random target photos."""
     kinds = dict(AUGMENTATIONS)
     if set(args.augmentations) - set(kinds):
         photos = common.load(args, "target_unlabelled")
-
-        def color_transfer(images: Tensor, rng: torch.Generator) -> Tensor:
-            styles = common.random_images(photos, len(images), rng, images.device)
-            return common.color_transfer(images, styles).clamp(0, 1)
-
-        def fourier(images: Tensor, rng: torch.Generator) -> Tensor:
-            styles = common.random_images(photos, len(images), rng, images.device)
-            return fourier_transfer(images, styles, args.beta).clamp(0, 1)
-
-        kinds |= {"color_transfer": color_transfer, "fourier": fourier}
+        fourier = partial(common.fourier_transfer, beta=args.beta)
+        kinds["color_transfer"] = common.photo_style(photos)
+        kinds["fourier"] = common.photo_style(photos, fourier)
     return {kind: kinds[kind] for kind in args.augmentations}
 
 

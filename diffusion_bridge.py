@@ -378,9 +378,8 @@ def load_bridge(path: Path, device: str | torch.device) -> Bridge:
 # ---- Training -----------------------------------------------------------------------------------
 def recolor(images: Tensor, photos: Split, share: float, rng: torch.Generator) -> Tensor:
     """A share of the images gets the colours of random photos. [B,3,H,W] -> [B,3,H,W]."""
-    style = common.random_images(photos, len(images), rng, images.device)  # [B,3,H,W]
+    recolored = common.photo_style(photos)(images, rng)  # [B,3,H,W]
     chosen = common.draw(rng, len(images), 1, 1, 1) < share
-    recolored = common.color_transfer(images, style).clamp(0, 1)
     return torch.where(common.to_device(chosen, images.device), recolored, images)
 
 
@@ -857,8 +856,6 @@ def translate_folder(args: TranslateArgs) -> None:
         if out.is_relative_to(folder) or folder.is_relative_to(out):
             raise UserError(f"--output-dir {out}: inside, around or equal to {flag} {folder}")
     device = common.join_processes("auto")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     bridge = load_bridge(args.checkpoint, device)
     classes = bridge.config["classes"]
     if args.mask_labels != "none" and classes != [*common.DATASETS[args.mask_labels].classes]:

@@ -355,8 +355,7 @@ def run(args: Args) -> Result:
         return run.result
     args, net = run.args, run.network()
     photos = common.load(args, "target_few")
-    most = args.epochs * len(photos) // args.batch_size
-    few_steps = max(1, min(most, round(args.steps * args.reward_share)))
+    few_steps = common.finetune_steps(args, args.reward_share, args.epochs)
     source_steps = 0 if args.checkpoint else args.steps - few_steps
     if not args.checkpoint:
         common.train(run, net, common.load(args, "source"), source_steps, "source")

@@ -47,7 +47,7 @@ def exchanged(source: np.ndarray, target: np.ndarray, beta: float) -> np.ndarray
 @pytest.mark.parametrize("beta", [0.0, 0.01, 0.13, 0.5, 1.0])
 def test_fourier_transfer_equals_numpy(size: tuple[int, int], beta: float):
     source, target = torch.rand(2, 2, 3, *size, dtype=torch.float64)
-    result = da.fourier_transfer(source, target, beta)
+    result = common.fourier_transfer(source, target, beta)
     for b, c in product(range(2), range(3)):
         expected = exchanged(source[b, c].numpy(), target[b, c].numpy(), beta)
         np.testing.assert_allclose(result[b, c], expected, atol=1e-6)
