@@ -6,8 +6,6 @@
 
     python benchmark.py --data /datasets                 (real data; see the README for its layout)
 
-    python benchmark.py baseline --row oracle            (a baseline alone; it has its own --help)
-
 Every row is a command of its own (--print-jobs lists them): one that fails costs no other row. A
 finished row is not run again unless its arguments or its data change, or --force is given.
 """
@@ -40,63 +38,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
+import baseline
 import common
-from common import BENCHMARKS, Result, UserError
+from common import Result, UserError
+from datasets import BENCHMARKS
 
-Baseline = Literal["source_only", "random_aug", "color_transfer", "few_label", "oracle"]
-BASELINES = typing.get_args(Baseline)
+BASELINES = typing.get_args(baseline.Row)
 METHODS = ("datarater", "metasim", "reward_opt", "adversarial_da", "diffusion_bridge")
 SET_METHODS = ("datarater", "metasim", "diffusion_bridge")  # these write a training set
-
-
-# ---- Baselines ----------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class BaselineArgs(common.Args):
-    row: Baseline = "source_only"
-    """source_only: trained on the source as it is. random_aug: each source image as it is, blurred,
-    colour-jittered or RGB-shifted at random. color_transfer: each source image gets the mean and
-    the covariance of RGB of a random training photo. few_label: source_only, then fine-tuned on the
-    labelled target photos. oracle: trained on the target's training part with all its labels."""
-    finetune: float = 0.5
-    """few_label: the share of --steps that is spent on the labelled photos."""
-    epochs: int = 400
-    """few_label: most passes over the labelled photos; what they leave is source training."""
-    finetune_lr: float = 0.5
-    """few_label: initial learning rate of the fine-tuning, as a multiple of --lr."""
-
-
-def run_baseline(args: BaselineArgs) -> Result:
-    """Trains a baseline: the segmentation network without any adaptation method."""
-    few_label, oracle = args.row == "few_label", args.row == "oracle"
-    run = common.Run(args, args.row, stages=2 if few_label else 1)
-    if run.result:
-        return run.result
-    args, net = run.args, run.network()
-    labelled = common.load(args, "target_few") if few_label else ()  # errors come first
-
-    # Step 1: training on the source. A checkpoint given by --init has had it already.
-    finetune_steps = 0
-    if few_label:
-        finetune_steps = common.finetune_steps(args, args.finetune, args.epochs)
-    source_steps = 0 if args.checkpoint else max(0, args.steps - finetune_steps)
-    translate = augment = common.identity
-    if args.row == "random_aug":
-        augment = common.random_augmentation
-    elif args.row == "color_transfer":
-        translate = common.photo_style(common.load(args, "target_unlabelled"))
-
-    if source_steps > 0 and not oracle:
-        source = common.load(args, "source")
-        common.train(run, net, source, source_steps, "source", translate, augment)
-
-    # Step 2: training on labelled photos: all of the training part, or a few.
-    if oracle:
-        labelled, finetune_steps, source_steps = common.load(args, "target_train"), args.steps, 0
-        common.train(run, net, labelled, args.steps, "target")
-    elif few_label:
-        lr = args.lr * args.finetune_lr
-        common.train(run, net, labelled, finetune_steps, "few", lr=lr)
-    return run.finish(net, target_labels=len(labelled), steps=source_steps + finetune_steps)
 
 
 # ---- Rows ---------------------------------------------------------------------------------------
@@ -181,9 +130,10 @@ def rows_of(args: Args) -> list[Row]:
 
 def command_of(row: Row) -> list[str]:
     """The command that runs a row; flags at their default value are left out."""
-    command = [sys.executable, str(Path(__file__).with_name(f"{row.method}.py"))]
-    if row.method in BASELINES:
-        command = [sys.executable, __file__, "baseline", "--row", row.method]
+    is_baseline = row.method in BASELINES
+    script = "baseline" if is_baseline else row.method
+    command = [sys.executable, str(Path(__file__).with_name(f"{script}.py"))]
+    command += ["--row", row.method] if is_baseline else []
     for field in dataclasses.fields(row.args):
         flag, value = field.name.replace("_", "-"), getattr(row.args, field.name)
         if value == field.default:
@@ -201,7 +151,7 @@ def finished(row: Row) -> Result | None:
     flags = vars(row.args) | {"device": "cpu", "resume": True}  # they decide nothing here
     try:
         if row.method in BASELINES:
-            args = BaselineArgs(**flags, row=row.method)
+            args = baseline.Args(**flags, row=row.method)
         else:
             args = importlib.import_module(row.method).Args(**flags)
         return common.finished(common.resolve(args, row.method), row.method)
@@ -663,8 +613,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["baseline"]:
-        sys.argv[:2] = [f"{sys.argv[0]} baseline"]
-        common.main(BaselineArgs, run_baseline, run_baseline.__doc__)
-    else:
-        common.main(Args, main, __doc__)
+    common.main(Args, main, __doc__)

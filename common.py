@@ -1,23 +1,13 @@
-"""What every method shares, so that their comparison is fair: data, networks, training, evaluation.
+"""What every method shares, so that their comparison is fair: training, evaluation, run folder.
 
-Run as a script it checks a dataset, which is the first thing to do with a fresh download:
-
-    python common.py look --dataset gta5 --data /datasets
-
-and it labels photos with the network of a run:
-
-    python common.py predict --checkpoint runs/.../checkpoint.pt --photos photos --out labelled
-
-Letters in shape comments: B batch, C classes, H x W height and width in pixels, N images of a
-split. Images are float RGB in [0, 1] (the networks normalise them), labels are train ids 0..C-1
-or 255 for "ignored".
+The data come from datasets.py. Letters in shape comments: B batch, C classes, H x W height and
+width in pixels, N images of a split. Images are float RGB in [0, 1] (the networks normalise them),
+labels are train ids 0..C-1 or 255 for "ignored".
 """
 
-import colorsys
 import contextlib
 import dataclasses
 import functools
-import glob
 import hashlib
 import io
 import itertools
@@ -30,518 +20,57 @@ import subprocess
 import sys
 import textwrap
 import time
-import unicodedata
-import uuid
 import warnings
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageOps
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, resnet18
 from torchvision.models.segmentation import deeplabv3_resnet101, lraspp_mobilenet_v3_large
 from torchvision.ops import Conv2dNormActivation
 
-import miniature
+from datasets import (  # noqa: F401 (all of them for methods, as common.load and so on)
+    DATASETS,
+    IGNORE,
+    UNKNOWN,
+    Split,
+    UserError,
+    create_array,
+    dataset_root,
+    digest,
+    files_of,
+    fingerprint,
+    get_benchmark,
+    is_foreign,
+    load,
+    load_set,
+    open_image,
+    palette,
+    rank,
+    read_image,
+    read_label,
+    replacing,
+    resize_label,
+    save_set,
+    sha256,
+    show_progress,
+    spaced,
+    to_rgb,
+    write_json,
+)
 
 try:
     import resource
 except ImportError:
     sys.exit("error: this needs Linux or macOS; on Windows, use its Subsystem for Linux (WSL)")
-
-IGNORE = 255  # the train id of pixels that count nowhere
-UNKNOWN = 254  # in a lookup table: a value that no valid label file holds
-COLOUR_WEIGHTS = np.array([1 << 16, 1 << 8, 1])  # of a colour as one number
-
-
-class UserError(Exception):
-    """What a user can mend, in one line: the file, what was found, what was expected."""
-
-
-# ---- Label spaces -------------------------------------------------------------------------------
-# Name, label id and colour, of Cityscapes' 19 classes in the order of their train ids.
-CITYSCAPES_TABLE = """
-road 7 128 64 128, sidewalk 8 244 35 232, building 11 70 70 70, wall 12 102 102 156,
-fence 13 190 153 153, pole 17 153 153 153, traffic light 19 250 170 30, traffic sign 20 220 220 0,
-vegetation 21 107 142 35, terrain 22 152 251 152, sky 23 70 130 180, person 24 220 20 60,
-rider 25 255 0 0, car 26 0 0 142, truck 27 0 0 70, bus 28 0 60 100, train 31 0 80 100,
-motorcycle 32 0 0 230, bicycle 33 119 11 32"""
-# Colour and class of VKITTI2's kinds: Vegetation and Tree, Car and Van, then GuardRail, Misc and
-# Undefined, which are ignored.
-VKITTI2_TABLE = """
-100 60 100 road, 140 140 140 building, 255 130 0 pole, 200 200 0 traffic light,
-255 255 0 traffic sign, 90 240 0 vegetation, 0 199 0 vegetation, 210 0 200 terrain, 90 200 255 sky,
-255 127 80 car, 0 139 139 car, 160 60 60 truck, 250 100 255 ignored, 80 80 80 ignored,
-0 0 0 ignored"""
-CITYSCAPES_IDS, PALETTE, VKITTI2_COLOURS = {}, {}, {}
-for entry in CITYSCAPES_TABLE.split(","):
-    *words, label_id, r, g, b = entry.split()
-    name = " ".join(words)
-    CITYSCAPES_IDS[name], PALETTE[name] = int(label_id), (int(r), int(g), int(b))
-for entry in VKITTI2_TABLE.split(","):
-    r, g, b, *words = entry.split()
-    VKITTI2_COLOURS[int(r), int(g), int(b)] = None if words == ["ignored"] else " ".join(words)
-CITYSCAPES_CLASSES = tuple(CITYSCAPES_IDS)
-KITTI_CLASSES = tuple(dict.fromkeys(filter(None, VKITTI2_COLOURS.values())))
-
-
-class Dataset(NamedTuple):
-    """Where the files of a dataset lie, and the train id of each value in its label files."""
-
-    name: str  # also its folder below --data
-    images: str  # glob below that folder; {split} is train or val
-    renames: tuple[tuple[str, str], ...]  # turn an image's path into its label's
-    classes: tuple[str, ...]
-    values: tuple[tuple[Any, str | None], ...]  # (id or colour (R, G, B), class or None: ignored)
-    halves: bool = False  # whether the labelled photos are halved into training and test photos
-
-    def label_of(self, image: str) -> str:
-        """The path of an image's label, both relative to the dataset's folder."""
-        for old, new in self.renames:
-            image = image.replace(old, new, 1)
-        return str(Path(image).with_suffix(".png"))
-
-
-class Benchmark(NamedTuple):
-    """A source and a target, whose classes are the same."""
-
-    source: Dataset
-    target: Dataset
-
-
-NAMES = {value: name for name, value in CITYSCAPES_IDS.items()}
-LABEL_IDS = tuple((value, NAMES.get(value)) for value in range(34))
-VKITTI2 = Dataset(
-    "vkitti2",
-    images="Scene*/clone/frames/rgb/Camera_0/*rgb_*.jpg",
-    renames=(("/rgb/", "/classSegmentation/"), ("rgb_", "classgt_")),
-    classes=KITTI_CLASSES,
-    values=tuple(VKITTI2_COLOURS.items()),
-)
-CITYSCAPES = Dataset(
-    "cityscapes",
-    images="leftImg8bit/{split}/*/*_leftImg8bit.png",
-    renames=(("leftImg8bit/", "gtFine/"), ("_leftImg8bit.png", "_gtFine_labelIds.png")),
-    classes=CITYSCAPES_CLASSES,
-    values=LABEL_IDS,
-)
-KITTI_RENAMES, GTA5_RENAMES = (("image_2/", "semantic/"),), (("images/", "labels/"),)
-GTA5_IDS = (*LABEL_IDS, (34, None))  # number plates
-KITTI = Dataset(
-    "kitti", "training/image_2/*_10.png", KITTI_RENAMES, KITTI_CLASSES, LABEL_IDS, halves=True
-)
-GTA5 = Dataset("gta5", "images/*", GTA5_RENAMES, CITYSCAPES_CLASSES, GTA5_IDS)
-DATASETS = {dataset.name: dataset for dataset in (VKITTI2, KITTI, GTA5, CITYSCAPES)}
-BENCHMARKS = {
-    "vkitti2kitti": Benchmark(VKITTI2, KITTI),
-    "gta52cityscapes": Benchmark(GTA5, CITYSCAPES),
-}
-
-
-def own_benchmark(root: Path) -> Benchmark:
-    """The benchmark 'own': `root`/source, `root`/target and the classes in `root`/classes.json.
-
-    That file maps a class, or "ignore", to its values in label files: an id, or ids and colours.
-    """
-    path, values = root / "classes.json", {}
-    try:
-        for name, value in json.loads(path.read_text(encoding="utf-8-sig")).items():
-            for v in value if isinstance(value, list) else [value]:
-                numbers, key = (v, tuple(v)) if isinstance(v, list) else ([v], v)
-                valid = len(numbers) in (1, 3) and all(n in range(256) for n in numbers)
-                if not valid or key in values:
-                    raise ValueError(f"{v} of {name} is no id or colour, or is given twice")
-                values[key] = None if name == "ignore" else name
-        classes = tuple(dict.fromkeys(filter(None, values.values())))
-        if not classes:
-            raise ValueError("names no class")
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        example = '{"road": 7, "car": [26, 27], "sky": [[70, 130, 180]], "ignore": 0}'
-        raise UserError(f"{path}: {error}; expected {example}, say") from error
-    source = Dataset("source", "images/**/*", GTA5_RENAMES, classes, tuple(values.items()))
-    return Benchmark(source, source._replace(name="target", halves=True))
-
-
-def get_benchmark(args: Any) -> Benchmark:
-    """The source and the target of --benchmark; those of 'own' are described below --data."""
-    return own_benchmark(Path(args.data)) if args.benchmark == "own" else BENCHMARKS[args.benchmark]
-
-
-@functools.cache
-def label_table(dataset: Dataset, colours: bool = False) -> np.ndarray:
-    """The train id, IGNORE or UNKNOWN, of each id, or each colour as one number. uint8 [values]."""
-    table = np.full(1 << 24 if colours else 256, UNKNOWN, np.uint8)
-    for value, name in dataset.values:
-        if isinstance(value, tuple) == colours:
-            index = value @ COLOUR_WEIGHTS if colours else value
-            table[index] = dataset.classes.index(name) if name in dataset.classes else IGNORE
-    return table
-
-
-def palette(classes: Sequence[str]) -> np.ndarray:
-    """Colours of the train ids, Cityscapes' where it has the class; else black. uint8 [256,3]."""
-    colours = np.zeros((256, 3), np.uint8)
-    for i, name in enumerate(classes):
-        other = colorsys.hsv_to_rgb(0.618 * i % 1, 0.7, 0.9)  # steps of the golden ratio
-        colours[i] = PALETTE.get(name, [round(255 * channel) for channel in other])
-    return colours
-
-
-# ---- Files --------------------------------------------------------------------------------------
-# 62 frames of the official GTA5 archives are unusable: their images and labels differ in size.
-GTA5_FRAMES = 24_966
-GTA5_MISMATCHED = {f"images/{i:05d}.png" for i in (15188, 17705, *range(20801, 20861))}
-
-
-@functools.cache
-def note(line: str) -> None:
-    """Says a line to the user, once."""
-    if rank() == 0:
-        print(line, file=sys.stderr, flush=True)
-
-
-def is_foreign(path: str) -> bool:
-    """Whether a file is no image of a set: ._a.png, @eaDir/a.png, thumbs/a.png, a.txt, say."""
-    known = path.lower().endswith((".png", ".jpg", ".jpeg"))
-    return not known or any(part[0] in ".@" or "thumb" in part.lower() for part in path.split("/"))
-
-
-def find_images(root: Path, pattern: str) -> tuple[dict[str, str], list[str]]:
-    """Images that match below `root`, or one folder deeper where there are none, and other files.
-
-    -> {path as in the pattern, in Unicode's form NFC: path below root}, and paths of the others.
-    """
-    options = {"root_dir": root, "recursive": True, "include_hidden": True}
-    for prefix in ("", "*/"):  # archives are often unpacked into folders of their own
-        images, others = {}, []
-        for path in sorted(glob.glob(prefix + pattern, **options)):
-            key = unicodedata.normalize("NFC", path.partition("/")[2] if prefix else path)
-            if is_foreign(key):
-                others += [path] if (root / path).is_file() else []
-            elif key in images:
-                raise UserError(f"{root}: {images[key]} and {path} have the same name")
-            else:
-                images[key] = path
-        if images:
-            break
-    return images, others
-
-
-def list_files(dataset: Dataset, root: Path, split: str) -> tuple[list, list[Path]]:
-    """Pairs (image, label) and images without a label of a split, train or test, sorted by path.
-
-    A source is all train. Test may be empty; UserError where there is no image to train on.
-    """
-    pattern = dataset.images.format(split="train" if split == "train" else "val")
-    images, others = find_images(root, pattern)
-    labels, other_labels = find_images(root, dataset.label_of(pattern))
-    if not images and split == "train":
-        raise UserError(f"{root}: no image of {dataset.name}, expected {pattern}")
-    others += other_labels + sorted(labels.keys() - {dataset.label_of(key) for key in images})
-    if others:
-        note(f"{root}: {len(others)} other files are ignored, such as {others[0]}")
-    if dataset is GTA5 and len(images) >= GTA5_FRAMES - len(GTA5_MISMATCHED):
-        left_out = GTA5_MISMATCHED & images.keys()
-        note(f"{root}: {len(left_out)} frames are left out, whose labels differ from them in size")
-        images = {key: path for key, path in images.items() if key not in left_out}
-    files = [(root / images[key], labels.get(dataset.label_of(key))) for key in sorted(images)]
-    pairs = [(image, root / label) for image, label in files if label]
-    unlabelled = [image for image, label in files if not label]
-    if dataset.halves:  # contiguous, so that neighbouring frames are not on both sides
-        half = len(pairs) // 2
-        return (pairs[:half], unlabelled) if split == "train" else (pairs[half:], [])
-    return pairs, unlabelled
-
-
-# A run lists its folders once: `resolve` forgets what an earlier run in this process has listed.
-files_of = functools.cache(list_files)
-
-
-def open_image(path: Path, decode: bool = True) -> Image.Image:
-    """An image file, or its header alone; UserError that names the file where that fails."""
-    try:
-        image = Image.open(path)
-        if decode:
-            image.load()
-        return image
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: cannot be read as an image ({error})") from error
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """An image of any mode in RGB; of 16-bit values the upper 8 bits."""
-    if image.mode.startswith("I"):
-        grey = np.asarray(image).astype(np.int64) >> 8
-        image = Image.fromarray(grey.clip(0, 255).astype(np.uint8))
-    return image.convert("RGB")
-
-
-def read_image(path: Path, size: tuple[int, int] | None = None) -> np.ndarray:
-    """An image, upright as its EXIF data say. uint8 [H,W,3], at `size` (height, width) if given."""
-    with open_image(path) as image:
-        image = to_rgb(ImageOps.exif_transpose(image))
-    return np.asarray(image.resize(size[::-1], Image.Resampling.BILINEAR) if size else image)
-
-
-def read_label(path: Path, dataset: Dataset, image: Path | None = None) -> np.ndarray:
-    """A label file as train ids at its own resolution. uint8 [H,W], values 0..C-1 or IGNORE.
-
-    UserError where the file is lossy, of another kind than the dataset's labels, holds a value
-    that is not in the label map, or differs from `image` in size or orientation.
-    """
-    kinds = {isinstance(value, tuple) for value, _ in dataset.values}
-    modes = [mode for mode in ("L", "P", "RGB", "RGBA") if mode.startswith("RGB") in kinds]
-    with open_image(path) as label:
-        if label.format != "PNG" or label.mode not in modes:
-            kind = f"{label.format} of mode {label.mode}"
-            raise UserError(f"{path}: found {kind}, expected a PNG of mode {' or '.join(modes)}")
-        values = np.asarray(label)  # of a palette PNG these are the indices
-    colours = values.ndim == 3
-    if colours:
-        values = values[..., :3] @ COLOUR_WEIGHTS
-    train_ids = label_table(dataset, colours)[values]
-    unknown = train_ids == UNKNOWN
-    if unknown.any():
-        value = int(values[unknown][0])
-        name = f"colour {value >> 16, value >> 8 & 255, value & 255}" if colours else f"id {value}"
-        cause = "are these train ids" if value == 255 else "was the file compressed or recoloured"
-        where = f"in the label map of {dataset.name} ({unknown.sum()} such pixels)"
-        raise UserError(f"{path}: {name} is not {where}; {cause}?")
-    if image is not None:
-        with open_image(image, decode=False) as photo:
-            (w, h), shape = photo.size, train_ids.shape
-            if "exif" in photo.info and photo.getexif().get(274, 1) != 1:
-                raise UserError(f"{image}: EXIF data turn it, but not its label; save it upright")
-        if (h, w) != shape:
-            raise UserError(f"{path}: is {shape[1]}x{shape[0]}, its image {w}x{h}")
-    return train_ids
-
-
-def check_labels(dataset: Dataset, pairs: Sequence[tuple[Path, Path]]) -> None:
-    """UserError where all labels are void, or train ids under the names of label ids (a sample)."""
-    if not any((read_label(label, dataset) != IGNORE).any() for _, label in pairs):
-        raise UserError(f"{pairs[0][1]}: no pixel of any class, as in all {len(pairs)} labels")
-    if dataset.values[:34] == LABEL_IDS:
-        sample = [read_label(pairs[i][1], dataset).ravel() for i in spaced(len(pairs), 8)]
-        counts = np.bincount(np.concatenate(sample), minlength=256)
-        # Vegetation, sky, people and vehicles, of which every road scene has some. Train ids that
-        # are read as label ids have none of them, and road, building and sky become ignored.
-        later = [i for i, name in enumerate(dataset.classes) if CITYSCAPES_IDS[name] > 18]
-        if not counts[later].any() and counts[IGNORE] > counts.sum() / 2:
-            raise UserError(f"{pairs[0][1]}: no id is above 18; expected label ids, not train ids")
-
-
-def resize_label(train_ids: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Nearest neighbour, so that no id is invented. uint8 [h,w] -> [H,W]."""
-    return np.asarray(Image.fromarray(train_ids).resize(size[::-1], Image.Resampling.NEAREST))
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary file to write to, renamed to `path` at the end: there is never half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        yield temporary
-        temporary.replace(path)
-    except OSError as error:  # a full disk, which names no file
-        error.filename = error.filename or str(path)
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_json(path: Path, value: Any) -> None:
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1, default=str, allow_nan=False) + "\n")
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def create_array(path: Path, shape: tuple[int, ...]) -> np.ndarray:
-    """A uint8 array in a .npy file, to be filled piece by piece; one of this shape is kept.
-
-    Zeros are written first, since a full disk is an error here and a crash in a memory map.
-    """
-    if not path.exists() or np.load(path, mmap_mode="r").shape != shape:
-        with replacing(path) as temporary, temporary.open("wb") as file:
-            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-            np.lib.format.write_array_header_1_0(file, header)
-            for _ in range(shape[0]):
-                file.write(bytes(math.prod(shape[1:])))
-    return np.load(path, mmap_mode="r+")
-
-
-# ---- Cache: every file is decoded and resized once ----------------------------------------------
-@functools.cache
-def fingerprint(path: Path, changed: int) -> tuple[str, int, int, int]:
-    """Name, size, and checksums of the first and last 4 KiB, of a file changed at that time.
-
-    A PNG ends with a checksum of all its pixels. More would take minutes for 25,000 frames.
-    """
-    size, block = path.stat().st_size, 1 << 12
-    with path.open("rb") as file:
-        first = zlib.crc32(file.read(block))
-        file.seek(max(block, size - block))
-        return path.name, size, first, zlib.crc32(file.read())
-
-
-def digest(files: Sequence[Path]) -> str:
-    """A hash of the files' names and content, the same wherever they lie."""
-
-    def read(paths: Sequence[Path]) -> list:
-        return [fingerprint(path, path.stat().st_ctime_ns) for path in paths]
-
-    with ThreadPoolExecutor(16) as pool:  # a network file system answers many at a time
-        prints = list(pool.map(read, [files[i::16] for i in range(16)]))
-    return hashlib.sha256(repr(prints).encode()).hexdigest()[:16]
-
-
-def cached(cache: Path, name: str, files: Sequence[Path], shape: tuple[int, ...], read: Callable):
-    """`read(i)` for each of the files, as one memory-mapped array. uint8 [N,*shape].
-
-    The file's name says what its content depends on: `name`, which stands for the way of reading,
-    the shape, and the files' content. Two processes that build it at once both rename a whole file.
-    """
-    path = cache / f"{name}-{'x'.join(map(str, shape))}-{digest(files)}.npy"
-    if rank() == 0 and not path.exists():
-        with replacing(path) as temporary, ThreadPoolExecutor(os.cpu_count()) as pool:
-            array = create_array(temporary, (len(files), *shape))
-            for start in show_progress(range(0, len(files), 64), f"caching {name}"):
-                # Few at a time, since they wait in memory.
-                indices = range(start, min(start + 64, len(files)))
-                for i, values in zip(indices, pool.map(read, indices), strict=True):
-                    array[i] = values
-            array.flush()
-    while not path.exists():  # rank 0 is building it
-        time.sleep(1)
-    return np.load(path, mmap_mode="r")
-
-
-def show_progress(steps: Sequence[int], title: str) -> Iterable[int]:
-    """The steps, with a bar and the time left on a terminal."""
-    hidden = not sys.stderr.isatty() or rank() > 0
-    return track(steps, title, console=Console(stderr=True), transient=True, disable=hidden)
-
-
-# ---- The roles of the data ----------------------------------------------------------------------
-Role = Literal["source", "target_unlabelled", "target_few", "target_train", "target_test"]
-
-
-@dataclass(frozen=True)
-class Split:
-    """The images of one role at the training size, with their labels where the role has them."""
-
-    dataset: Dataset
-    names: tuple[str, ...]  # paths below the dataset's folder
-    images: np.ndarray  # uint8 [N,H,W,3], memory-mapped
-    labels: np.ndarray | None  # uint8 [N,H,W] train ids, memory-mapped
-    test_files: tuple[tuple[Path, Path], ...] = ()  # image and label, for the evaluator alone
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-
-def dataset_root(data: str, dataset: Dataset) -> Path:
-    """The folder of a dataset below --data; writes the miniature first where that is 'mini'."""
-    if data == "mini":
-        data = "data/mini"
-        if rank() == 0 and not miniature.is_current(Path(data)):
-            miniature.write(Path(data))
-        while not miniature.is_current(Path(data)):  # rank 0 is writing it
-            time.sleep(1)
-    root = Path(data) / dataset.name
-    if not root.is_dir():
-        expected = f"{dataset.name}/ with {dataset.images.format(split='train')}"
-        raise UserError(f"{root}: no such folder; --data must hold {expected}")
-    return root
-
-
-def load(args: "Args", role: Role) -> Split:
-    """The images of a role, through the cache. `args` are resolved.
-
-    Labels are read for 'source', 'target_few' and 'target_train' (which is the oracle's alone);
-    a sample of those of 'target_test' is checked, the rest is left to `evaluate`. Without any test
-    label, 'target_test' holds photos for the pictures. UserError where needed labels are missing.
-    """
-    dataset = get_benchmark(args)[role != "source"]
-    if role == "source" and args.init and args.init.is_dir():
-        return load_set(args.init, dataset, args.size)
-    root, size = dataset_root(args.data, dataset), args.size
-    pairs, unlabelled = files_of(dataset, root, "test" if role == "target_test" else "train")
-    if role == "target_test" and not pairs and not unlabelled:
-        return load(args, "target_unlabelled")
-    if unlabelled and (role == "source" or (role == "target_test" and pairs)):
-        label = dataset.label_of(unlabelled[0].relative_to(root).as_posix())
-        expected = f"expected {label} ({len(unlabelled)} such files)"
-        raise UserError(f"{unlabelled[0]}: image without a label, {expected}")
-    if role == "target_few":  # evenly spaced, each in the middle of its stretch of the drive
-        n, k = len(pairs), args.labelled
-        if not 1 <= k <= n:
-            raise UserError(f"--labelled {k}: {root} has {n} labelled training photos")
-        pairs = [pairs[(2 * i + 1) * n // (2 * k)] for i in range(k)]
-    elif role == "target_train" and not pairs:
-        raise UserError(f"{root}: no labelled training photo")
-    if pairs and role != "target_unlabelled":
-        check_labels(dataset, pairs)
-    images, labels = [image for image, _ in pairs], [label for _, label in pairs]
-    if role == "target_unlabelled":
-        images = sorted(images + unlabelled)
-    elif not pairs:  # test photos without any label, for the pictures
-        images = unlabelled
-
-    def train_ids_of(i: int) -> np.ndarray:
-        return resize_label(read_label(labels[i], dataset, images[i]), size)
-
-    train_ids, name = None, f"{dataset.name}-labels-{zlib.crc32(repr(dataset).encode()):08x}"
-    if role in ("source", "target_few", "target_train"):
-        train_ids = cached(args.cache, name, labels, size, train_ids_of)
-    name = f"{dataset.name}-upright"
-    pixels = cached(args.cache, name, images, (*size, 3), lambda i: read_image(images[i], size))
-    names = tuple(image.relative_to(root).as_posix() for image in images)
-    return Split(dataset, names, pixels, train_ids, tuple(pairs if role == "target_test" else ()))
-
-
-def save_set(folder: Path, split: Split, labels: np.ndarray, names: Sequence[str]) -> None:
-    """Completes a training set that a method has made from `split`, for --init of another method.
-
-    Its N images are in `folder`/images.npy already, see `create_array`. labels uint8 [N,H,W].
-    """
-    create_array(folder / "labels.npy", labels.shape)[:] = labels
-    dataset = split.dataset
-    record = {"dataset": dataset.name, "classes": dataset.classes, "names": list(names)}
-    for name in ("images", "labels"):
-        record[name] = sha256(folder / f"{name}.npy")
-    write_json(folder / "set.json", record)
-
-
-def load_set(folder: Path, dataset: Dataset, size: Sequence[int]) -> Split:
-    """What `save_set` wrote; UserError where it is of another dataset or size, or is none."""
-    try:
-        record = json.loads((folder / "set.json").read_text())
-        images, labels = (np.load(folder / f"{n}.npy", mmap_mode="r") for n in ("images", "labels"))
-        kind, classes = (record["dataset"], *images.shape[1:3]), tuple(record["classes"])
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{folder}: not a training set that a method wrote ({error})") from error
-    if kind[0] == dataset.name and classes != dataset.classes:
-        raise UserError(f"{folder}: has other classes, {' '.join(classes)}")
-    if kind != (dataset.name, *size):
-        raise UserError(f"{folder}: holds {kind}, expected {(dataset.name, *size)}")
-    return Split(dataset, tuple(record["names"]), images, labels)
 
 
 # ---- Loader and augmentation --------------------------------------------------------------------
@@ -575,12 +104,6 @@ def to_tensor(images: np.ndarray, device: torch.device) -> Tensor:
 def to_uint8(images: Tensor) -> np.ndarray:
     """The inverse of `to_tensor`. [B,C,H,W] in [0,1] -> uint8 [B,H,W,C]."""
     return (255 * images.float()).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-
-
-def random_images(split: Split, count: int, rng: torch.Generator, device: torch.device) -> Tensor:
-    """Random images of a split, such as the style of each image of a batch. -> [count,3,H,W]."""
-    indices = (draw(rng, count) * len(split)).long().numpy()
-    return to_tensor(split.images[indices], device)
 
 
 class Loader:
@@ -720,7 +243,8 @@ def photo_style(photos: Split, transfer: Callable = color_transfer) -> Augmentat
     """Each image takes over the style of a random photo, by `transfer(images, styles)`."""
 
     def translate(images: Tensor, rng: torch.Generator) -> Tensor:  # [B,3,H,W] in [0,1]
-        styles = random_images(photos, len(images), rng, images.device)
+        indices = (draw(rng, len(images)) * len(photos)).long().numpy()
+        styles = to_tensor(photos.images[indices], images.device)  # [B,3,H,W]
         return transfer(images, styles).clamp(0, 1)
 
     return translate
@@ -847,10 +371,6 @@ class Network(nn.Module):
 
 # ---- Several processes (torchrun) ---------------------------------------------------------------
 # Each process trains on its share of every batch; rank 0 alone writes files.
-def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
 def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
@@ -1010,8 +530,9 @@ class Args(SharedArgs):
 def resolve(args: Any, method: str) -> Any:
     """The arguments with every default filled in and checked; UserError for what cannot run."""
     args = replace(args, device=join_processes(args.device))  # before rank 0 writes the miniature
-    source = get_benchmark(args).source
+    source = get_benchmark(args.benchmark, args.data).source
     files_of.cache_clear()
+    fingerprint.cache_clear()
     pairs, unlabelled = files_of(source, dataset_root(args.data, source), "train")
     with open_image([*[image for image, _ in pairs], *unlabelled][0], decode=False) as image:
         small = image.width < 512
@@ -1103,7 +624,7 @@ def configuration(args: Any, method: str) -> dict[str, Any]:
     if args.init and args.init.exists():
         file = args.init / "set.json" if args.init.is_dir() else args.init
         config["init"] = sha256(file)[:16]
-    source, target = get_benchmark(args)
+    source, target = get_benchmark(args.benchmark, args.data)
     config["label_maps"] = zlib.crc32(repr((source, target)).encode())
     splits = {"source": (source, "train"), "target": (target, "train"), "test": (target, "test")}
     for name, (dataset, split) in splits.items():
@@ -1168,7 +689,7 @@ class Run:
     def __init__(self, args: Any, method: str, stages: int) -> None:
         self.args = args = resolve(args, method)
         self.method, self.device, self.out = method, torch.device(args.device), args.out
-        source, target = get_benchmark(args)
+        source, target = get_benchmark(args.benchmark, args.data)
         self.classes = source.classes
         self.result = finished(args, method)
         if self.result:
@@ -1470,11 +991,6 @@ def draw_sheet(path: Path, columns: dict[str, list[np.ndarray]], classes: Sequen
     save_figure(figure, path)
 
 
-def spaced(count: int, wanted: int) -> np.ndarray:
-    """Up to `wanted` evenly spaced indices of `count` things. -> int64."""
-    return np.linspace(0, count - 1, min(wanted, count)).round().astype(int)
-
-
 def draw_predictions(path: Path, split: Split, networks: dict[str, Network]) -> None:
     """Four test photos, their ground truth and each network's prediction, in columns."""
     chosen, size = spaced(len(split), 4), split.images.shape[1:3]
@@ -1529,95 +1045,3 @@ def parse(args_class: type, doc: str | None) -> Any:
     groups = {"own": tyro.conf.OmitArgPrefixes[own], "shared": tyro.conf.OmitArgPrefixes[shared]}
     parsed = command_line(dataclasses.make_dataclass("Both", groups.items()))
     return args_class(**vars(parsed.own) | vars(parsed.shared))
-
-
-# ---- A look over a dataset ----------------------------------------------------------------------
-@dataclass(frozen=True)
-class LookArgs:
-    dataset: Literal["vkitti2", "kitti", "gta5", "cityscapes", "source", "target"]
-    """Which of the four layouts the folder has; source and target are those of own data."""
-    data: str = "mini"
-    """Folder that holds the dataset's folder, or 'mini'."""
-    split: Literal["train", "test"] = "train"
-    """Training or test photos of a target dataset; a source is all 'train'."""
-    out: Path = Path("runs/look")
-    """Folder for DATASET-SPLIT.png, images with their labels laid over them."""
-
-
-def look(args: LookArgs) -> None:
-    """Reads all files of a dataset; prints the share of every class, and draws six pairs."""
-    own = args.dataset in ("source", "target")
-    datasets = own_benchmark(Path(args.data))._asdict() if own else DATASETS
-    dataset = datasets[args.dataset]
-    pairs, unlabelled = list_files(dataset, dataset_root(args.data, dataset), args.split)
-    print(f"{len(pairs):,} pairs, {len(unlabelled):,} images without a label")
-    if not pairs:
-        raise UserError(f"{unlabelled[0]}: has no label, and no other image has one")
-    pixels, images = np.zeros(256, np.int64), np.zeros(256, np.int64)
-    for image, label in show_progress(pairs, "reading"):
-        counts = np.bincount(read_label(label, dataset, image).ravel(), minlength=256)
-        pixels, images = pixels + counts, images + (counts > 0)
-    for train_id, name in [*enumerate(dataset.classes), (IGNORE, "ignored")]:
-        share = pixels[train_id] / pixels.sum()
-        print(f"{name:14}{share:9.3%} of the pixels, in {images[train_id]:,} images")
-    chosen, size = [pairs[i] for i in spaced(len(pairs), 6)], (256, 512)
-    pictures = [read_image(image, size) for image, _ in chosen]
-    labels = [resize_label(read_label(label, dataset), size) for _, label in chosen]
-    colours, both = palette(dataset.classes), zip(pictures, labels, strict=True)
-    overlays = [picture // 2 + colours[label] // 2 for picture, label in both]
-    columns = {"image": pictures, "with its label": overlays}
-    draw_sheet(args.out / f"{dataset.name}-{args.split}.png", columns, dataset.classes)
-
-
-# ---- The network on own photos ------------------------------------------------------------------
-@dataclass(frozen=True)
-class PredictArgs:
-    checkpoint: Path
-    """The checkpoint.pt of a run."""
-    photos: Path
-    """Folder of photos, JPG or PNG of any mode and size, with its subfolders."""
-    out: Path
-    """Folder for ids/, colours/ and overlays/, with a PNG for each photo, and for classes.json."""
-    device: str = "auto"
-    """auto (CUDA where there is one), cpu, cuda, cuda:1."""
-
-
-def predict_folder(args: PredictArgs) -> None:
-    """Labels photos at their own resolution with the network of a run. Ids are Cityscapes' label
-    ids, or train ids of own classes; OUT/classes.json says which, as --benchmark own reads it."""
-    checkpoint, device = read_network(args.checkpoint), torch.device(join_processes(args.device))
-    classes, size, own = checkpoint["classes"], checkpoint["size"], checkpoint["benchmark"] == "own"
-    net = Network(checkpoint["network"], len(classes)).to(device).eval()
-    net.load_state_dict(checkpoint["net"])
-    ids = {name: i if own else CITYSCAPES_IDS[name] for i, name in enumerate(classes)}
-    photos, others = find_images(args.photos, "**/*")
-    outputs = {Path(name).with_suffix(".png"): name for name in sorted(photos.values())}
-    if not photos or len(outputs) < len(photos):
-        raise UserError(
-            f"{args.photos}: no JPG or PNG file, or two that differ in the suffix alone"
-        )
-    if args.out.resolve().is_relative_to(args.photos.resolve()):
-        raise UserError(f"--out {args.out}: lies in the folder of the photos")
-    write_json(args.out / "classes.json", ids)
-    for output, name in show_progress(outputs.items(), "labelling"):
-        photo = read_image(args.photos / name)  # [h,w,3]
-        small = Image.fromarray(photo).resize(size[::-1], Image.Resampling.BILINEAR)
-        logits = upsample(predict(net, np.array(small)[None], device), photo.shape[:2])
-        train_ids = logits[0].argmax(dim=0).cpu().numpy()  # [h,w]
-        values = np.array([*ids.values()], np.uint8)[train_ids]
-        colours = palette(classes)[train_ids]  # [h,w,3]
-        pictures = {"ids": values, "colours": colours, "overlays": photo // 2 + colours // 2}
-        for folder, picture in pictures.items():
-            with replacing(args.out / folder / output) as temporary:
-                Image.fromarray(picture).save(temporary, format="PNG")
-    print(f"{args.out}: {len(photos)} photos labelled, {len(others)} other files ignored")
-
-
-if __name__ == "__main__":
-    command = sys.argv[1] if len(sys.argv) > 1 else ""
-    if command in ("look", "predict"):
-        sys.argv[:2] = [f"{sys.argv[0]} {command}"]  # as --help calls it
-    if command == "predict":
-        main(PredictArgs, predict_folder, predict_folder.__doc__)
-    else:
-        main(LookArgs, look, __doc__)

@@ -37,6 +37,7 @@ from torch import Tensor
 import benchmark
 import common
 import datarater
+import datasets
 import diffusion_bridge
 import reward_opt
 from common import Run, UserError
@@ -157,7 +158,7 @@ def training(args: Args, folder: Path, steps: int = 200) -> Iterator[Row]:
     yield Row(f"training, {rate:.0f} images/s", "bare loop", ratio, least=0.92)
 
 
-def read_pairs(pairs: Sequence, dataset: common.Dataset, size: tuple) -> tuple[Tensor, Tensor]:
+def read_pairs(pairs: Sequence, dataset: datasets.Dataset, size: tuple) -> tuple[Tensor, Tensor]:
     """A batch of image and label files, opened and resized. -> [B,3,H,W], [B,H,W]."""
     images = np.stack([common.read_image(image, size) for image, _ in pairs])
     labels = [common.resize_label(common.read_label(y, dataset), size) for _, y in pairs]
@@ -169,8 +170,8 @@ def input_pipeline(args: Args, folder: Path) -> Iterator[Row]:
     """Caching against decoding the images one by one; then the loader against torch's DataLoader
     over the files."""
     run = start_run(args, folder)
-    dataset = common.BENCHMARKS[args.benchmark].source
-    pairs = common.list_files(dataset, common.dataset_root(args.data, dataset), "train")[0]
+    dataset = datasets.BENCHMARKS[args.benchmark].source
+    pairs = datasets.list_files(dataset, common.dataset_root(args.data, dataset), "train")[0]
     size, batch_size, cores = run.args.size, run.args.batch_size, os.cpu_count()
     images = [image for image, _ in pairs]
     read = partial(common.read_image, size=size)
@@ -178,7 +179,7 @@ def input_pipeline(args: Args, folder: Path) -> Iterator[Row]:
     def build_cache() -> None:
         for path in folder.glob("bench-*.npy"):
             path.unlink()
-        common.cached(folder, "bench", images, (*size, 3), lambda i: read(images[i]))
+        datasets.cached(folder, "bench", images, (*size, 3), lambda i: read(images[i]))
 
     _, ratio = compare(args, build_cache, lambda: [read(image) for image in images])
     yield Row(f"caching, {cores} cores", "decoding one by one", ratio, least=1.8)
@@ -358,8 +359,8 @@ def memory(args: Args, folder: Path) -> None:
     table = Table("row", "MB", "before, MB", "ratio")
     rows = (*benchmark.BASELINES, *benchmark.METHODS)
     for row, old_mb in zip(rows, OLD_MB, strict=True):
-        baseline = ["benchmark.py", "baseline", "--row", row]
-        script = baseline if row in benchmark.BASELINES else [f"{row}.py"]
+        own_script = ["baseline.py", "--row", row]
+        script = own_script if row in benchmark.BASELINES else [f"{row}.py"]
         command = [sys.executable, str(ROOT / script[0]), *script[1:], "--steps", "20"]
         command += ["--data", args.data, "--device", "cpu", "--out", str(folder / row)]
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL)

@@ -25,7 +25,7 @@ line() {  # title, "cpu" or "card", a command whose last line of output is the r
 }
 
 row() {  # name, then flags: a row of the benchmark on the miniature
-  python "$project/benchmark.py" baseline --row source_only --out "runs/$1" "${@:2}" >&2 || return 1
+  python "$project/baseline.py" --row source_only --out "runs/$1" "${@:2}" >&2 || return 1
   python - "runs/$1/result.json" <<'END'
 import json, sys
 result = json.load(open(sys.argv[1]))

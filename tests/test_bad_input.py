@@ -15,8 +15,9 @@ import torch
 from conftest import ROOT, environment, interrupted, like
 from PIL import Image
 
-import benchmark
+import baseline
 import common
+import datasets
 from common import UserError
 
 pytestmark = pytest.mark.usefixtures("no_figures")
@@ -30,7 +31,7 @@ def bad(args: common.Args, mini: Path) -> common.Args:
 
 
 def run(args: common.Args, row: str = "source_only") -> common.Result:
-    return benchmark.run_baseline(like(args, benchmark.BaselineArgs, out=Path("run"), row=row))
+    return baseline.run(like(args, baseline.Args, out=Path("run"), row=row))
 
 
 def expect(args: common.Args, message: str, row: str = "source_only") -> None:
@@ -130,7 +131,7 @@ def test_a_bad_test_label_costs_no_training(bad: common.Args, monkeypatch: pytes
     path.write_bytes(good[:100])
     expect(bad, path.name)
     assert not Path("run/stage_source.pt").exists()
-    monkeypatch.setattr(common, "check_labels", lambda *_: None)
+    monkeypatch.setattr(datasets, "check_labels", lambda *_: None)
     expect(bad, path.name)
     assert common.read_checkpoint(Path("run/stage_source.pt"))["step"] == 8
     path.write_bytes(good)
@@ -146,13 +147,13 @@ def relabel(pattern: str, values: Callable[[np.ndarray], np.ndarray]) -> None:
 @pytest.mark.parametrize("row", ["source_only", "few_label", "oracle"])
 def test_train_ids_under_the_names_of_label_ids(bad: common.Args, row: str):
     """They are valid label ids as well, and would give a wrong number."""
-    train_ids = common.label_table(common.CITYSCAPES)
+    train_ids = datasets.label_table(datasets.CITYSCAPES)
     relabel(GREY, lambda ids: np.minimum(train_ids[ids], 18))
     expect(bad, r"_10.png: no id is above 18; expected label ids, not train ids", row=row)
 
 
 def test_train_ids_with_their_255(bad: common.Args):
-    train_ids = common.label_table(common.CITYSCAPES)
+    train_ids = datasets.label_table(datasets.CITYSCAPES)
     relabel("gta5/labels/*.png", lambda ids: train_ids[ids] | 255 * (ids == 23))
     expect(replace(bad, benchmark="gta52cityscapes"), "id 255 is not .* are these train ids?")
 
@@ -259,7 +260,7 @@ def test_output_that_cannot_be_written(mini: Path, monkeypatch: pytest.MonkeyPat
     flags = ["--data", str(mini), "--out", "file/run", "--size", "32", "64", "--device", "cpu"]
     monkeypatch.setattr(sys, "argv", ["benchmark.py", *flags])
     with pytest.raises(SystemExit, match=r"^error: \[Errno \d+\].*file"):
-        common.main(benchmark.BaselineArgs, benchmark.run_baseline, None)
+        common.main(baseline.Args, baseline.run, None)
 
 
 def test_a_full_disk_costs_what_was_not_saved_yet(args: common.Args):
@@ -286,7 +287,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(args: common.Args):
 
 # ---- Scripts ------------------------------------------------------------------------------------
 def look(*flags: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "common.py"), "look", "--dataset", "kitti", *flags]
+    command = [sys.executable, str(ROOT / "inspect_dataset.py"), "--dataset", "kitti", *flags]
     return subprocess.run(command, env=environment(), capture_output=True, text=True)
 
 
@@ -296,10 +297,10 @@ def test_the_look_at_a_dataset(bad: common.Args):
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.startswith("5 pairs, 1 images without a label\n")
     lines = ended.stdout.splitlines()[1:]
-    assert [line[:14].strip() for line in lines] == [*common.KITTI_CLASSES, "ignored"]
+    assert [line[:14].strip() for line in lines] == [*datasets.KITTI_CLASSES, "ignored"]
     shares = [float(line[14:].split("%")[0]) for line in lines]
     assert sum(shares) == pytest.approx(100, abs=0.01) and max(map(len, lines)) <= 80
-    assert Path("runs/look/kitti-train.png").stat().st_size > 10_000
+    assert Path("runs/inspect/kitti-train.png").stat().st_size > 10_000
 
 
 def test_a_script_ends_with_one_line_and_no_traceback():

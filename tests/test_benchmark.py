@@ -17,8 +17,10 @@ import pytest
 import torch
 from conftest import ROOT, environment, like
 
+import baseline
 import benchmark
 import common
+import datasets
 from common import Result, UserError
 
 SHORT = {"steps": 2, "batch_size": 2, "size": (32, 64), "labelled": 1}
@@ -36,7 +38,7 @@ def write_run(folder: Path, method: str, accuracy: Any, seed: int = 0, **changes
     """A finished run folder FOLDER/vkitti2kitti/METHOD/seedSEED as a method writes it."""
     out = folder / VKITTI / method / f"seed{seed}"
     confusion = confusion_of(accuracy)
-    classes = common.BENCHMARKS[VKITTI].source.classes
+    classes = datasets.BENCHMARKS[VKITTI].source.classes
     values = dict(zip(classes, common.iou(confusion.sum(axis=0)).tolist(), strict=True))
     numbers = {"target_labels": 0, "steps": 5, "seconds": 1.0, "peak_memory_mb": 1.0}
     numbers |= {"commit": "c", "device": "cpu", "versions": {"torch": "2"}, "iou": values}
@@ -96,11 +98,11 @@ def test_color_transfer_gives_images_the_colours_of_a_training_photo(
         seen["translate"], seen["augment"] = maps
 
     monkeypatch.setattr(common, "train", train)
-    baseline = like(args, benchmark.BaselineArgs, row="color_transfer")
-    benchmark.run_baseline(baseline)
+    flags = like(args, baseline.Args, row="color_transfer")
+    baseline.run(flags)
     images = torch.rand(4, 3, 32, 64, generator=torch.Generator().manual_seed(0)) * 0.2 + 0.4
     translated = seen["translate"](images, common.generator(0, "test"))
-    photos = common.load(common.resolve(baseline, "color_transfer"), "target_unlabelled")
+    photos = common.load(common.resolve(flags, "color_transfer"), "target_unlabelled")
     means = torch.from_numpy(np.array(photos.images)).float().div(255).mean(dim=(1, 2))  # [N,3]
     distance = torch.cdist(translated.mean(dim=(2, 3)), means).min(dim=1).values
     assert distance.max() < 0.03  # clamping moves the mean a little
@@ -120,9 +122,9 @@ def test_the_command_of_a_row_gives_its_arguments(monkeypatch: pytest.MonkeyPatc
     assert [row.key[1] for row in rows[::2]] == ["few_label", "metasim", "metasim+few_label"]
     assert rows[-2].args.init == Path("runs/vkitti2kitti/metasim/seed0/set")
     few_label = benchmark.command_of(rows[-1])
-    monkeypatch.setattr(sys, "argv", few_label[1:2] + few_label[3:])
-    parsed = common.parse(benchmark.BaselineArgs, None)
-    assert parsed == benchmark.BaselineArgs(**vars(rows[-1].args), row="few_label")
+    monkeypatch.setattr(sys, "argv", few_label[1:])
+    parsed = common.parse(baseline.Args, None)
+    assert parsed == baseline.Args(**vars(rows[-1].args), row="few_label")
     assert benchmark.command_of(rows[2])[1].endswith("metasim.py")
 
 
@@ -130,7 +132,7 @@ def test_printed_jobs_are_the_commands_of_the_rows(capsys: pytest.CaptureFixture
     args = benchmark.Args(methods=("oracle",), seeds=(0, 1), print_jobs=True, devices=("a", "b"))
     benchmark.main(args)
     lines = capsys.readouterr().out.splitlines()
-    assert all("baseline --row oracle" in line for line in lines)
+    assert all("baseline.py --row oracle" in line for line in lines)
     assert ["--device a" in line for line in lines] == [True, False, True, False]
 
 
@@ -291,7 +293,7 @@ def test_the_benchmark_knows_a_finished_run(method: str, args: common.Args, monk
 
 
 def test_a_failed_row_and_an_absent_class_are_named():
-    iou = dict.fromkeys(common.BENCHMARKS[VKITTI].source.classes, 50.0) | {"pole": None}
+    iou = dict.fromkeys(datasets.BENCHMARKS[VKITTI].source.classes, 50.0) | {"pole": None}
     numbers = {"target_labels": 0, "steps": 5, "seconds": 1.0, "peak_memory_mb": 1.0, "miou": 50.0}
     good = Result(VKITTI, "metasim", 0, iou=iou, **numbers)
     bad = Result(VKITTI, "metasim", 1, status="failed", error="no such file")
@@ -362,24 +364,23 @@ def test_curves_of_our_runs_and_of_mmsegmentation(tmp_path: Path, capsys: pytest
 
 
 # ---- The contract of every script ---------------------------------------------------------------
-SCRIPTS = sorted(path.name for path in ROOT.glob("*.py"))
+SCRIPTS = sorted({path.name for path in ROOT.glob("*.py")} - {"common.py", "datasets.py"})
 
 
 def test_help_fits_a_terminal_and_writes_nothing(tmp_path: Path):
     options = {"env": environment(), "stdout": subprocess.PIPE, "text": True}
     processes = {}
-    for words in [*SCRIPTS, "benchmark.py baseline"]:
-        name, *command = words.split()
-        line = [sys.executable, str(ROOT / name), *command, "--help"]
-        processes[words] = subprocess.Popen(line, **options)
-    for words, process in processes.items():
+    for name in SCRIPTS:
+        line = [sys.executable, str(ROOT / name), "--help"]
+        processes[name] = subprocess.Popen(line, **options)
+    for name, process in processes.items():
         output, _ = process.communicate()
-        assert process.returncode == 0 and "usage:" in output, words
-        assert max(len(line) for line in output.splitlines() if line[:1] in "│╭") <= 80, words
+        assert process.returncode == 0 and "usage:" in output, name
+        assert max(len(line) for line in output.splitlines() if line[:1] in "│╭") <= 80, name
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", [*SCRIPTS, "common.py"])
 def test_every_flag_is_explained(name: str):
     """Each field of an Args class has a docstring under it, which --help shows."""
     for node in ast.walk(ast.parse((ROOT / name).read_text())):
@@ -395,7 +396,7 @@ def test_the_readme_shows_the_results_of_its_run():
     readme = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
     for method in dict.fromkeys(row["method"] for row in results):
         line = next(line for line in readme if line.startswith(f"| `{method}` |"))
-        for name in common.BENCHMARKS:
+        for name in datasets.BENCHMARKS:
             rows = [r for r in results if (r["method"], r["benchmark"]) == (method, name)]
             values = [row["miou"] for row in rows]
             spread = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""

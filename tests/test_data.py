@@ -15,9 +15,12 @@ import torch
 from conftest import like
 from PIL import Image
 
+import baseline
 import benchmark
 import common
-from common import CITYSCAPES, GTA5, IGNORE, KITTI, VKITTI2
+import datasets
+from common import IGNORE
+from datasets import CITYSCAPES, GTA5, KITTI, VKITTI2
 
 CPU = torch.device("cpu")
 
@@ -27,15 +30,15 @@ def test_the_label_map_of_cityscapes_is_the_official_one():
     """The 19 train ids as cityscapesscripts' labels.py has them, retyped from there."""
     official = {7: 0, 8: 1, 11: 2, 12: 3, 13: 4, 17: 5, 19: 6, 20: 7, 21: 8, 22: 9, 23: 10, 24: 11}
     official |= {25: 12, 26: 13, 27: 14, 28: 15, 31: 16, 32: 17, 33: 18}
-    table = common.label_table(CITYSCAPES)
+    table = datasets.label_table(CITYSCAPES)
     assert {i: int(t) for i, t in enumerate(table) if t < 19} == official
     assert [i for i, t in enumerate(table) if t == IGNORE] == sorted(set(range(34)) - set(official))
     assert (table[34:] == common.UNKNOWN).all()
-    assert common.label_table(GTA5)[34] == IGNORE  # number plates
+    assert datasets.label_table(GTA5)[34] == IGNORE  # number plates
 
 
 def test_both_sides_of_vkitti2kitti_give_a_class_the_same_train_id():
-    colour, grey = common.label_table(VKITTI2, colours=True), common.label_table(KITTI)
+    colour, grey = datasets.label_table(VKITTI2, colours=True), datasets.label_table(KITTI)
     pairs = """100 60 100 7, 140 140 140 11, 255 130 0 17, 200 200 0 19, 255 255 0 20, 0 199 0 21,
     90 240 0 21, 210 0 200 22, 90 200 255 23, 255 127 80 26, 0 139 139 26, 160 60 60 27,
     250 100 255 0, 80 80 80 4, 0 0 0 0"""
@@ -52,16 +55,16 @@ def test_the_palette_of_a_gta5_label_is_never_read():
     label.putpalette([255, 0, 0] * 256)
     label.save("label.png")
     train_ids = common.read_label(Path("label.png"), GTA5)
-    np.testing.assert_array_equal(train_ids, common.label_table(GTA5)[ids])
+    np.testing.assert_array_equal(train_ids, datasets.label_table(GTA5)[ids])
 
 
 @pytest.mark.parametrize("dataset", common.DATASETS.values(), ids=lambda dataset: dataset.name)
 def test_every_class_occurs_in_the_miniature_and_every_label_is_strict(
-    mini: Path, dataset: common.Dataset
+    mini: Path, dataset: datasets.Dataset
 ):
     seen = set()
     for split in ("train",) if dataset in (VKITTI2, GTA5) else ("train", "test"):
-        pairs, unlabelled = common.list_files(dataset, mini / dataset.name, split)
+        pairs, unlabelled = datasets.list_files(dataset, mini / dataset.name, split)
         assert not unlabelled
         for image, label in pairs:
             seen |= set(np.unique(common.read_label(label, dataset, image)))
@@ -100,10 +103,10 @@ def test_flat_images_have_a_colour_transfer():
 def test_genuine_label_files_are_no_train_ids(real: Path):
     for name in ("camvid_as_cityscapes", "cityscapes_sample"):
         for split in ("train", "test"):
-            pairs, _ = common.list_files(CITYSCAPES, real / name, split)
+            pairs, _ = datasets.list_files(CITYSCAPES, real / name, split)
             for chosen in (pairs, *([pair] for pair in pairs[::10])):
                 if chosen:
-                    common.check_labels(CITYSCAPES, chosen)
+                    datasets.check_labels(CITYSCAPES, chosen)
 
 
 # ---- Files and roles ----------------------------------------------------------------------------
@@ -127,14 +130,14 @@ FOREIGN = {
 @pytest.mark.parametrize("name", FOREIGN)
 def test_files_of_other_programs_are_ignored_and_counted(copy: Path, name: str, capsys):
     dataset, root, paths = common.DATASETS[name], copy / name, FOREIGN[name].split()
-    before = common.list_files(dataset, root, "train")
+    before = datasets.list_files(dataset, root, "train")
     assert capsys.readouterr().err == ""
     for path in paths:
         (root / path).parent.mkdir(exist_ok=True)
         shutil.copy(before[0][0][0], root / path)
     (root / "images/.ipynb_checkpoints").mkdir(parents=True, exist_ok=True)
-    common.note.cache_clear()
-    assert common.list_files(dataset, root, "train") == before
+    datasets.note.cache_clear()
+    assert datasets.list_files(dataset, root, "train") == before
     assert f"{name}: {len(paths)} other files are ignored, such as" in capsys.readouterr().err
 
 
@@ -149,14 +152,14 @@ DEEPER = {  # as the archives are called
 @pytest.mark.parametrize("name", DEEPER)
 def test_archives_unpacked_into_folders_of_their_own(copy: Path, name: str):
     dataset, root = common.DATASETS[name], copy / name
-    before, _ = common.list_files(dataset, root, "train")
+    before, _ = datasets.list_files(dataset, root, "train")
     root.rename("flat")
     for folder, pattern in DEEPER[name].items():
         for path in list(Path("flat").glob(pattern)):
             target = root / folder / path.relative_to("flat")
             target.parent.mkdir(parents=True, exist_ok=True)
             path.rename(target)
-    after, unlabelled = common.list_files(dataset, root, "train")
+    after, unlabelled = datasets.list_files(dataset, root, "train")
     assert not unlabelled and len(after) == len(before)
     for old, new in zip(before, after, strict=True):
         assert [path.name for path in old] == [path.name for path in new]
@@ -167,7 +170,7 @@ def test_the_same_name_twice_one_folder_deeper_is_refused():
         Path(part, "images").mkdir(parents=True)
         Path(part, "images/1.png").touch()
     with pytest.raises(common.UserError, match=r"a/images/1.png and b/images/1.png have the same"):
-        common.list_files(GTA5, Path(), "train")
+        datasets.list_files(GTA5, Path(), "train")
 
 
 def test_names_with_accents_match_however_they_are_written():
@@ -176,23 +179,23 @@ def test_names_with_accents_match_however_they_are_written():
     for folder, name in zip(("images", "labels"), names, strict=True):
         Path(folder).mkdir()
         Path(folder, name).touch()
-    pairs, unlabelled = common.list_files(GTA5, Path(), "train")
+    pairs, unlabelled = datasets.list_files(GTA5, Path(), "train")
     assert [path.name for path in pairs[0]] == names and not unlabelled
 
 
 def test_only_the_whole_gta5_leaves_out_the_frames_that_mismatch(monkeypatch, capsys):
-    monkeypatch.setattr(common, "GTA5_FRAMES", 64)  # so that two files are the full set
+    monkeypatch.setattr(datasets, "GTA5_FRAMES", 64)  # so that two files are the full set
     for number, expected in ((15188, ["15188"]), (15187, ["15187"]), (20861, ["15187", "20861"])):
         for folder in (Path("images"), Path("labels")):
             folder.mkdir(exist_ok=True)
             (folder / f"{number}.png").touch()
-        pairs, _ = common.list_files(GTA5, Path(), "train")
+        pairs, _ = datasets.list_files(GTA5, Path(), "train")
         assert [image.stem for image, _ in pairs] == expected
     assert "1 frames are left out" in capsys.readouterr().err
 
 
 def test_roles_share_no_photo_and_few_is_evenly_spaced(args: common.Args):
-    for name in common.BENCHMARKS:
+    for name in datasets.BENCHMARKS:
         a = common.resolve(replace(args, benchmark=name, labelled=3), "x")
         train, few = common.load(a, "target_train"), common.load(a, "target_few")
         test, bare = common.load(a, "target_test"), common.load(a, "target_unlabelled")
@@ -231,7 +234,7 @@ def test_photos_without_any_label_are_enough(args: common.Args, copy: Path, row:
         shutil.rmtree(copy / "cityscapes/gtFine")
         shutil.rmtree(copy / "cityscapes/leftImg8bit/val")
     shutil.rmtree(copy / "kitti/training/semantic")
-    kind, run, own = benchmark.BaselineArgs, benchmark.run_baseline, {"row": row}
+    kind, run, own = baseline.Args, baseline.run, {"row": row}
     if row not in benchmark.BASELINES:
         module = importlib.import_module(row.replace("bridge_train", "diffusion_bridge"))
         run = module.train if row == "bridge_train" else module.run
@@ -259,15 +262,16 @@ def test_the_cache_follows_the_content_of_its_files():
         calls.append(i)
         return common.read_image(files[i], (4, 4))
 
-    first = common.cached(Path("cache"), "x", files, (4, 4, 3), read)
+    first = datasets.cached(Path("cache"), "x", files, (4, 4, 3), read)
     assert isinstance(first, np.memmap) and first[:, 0, 0, 0].tolist() == [0, 1, 2, 3, 4]
     shutil.copytree("pictures", "copy")
     copies = [Path("copy", file.name) for file in files]
-    common.cached(Path("cache"), "x", copies, (4, 4, 3), read)
+    datasets.cached(Path("cache"), "x", copies, (4, 4, 3), read)
     assert len(calls) == 5  # nothing was decoded again, also not for a copy of the files
     Image.fromarray(np.full((8, 8, 3), 9, np.uint8)).save(files[2])
-    assert common.cached(Path("cache"), "x", files, (4, 4, 3), read)[2, 0, 0, 0] == 9
-    assert common.cached(Path("cache"), "x", files[:2], (4, 4, 3), read).shape == (2, 4, 4, 3)
+    datasets.fingerprint.cache_clear()  # a new run
+    assert datasets.cached(Path("cache"), "x", files, (4, 4, 3), read)[2, 0, 0, 0] == 9
+    assert datasets.cached(Path("cache"), "x", files[:2], (4, 4, 3), read).shape == (2, 4, 4, 3)
 
 
 def test_two_first_runs_at_once_both_get_a_whole_cache():
@@ -281,7 +285,7 @@ def test_two_first_runs_at_once_both_get_a_whole_cache():
                 both.wait(timeout=20)
             return common.read_image(files[i], (4, 4))
 
-        array = common.cached(Path("cache"), "x", files, (4, 4, 3), read)
+        array = datasets.cached(Path("cache"), "x", files, (4, 4, 3), read)
         assert array[:, 0, 0, 0].tolist() == list(range(70))
 
     processes = [fork.Process(target=first_run) for _ in range(2)]

@@ -15,9 +15,10 @@ from conftest import like, whole_and_cut
 from PIL import Image
 from torch import Tensor, nn
 
-import benchmark
+import baseline
 import common
 import datarater as dr
+import datasets
 from common import AUGMENTATIONS, IGNORE, UserError
 
 SHORT = {"meta_steps": 4, "inner_batch": 1, "warm_up": 2}
@@ -263,14 +264,14 @@ def test_a_run_writes_its_figures_and_a_training_set(args: common.Args, corrupt:
     assert result.other_updates == f"{expected}, {scored} candidates scored"
     for name in ("scores", "augmentation_scores", *(["corruption"] if corrupt else [])):
         assert Path(f"run/figures/{name}.png").stat().st_size > 5000
-    assert len(common.load_set(Path("run/set"), common.VKITTI2, (32, 64))) == len(table)
+    assert len(common.load_set(Path("run/set"), datasets.VKITTI2, (32, 64))) == len(table)
 
 
 @pytest.mark.usefixtures("no_figures")
 def test_original_is_the_baseline_without_any_method(args: common.Args):
     result = dr.run(make(args, "original", choose="original"))
     assert (result.target_labels, result.other_updates) == (0, "")
-    benchmark.run_baseline(like(args, benchmark.BaselineArgs, out=Path("source_only")))
+    baseline.run(like(args, baseline.Args, out=Path("source_only")))
     dr.run(make(args, "random", choose="random"))
     assert same_weights("source_only", "original")
     assert not same_weights("random", "original")

@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 import common
+import datasets
 import diffusion_bridge as db
 from common import IGNORE, UserError
 
@@ -465,7 +466,7 @@ def test_stopped_at_any_file_it_ends_the_same(trained, tmp_path: Path, no_figure
 
 def test_labels_of_the_masks_and_the_filter(trained: tuple, tmp_path: Path, no_figures):
     bridge, source = trained[:2]
-    names_of = {name: colour for colour, name in common.VKITTI2_COLOURS.items() if name}
+    names_of = {name: colour for colour, name in datasets.VKITTI2_COLOURS.items() if name}
     classes = [*bridge.config["classes"], *[None] * 246]
     colours = np.array([names_of.get(name, (0, 0, 0)) for name in classes], np.uint8)
     for k in range(3):

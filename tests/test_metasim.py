@@ -14,6 +14,7 @@ import torch
 from conftest import ROOT, environment, like, whole_and_cut
 
 import common
+import datasets
 import metasim
 from common import IGNORE, Split, UserError
 
@@ -102,7 +103,7 @@ labels = np.memmap("labels", np.uint8, "w+", shape=shape)
 order = np.random.default_rng(common.seed_of(0, "cut_out")).permutation(shape[0])
 for n in order[:10]:
     labels[n, 300:360, 400:500], images[n, 300:360, 400:500] = 13, 200
-split = common.Split(common.GTA5, tuple(map(str, range(shape[0]))), images, labels)
+split = common.Split(datasets.GTA5, tuple(map(str, range(shape[0]))), images, labels)
 args = metasim.Args(size=shape[1:])
 before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
 roads = metasim.RoadScenes(split, args, metasim.torch.device("cpu"))
@@ -390,7 +391,7 @@ def test_a_run_writes_its_scenes_and_pictures(args: common.Args):
     assert result.other_updates.endswith(", 12 of the task network")  # rounds x samples x steps
     for name in ("content", "scenes"):
         assert Path(f"run/figures/{name}.png").stat().st_size > 10_000
-    scenes = common.load_set(Path("run/set"), common.VKITTI2, (32, 64))
+    scenes = common.load_set(Path("run/set"), datasets.VKITTI2, (32, 64))
     assert len(scenes) == 12 and set(np.unique(scenes.labels)) <= {*range(10), IGNORE}
     names = set().union(*common.read_scalars(Path("run")))
     assert {"features_loss", "mmd_loss", "mmd_content", "change", "reward", "loss"} <= names
@@ -416,7 +417,7 @@ def test_every_update_trains_on_new_scenes(args: common.Args, monkeypatch: pytes
 
     monkeypatch.setattr(metasim, "render_graphs", recorded)
     metasim.run(made(args, "run", scenes=None, objects=0, attributes="prior"))
-    assert len(common.load_set(Path("run/set"), common.VKITTI2, (32, 64))) == 5 * args.steps
+    assert len(common.load_set(Path("run/set"), datasets.VKITTI2, (32, 64))) == 5 * args.steps
     assert len(set(seeds)) == len(seeds) == args.steps * (args.batch_size + 5)
 
 

@@ -16,6 +16,7 @@ from conftest import METHODS, ROOT, environment, like
 from docstring_parser import parse_from_object
 from PIL import Image
 
+import baseline
 import benchmark
 import common
 
@@ -24,7 +25,7 @@ SHARED = {field.name: field.default for field in dataclasses.fields(common.Args)
 
 def weights_of(args: common.Args, row: str, out: str) -> tuple[dict, common.Result]:
     """The weights and the result of a row after four steps."""
-    kind, run, own = benchmark.BaselineArgs, benchmark.run_baseline, {"row": row}
+    kind, run, own = baseline.Args, baseline.run, {"row": row}
     if row in METHODS:
         module = importlib.import_module(row)
         kind, run, own = module.Args, module.run, {}

@@ -12,6 +12,7 @@ from conftest import ROOT, environment
 from PIL import Image
 
 import common
+import datasets
 import miniature
 
 
@@ -21,7 +22,7 @@ def digest(folder: Path) -> dict[str, str]:
 
 
 def pairs_of(mini: Path, name: str, split: str = "train") -> list[tuple[Path, Path]]:
-    return common.list_files(common.DATASETS[name], mini / name, split)[0]
+    return datasets.list_files(common.DATASETS[name], mini / name, split)[0]
 
 
 def test_a_seed_gives_the_same_bytes_whatever_the_number_of_processes(mini: Path):
@@ -45,8 +46,8 @@ def test_labels_have_the_official_formats(mini: Path):
     for name, mode in modes.items():
         assert Image.open(mini / name).mode == mode
     palette = np.array(Image.open(mini / "gta5/labels/00001.png").getpalette()).reshape(-1, 3)
-    for name, number in common.CITYSCAPES_IDS.items():
-        assert tuple(palette[number]) == common.PALETTE[name], name
+    for name, number in datasets.CITYSCAPES_IDS.items():
+        assert tuple(palette[number]) == datasets.PALETTE[name], name
 
 
 def test_label_and_image_are_of_one_size_and_kitti_has_several(mini: Path):

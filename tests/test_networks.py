@@ -12,7 +12,9 @@ from PIL import Image
 from torchvision.models import _api, mobilenet_v3_large
 
 import common
-from common import CITYSCAPES, IGNORE, UserError
+import datasets
+from common import IGNORE, UserError
+from datasets import CITYSCAPES
 
 CPU = torch.device("cpu")
 
@@ -202,7 +204,7 @@ def test_the_evaluator_equals_the_plain_way_to_the_pixel_and_leaves_the_network_
         logits = common.predict(net, image[None], CPU)
         guess = common.upsample(logits, ids.shape).argmax(dim=1)[0]
         expected = np.zeros((256, 19), int)
-        np.add.at(expected, (common.label_table(CITYSCAPES)[ids], guess.numpy()), 1)
+        np.add.at(expected, (datasets.label_table(CITYSCAPES)[ids], guess.numpy()), 1)
         np.testing.assert_array_equal(matrix, expected[:19])
 
 
@@ -211,9 +213,9 @@ def test_the_evaluator_agrees_with_the_official_script(monkeypatch: pytest.Monke
     official = pytest.importorskip("cityscapesscripts.evaluation.evalPixelLevelSemanticLabeling")
     monkeypatch.setattr(official.args, "evalInstLevelScore", False)
     rng = np.random.default_rng(0)
-    ids = np.array(list(common.CITYSCAPES_IDS.values()), np.uint8)
+    ids = np.array(list(datasets.CITYSCAPES_IDS.values()), np.uint8)
     labels = [rng.integers(0, 34, (32, 64)) for _ in range(3)]
-    truth = [np.minimum(common.label_table(CITYSCAPES)[label], 18) for label in labels]
+    truth = [np.minimum(datasets.label_table(CITYSCAPES)[label], 18) for label in labels]
     guesses = [np.where(rng.random(t.shape) < 0.7, t, rng.integers(0, 19, t.shape)) for t in truth]
     images = np.repeat(np.stack(guesses)[..., None], 3, axis=3).astype(np.uint8) * 10
     split = photos(labels, images)

@@ -10,8 +10,10 @@ import torch
 from conftest import like
 from PIL import Image
 
-import benchmark
+import baseline
 import common
+import datasets
+import predict
 from common import IGNORE
 
 CPU = torch.device("cpu")
@@ -62,7 +64,7 @@ def test_own_data_is_read_by_its_classes(own: common.Args):
 
 def test_a_run_on_own_data_and_its_network_on_own_photos(own: common.Args, capsys):
     """Photos of any mode, at their own resolution, into the same tree."""
-    result = benchmark.run_baseline(like(own, benchmark.BaselineArgs, row="few_label"))
+    result = baseline.run(like(own, baseline.Args, row="few_label"))
     assert result.benchmark == "own" and result.iou.keys() == {"road", "tree", "sky", "hut"}
     grey = (np.arange(50 * 70).reshape(50, 70) % 251).astype(np.uint8)
     for i, mode in enumerate(("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16")):
@@ -73,7 +75,7 @@ def test_a_run_on_own_data_and_its_network_on_own_photos(own: common.Args, capsy
         image.save(path)
     Path("photos/._0.png").touch()
     checkpoint = Path("runs/own/few_label/seed0/checkpoint.pt")
-    common.predict_folder(common.PredictArgs(checkpoint, Path("photos"), Path("out"), "cpu"))
+    predict.run(predict.Args(checkpoint, Path("photos"), Path("out"), "cpu"))
     assert "8 photos labelled, 1 other files ignored" in capsys.readouterr().out
     ids, names = json.loads(Path("out/classes.json").read_text()), result.iou.keys()
     assert ids == {name: i for i, name in enumerate(names)}
@@ -92,15 +94,15 @@ def test_a_run_on_own_data_and_its_network_on_own_photos(own: common.Args, capsy
         np.testing.assert_array_equal(overlay, common.read_image(path) // 2 + colours // 2)
     Path("photos/day 0/0.jpg").touch()
     with pytest.raises(common.UserError, match="two that differ in the suffix alone"):
-        common.predict_folder(common.PredictArgs(checkpoint, Path("photos"), Path("out"), "cpu"))
+        predict.run(predict.Args(checkpoint, Path("photos"), Path("out"), "cpu"))
 
 
 def test_cityscapes_label_ids_come_out_where_its_classes_went_in(args: common.Args, mini: Path):
-    benchmark.run_baseline(like(args, benchmark.BaselineArgs, row="source_only", out=Path("run")))
+    baseline.run(like(args, baseline.Args, row="source_only", out=Path("run")))
     photos = mini / "kitti/training/image_2"
-    common.predict_folder(common.PredictArgs(Path("run/checkpoint.pt"), photos, Path("out")))
+    predict.run(predict.Args(Path("run/checkpoint.pt"), photos, Path("out")))
     ids = json.loads(Path("out/classes.json").read_text())
-    assert ids == {name: common.CITYSCAPES_IDS[name] for name in common.KITTI_CLASSES}
+    assert ids == {name: datasets.CITYSCAPES_IDS[name] for name in datasets.KITTI_CLASSES}
     for path in sorted(Path("out/ids").iterdir()):
         assert set(np.unique(np.asarray(Image.open(path)))) <= set(ids.values())
 
@@ -108,7 +110,7 @@ def test_cityscapes_label_ids_come_out_where_its_classes_went_in(args: common.Ar
 def refused(args: common.Args, message: str) -> None:
     """A run ends with one line that matches."""
     with pytest.raises(common.UserError, match=message) as caught:
-        benchmark.run_baseline(like(args, benchmark.BaselineArgs, row="source_only"))
+        baseline.run(like(args, baseline.Args, row="source_only"))
     assert "\n" not in str(caught.value)
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import like, whole_and_cut
 
-import benchmark
+import baseline
 import common
 import reward_opt as ro
 from common import IGNORE, UserError
@@ -191,7 +191,7 @@ def test_class_weighted_cross_entropy_by_hand():
 def test_without_its_weight_every_objective_is_few_label(args: common.Args, objective: str):
     """The same batches, augmentation and schedule, so the difference is the objective alone."""
     ro.run(make(args, "zero", weight=0.0, objective=objective))
-    benchmark.run_baseline(like(args, benchmark.BaselineArgs, row="few_label", out=Path("plain")))
+    baseline.run(like(args, baseline.Args, row="few_label", out=Path("plain")))
     torch.testing.assert_close(weights("zero"), weights("plain"), rtol=0, atol=1e-6)
     ro.run(make(args, "one", objective=objective))
     assert torch.equal(weights("zero"), weights("one")) == (objective == "cross_entropy")

@@ -20,8 +20,9 @@ import torch
 from conftest import environment, interrupted, like
 from PIL import Image
 
-import benchmark
+import baseline
 import common
+import datasets
 
 
 def weights(folder: str | Path) -> dict[str, torch.Tensor]:
@@ -34,7 +35,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 def run(args: common.Args, row: str, out: str, **changes) -> common.Result:
     changes = {"out": Path(out), **changes, "row": row}
-    return benchmark.run_baseline(like(args, benchmark.BaselineArgs, **changes))
+    return baseline.run(like(args, baseline.Args, **changes))
 
 
 # ---- The folder ---------------------------------------------------------------------------------
@@ -50,7 +51,7 @@ def test_a_run_writes_what_the_contract_says(args: common.Args):
     confusion = np.load("run/confusion.npy")  # [images, classes, classes]
     assert confusion.shape == (6, 10, 10)
     assert common.scores(confusion.sum(axis=0))["mIoU"] == result.miou
-    ious = dict(zip(common.KITTI_CLASSES, common.iou(confusion.sum(axis=0)), strict=True))
+    ious = dict(zip(datasets.KITTI_CLASSES, common.iou(confusion.sum(axis=0)), strict=True))
     assert row["iou"] == ious
 
     # JSON lines as MMSegmentation writes them, and the same as tables.
@@ -126,7 +127,7 @@ def test_ids_exchanged_in_a_file_of_equal_size_are_other_data(args, no_figures, 
     assert label.stat().st_size == before.st_size
     if keep_times:
         os.utime(label, ns=(before.st_atime_ns, before.st_mtime_ns))
-        common.fingerprint.cache_clear()  # a new process
+        datasets.fingerprint.cache_clear()  # a new process
     second = run(args, "oracle", "run", data="copy")
     assert second.miou != first.miou and not same(weights("run"), kept)
     assert same(weights("run.old1"), kept)
@@ -163,7 +164,7 @@ def test_a_checkpoint_starts_another_run_and_its_content_decides(args, no_figure
 
 # ---- Resuming -----------------------------------------------------------------------------------
 SCRIPT = """
-import sys, time, common, benchmark
+import sys, time, baseline, common
 from pathlib import Path
 data, out, wait = sys.argv[1], Path(sys.argv[2]), float(sys.argv[3])
 log = common.Run.log
@@ -174,7 +175,7 @@ def slow_log(self, step, **values):
 common.Run.log = slow_log
 sys.argv = ["x", "--row", "few_label", "--steps", "40", "--batch-size", "4", "--size", "32", "64",
             "--labelled", "2", "--device", "cpu", "--data", data, "--out", str(out)]
-common.main(benchmark.BaselineArgs, benchmark.run_baseline, None)
+common.main(baseline.Args, baseline.run, None)
 """
 
 

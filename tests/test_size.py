@@ -14,16 +14,16 @@ import pytest
 from conftest import METHODS, environment
 from PIL import Image
 
-import common
+import datasets
 
-FRAMES = common.GTA5_FRAMES
+FRAMES = datasets.GTA5_FRAMES
 ROWS = ["source_only", *sorted(METHODS)]
 STARTS = """
 import glob, importlib, json, resource, signal, sys, time
 from pathlib import Path
 import numpy as np
 resource.setrlimit(resource.RLIMIT_DATA, (8 << 30,) * 2)  # no more memory than that
-import benchmark, common
+import baseline, common, datasets
 
 class Started(Exception):
     pass
@@ -32,17 +32,17 @@ def steps(*_, **__):  # the first stage begins
     raise Started
 
 def cached(cache, name, files, shape, read):  # the first file stands for all of them
-    common.digest(files)
+    datasets.digest(files)
     return np.broadcast_to(read(0), (len(files), *shape))
 
 def count(*arguments, **options):
     listed.append(str(options["root_dir"]))
     return listing(*arguments, **options)
 
-common.cached, common.Run.steps = cached, steps
+datasets.cached, common.Run.steps = cached, steps
 listing, listed, glob.glob = glob.glob, [], count
 for row in sys.argv[1:]:
-    kind, run, own = benchmark.BaselineArgs, benchmark.run_baseline, {"row": row}
+    kind, run, own = baseline.Args, baseline.run, {"row": row}
     if row != "source_only":
         module = importlib.import_module(row)
         kind, run, own = module.Args, module.run, {}
@@ -58,7 +58,7 @@ for row in sys.argv[1:]:
     figures = {"row": row, "seconds": time.perf_counter() - start}
     figures["memory_mb"] = common.peak_memory_mb(common.torch.device("cpu"))
     figures["listed"] = sum("gta5" in root for root in listed)
-    figures["opened"] = common.fingerprint.cache_info().misses
+    figures["opened"] = datasets.fingerprint.cache_info().misses
     print(json.dumps(figures), flush=True)
 """
 
@@ -96,7 +96,7 @@ def test_a_row_starts_in_seconds_at_the_size_of_gta5(full_size: None):
     lines = [line for line in ended.stdout.splitlines() if line.startswith("{")]
     figures = {line["row"]: line for line in map(json.loads, lines)}
     assert ended.returncode == 0 and list(figures) == ROWS, ended.stderr
-    assert f"{len(common.GTA5_MISMATCHED)} frames are left out" in ended.stderr
+    assert f"{len(datasets.GTA5_MISMATCHED)} frames are left out" in ended.stderr
     assert "24904 images -> cityscapes" in ended.stdout and "512x1024" in ended.stdout
     for line in figures.values():
         assert line["seconds"] < 60 and line["memory_mb"] < 8192

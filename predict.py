@@ -1,0 +1,71 @@
+"""Labels the photos of a folder with the network of a run, at their own resolution.
+
+    python predict.py --checkpoint runs/.../checkpoint.pt --photos photos --out labelled
+
+It writes label maps, their colours, and overlays. The ids are Cityscapes' label ids, or train ids
+of own classes: OUT/classes.json says which, in the form that --benchmark own reads.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+import common
+import datasets
+from datasets import (
+    CITYSCAPES_IDS,
+    UserError,
+    palette,
+    read_image,
+    replacing,
+    show_progress,
+    write_json,
+)
+
+
+@dataclass(frozen=True)
+class Args:
+    checkpoint: Path
+    """The checkpoint.pt of a run."""
+    photos: Path
+    """Folder of photos, JPG or PNG of any mode and size, with its subfolders."""
+    out: Path
+    """Folder for ids/, colours/ and overlays/, with a PNG for each photo, and for classes.json."""
+    device: str = "auto"
+    """auto (CUDA where there is one), cpu, cuda, cuda:1."""
+
+
+def run(args: Args) -> None:
+    checkpoint = common.read_network(args.checkpoint)
+    device = torch.device(common.join_processes(args.device))
+    classes, size, own = checkpoint["classes"], checkpoint["size"], checkpoint["benchmark"] == "own"
+    net = common.Network(checkpoint["network"], len(classes)).to(device).eval()
+    net.load_state_dict(checkpoint["net"])
+    ids = {name: i if own else CITYSCAPES_IDS[name] for i, name in enumerate(classes)}
+    photos, others = datasets.find_images(args.photos, "**/*")
+    outputs = {Path(name).with_suffix(".png"): name for name in sorted(photos.values())}
+    if not photos or len(outputs) < len(photos):
+        problem = "no JPG or PNG file, or two that differ in the suffix alone"
+        raise UserError(f"{args.photos}: {problem}")
+    if args.out.resolve().is_relative_to(args.photos.resolve()):
+        raise UserError(f"--out {args.out}: lies in the folder of the photos")
+    write_json(args.out / "classes.json", ids)
+    for output, name in show_progress(outputs.items(), "labelling"):
+        photo = read_image(args.photos / name)  # [h,w,3]
+        small = Image.fromarray(photo).resize(size[::-1], Image.Resampling.BILINEAR)
+        logits = common.predict(net, np.array(small)[None], device)  # [1,C,H,W]
+        train_ids = common.upsample(logits, photo.shape[:2])[0].argmax(dim=0).cpu().numpy()
+        values = np.array([*ids.values()], np.uint8)[train_ids]  # [h,w]
+        colours = palette(classes)[train_ids]  # [h,w,3]
+        pictures = {"ids": values, "colours": colours, "overlays": photo // 2 + colours // 2}
+        for folder, picture in pictures.items():
+            with replacing(args.out / folder / output) as temporary:
+                Image.fromarray(picture).save(temporary, format="PNG")
+    print(f"{args.out}: {len(photos)} photos labelled, {len(others)} other files ignored")
+
+
+if __name__ == "__main__":
+    common.main(Args, run, __doc__)
