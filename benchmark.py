@@ -51,8 +51,8 @@ SET_METHODS = ("datarater", "metasim", "diffusion_bridge")  # these write a trai
 # ---- Rows ---------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Args(common.SharedArgs):
-    benchmarks: tuple[Literal["vkitti2kitti", "gta52cityscapes"], ...] = tuple(BENCHMARKS)
-    """Benchmarks to run."""
+    benchmarks: tuple[Literal["vkitti2kitti", "gta52cityscapes", "own"], ...] = tuple(BENCHMARKS)
+    """Benchmarks to run. own: your own data below --data; see baseline.py --help."""
     methods: tuple[str, ...] = (*BASELINES, *METHODS)
     """Rows of the table. reward_opt@600 is reward_opt with 600 updates."""
     combine: tuple[str, ...] = ()
@@ -176,20 +176,16 @@ def run_row(row: Row, args: Args, running: list[subprocess.Popen]) -> Result:
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
-        return failure(row, f"stopped after --timeout {args.timeout:g} s")
+        return Result(*row.key, "failed", f"stopped after --timeout {args.timeout:g} s")
     result = finished(row)
     if status == 0 and result:
         return result
     if status < 0:
-        return failure(row, f"killed by {signal.Signals(-status).name}")
+        return Result(*row.key, "failed", f"killed by {signal.Signals(-status).name}")
     # The line of an error that the user can mend, or the last line of a traceback.
     pattern = r"^(?:error: |(?=[\w.]*(?:Error|Exception)\b))(.+)"
     errors = re.findall(pattern, log.read_text(errors="replace"), re.MULTILINE)
-    return failure(row, errors[-1] if errors else f"exit status {status}, see {log}")
-
-
-def failure(row: Row, reason: str) -> Result:
-    return Result(*row.key, status="failed", error=reason)
+    return Result(*row.key, "failed", errors[-1] if errors else f"exit status {status}, see {log}")
 
 
 def run_rows(rows: list[Row], args: Args, results: dict[Key, Result]) -> None:
@@ -203,7 +199,7 @@ def run_rows(rows: list[Row], args: Args, results: dict[Key, Result]) -> None:
         # Rows come after those that they start from, so no thread waits for one that has not begun.
         parent = futures[row.parent].result() if row.parent else None
         if parent and parent.error:
-            return failure(row, f"{parent.method} failed")
+            return Result(*row.key, "failed", f"{parent.method} failed")
         result = None if args.force else finished(row)
         if result is None:
             device, start = devices.get(), time.monotonic()
@@ -222,7 +218,8 @@ def run_rows(rows: list[Row], args: Args, results: dict[Key, Result]) -> None:
                 results[key_of(result)] = result
                 write_results(results, args.out)
                 name = f"{result.benchmark} {result.method} seed {result.seed}"
-                outcome = result.error or f"{result.miou:.1f}, {result.seconds:.0f} s"
+                score = "no score" if result.miou is None else f"{result.miou:.1f}"
+                outcome = result.error or f"{score}, {result.seconds:.0f} s"
                 left = mean(seconds or [0]) * (len(rows) - count) / len(slots) / 60
                 print(f"{count} of {len(rows)}: {name}: {outcome}; {left:.1f} min left", flush=True)
         except BaseException:  # Ctrl-C above all: no row goes on without its benchmark
@@ -250,7 +247,7 @@ def combined(result: Result, parent: Result) -> Result:
 # ---- Results ------------------------------------------------------------------------------------
 def write_results(results: dict[Key, Result], out: Path) -> list[Result]:
     """Writes results.json. -> the rows in the table's order."""
-    place = {name: i for i, name in enumerate([*BENCHMARKS, *BASELINES, *METHODS])}
+    place = {name: i for i, name in enumerate([*BENCHMARKS, "own", *BASELINES, *METHODS])}
     keys = sorted(results, key=lambda k: (place[k[0]], k[1].count("+"), place.get(k[1], 99), k))
     rows = [results[key] for key in keys]
     common.write_json(out / "results.json", [dataclasses.asdict(row) for row in rows])
@@ -279,14 +276,17 @@ def collected_results(roots: tuple[Path, ...]) -> tuple[dict[Key, Result], dict[
         result = replace(Result(**common.read_json(folder / "result.json")), method=name)
         if (benchmark, seed) != (result.benchmark, f"seed{result.seed}"):
             continue  # an old run: seed0.old1
-        key, parent = ((benchmark, n, result.seed) for n in (name, name.rpartition("+")[0]))
+        key = key_of(result)
         if key in folders:
             raise UserError(f"{folder}: the same row as {folders[key]}")
-        if parent in results and not results[parent].error:
-            result = combined(result, results[parent])
-        elif "+" in name:
-            reason = f"the run of {parent[1]}, from which it starts, is missing"
-            result = Result(*key, status="failed", error=reason)
+        before = name.rpartition("+")[0]
+        parent = results.get((benchmark, before, result.seed))
+        if parent and not parent.error:
+            result = combined(result, parent)
+        elif before:
+            result = Result(
+                *key, "failed", f"the run of {before}, from which it starts, is missing"
+            )
         results[key], folders[key] = result, folder
     if not folders:
         raise UserError(f"--collect {' '.join(map(str, roots))}: no finished run folder")
@@ -346,33 +346,38 @@ Cells = list[dict[str, str]]  # the rows of a table: cells by column
 
 
 def methods_of(results: list[Result], benchmark: str) -> Methods:
-    rows = [r for r in results if r.benchmark == benchmark]
-    return {method: [r for r in rows if r.method == method] for method in [r.method for r in rows]}
+    methods: Methods = {}
+    for result in results:
+        if result.benchmark == benchmark:
+            methods.setdefault(result.method, []).append(result)
+    return methods
 
 
 def method_table(methods: Methods, folders: dict[Key, Path], labelled: bool) -> Cells:
     """The rows with or without target labels: mIoU, difference from their baselines, cost."""
     finished = {name: [r for r in rows if not r.error] for name, rows in methods.items()}
-    mious = {name: mean(r.miou for r in rows) for name, rows in finished.items() if rows}
+    scored = {name: [r for r in rows if r.miou is not None] for name, rows in finished.items()}
+    mious = {name: mean(r.miou for r in rows) for name, rows in scored.items() if rows}
     low, high = (mious.get(name, math.nan) for name in ("source_only", "oracle"))
     table = []
     for method, rows in finished.items():
         if any(r.target_labels for r in rows) != labelled:
             continue
-        text = [f"{mious[method]:.1f}"] if rows else []
-        if len(rows) > 1:
-            text[0] += f" ± {stdev(r.miou for r in rows):.1f}"
+        text = [f"{mious[method]:.1f}"] if method in mious else []
+        if len(scored[method]) > 1:
+            text[0] += f" ± {stdev(r.miou for r in scored[method]):.1f}"
         text += [f"seed {r.seed} failed: {r.error}" for r in methods[method] if r.error]
         cells = {"method": method, "mIoU": "; ".join(text)}
         if labelled:
             cells["target labels"] = "/".join(dict.fromkeys(str(r.target_labels) for r in rows))
         for name in ["few_label"] if labelled else ["source_only", "color_transfer"]:
-            known = name != method and name in mious
+            known = name != method and {name, method} <= mious.keys()
             difference = interval_of(folders, rows, finished[name]) if known else None
             text = "{:+.1f} [{:.1f}, {:.1f}]".format(*difference) if difference else ""
             cells[f"over {name}"] = text
         if rows:
-            gap = f"{100 * (mious[method] - low) / (high - low):.0f}%" if high > low else ""
+            gap = (mious.get(method, math.nan) - low) / (high - low) if high > low else math.nan
+            gap = "" if math.isnan(gap) else f"{gap:.0%}"
             cells |= {"gap closed": gap, "updates": "/".join({f"{r.steps:,}": 0 for r in rows})}
             cells["other updates"] = "; ".join(dict.fromkeys(r.other_updates for r in rows))
             cells["seconds"] = f"{mean(r.seconds for r in rows):,.0f}"
@@ -401,12 +406,16 @@ def notes(results: list[Result], folders: dict[Key, Path]) -> list[str]:
     over = "95% interval; paired bootstrap over test images, Student's t over seeds"
     if len({result.seed for result in results}) == 1:
         over = "1 seed: paired bootstrap over test images; other seeds may lie outside"
-    lines = [f"over: difference of mIoU [{over}]. updates: of the segmentation network."]
-    lines.append("gap closed: share of the way from source_only to the oracle.")
-    for benchmark in BENCHMARKS:
+    lines = [
+        f"over: difference of mIoU [{over}]. updates: of the segmentation network.",
+        "gap closed: share of the way from source_only to the oracle.",
+    ]
+    for benchmark in dict.fromkeys(r.benchmark for r in results):
         rows = [r for r in results if r.benchmark == benchmark and not r.error]
         absent = {name for r in rows for name, value in r.iou.items() if value is None}
-        if absent:
+        if any(r.miou is None for r in rows):
+            lines.append(f"{benchmark}: no test photo has a label, so there is no score.")
+        elif absent:
             names = ", ".join(sorted(absent))
             lines.append(f"{benchmark}: no test photo contains {names}; left out of the mean.")
         updates = {r.method: r.steps for r in rows}
@@ -441,13 +450,6 @@ def show(title: str, table: Cells) -> None:
     Console().print(view)
 
 
-def markdown(table: Cells) -> str:
-    names = list(dict.fromkeys(itertools.chain(*table)))
-    rows = [[row.get(name, "").replace("|", "\\|") for name in names] for row in table]
-    rows = [names, ["---", *["---:"] * (len(names) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
-
-
 def write_tables(results: list[Result], folders: dict[Key, Path], out: Path) -> None:
     """Prints the tables, and writes them as results.md."""
     tables = {}
@@ -461,33 +463,33 @@ def write_tables(results: list[Result], folders: dict[Key, Path], out: Path) -> 
         tables[f"{name}, IoU in percent"] = class_table(methods)
     below = notes(results, folders)
     Console().print("\n".join(below), highlight=False, markup=False)
-    text = [f"## {title}\n\n{markdown(table)}" for title, table in tables.items() if table]
+    text = []
+    for title, table in tables.items():
+        if not table:
+            continue
+        names = list(dict.fromkeys(itertools.chain(*table)))
+        rows = [[row.get(name, "").replace("|", "\\|") for name in names] for row in table]
+        rows = [names, ["---", *["---:"] * (len(names) - 1)], *rows]
+        text += [f"## {title}\n", *(f"| {' | '.join(row)} |" for row in rows), ""]
     with common.replacing(out / "results.md") as temporary:
-        temporary.write_text("\n\n".join([*text, *below]) + "\n", encoding="utf-8")
+        temporary.write_text("\n".join(text) + "\n\n".join(below) + "\n", encoding="utf-8")
 
 
 # ---- Figures ------------------------------------------------------------------------------------
-def draw_figures(results: list[Result], folders: dict[Key, Path], out: Path) -> None:
-    """miou.png: mIoU of every method with its interval. cost.png: mIoU over seconds."""
-    benchmarks = list(dict.fromkeys(r.benchmark for r in results))
-    figures = {"miou": common.new_figure(9, 5), "cost": common.new_figure(9, 6)}
-    axes = [figure.subplots(1, len(benchmarks), squeeze=False)[0] for figure in figures.values()]
-    for benchmark, bar, cost in zip(benchmarks, *axes, strict=True):
-        methods = methods_of([r for r in results if not r.error], benchmark)
-        for k, (method, rows) in enumerate(methods.items()):
+def draw_bars(results: list[Result], folders: dict[Key, Path], path: Path) -> None:
+    """The mIoU of every method with its interval."""
+    benchmarks, figure = list(dict.fromkeys(r.benchmark for r in results)), common.new_figure(9, 5)
+    axes = figure.subplots(1, len(benchmarks), squeeze=False)[0]
+    for benchmark, axis in zip(benchmarks, axes, strict=True):
+        for method, rows in methods_of(results, benchmark).items():
             name, value = method.replace("+", "+\n"), mean(r.miou for r in rows)
-            color, marker = ("C1", "s") if rows[0].target_labels else ("C0", "o")
             _, low, high = interval_of(folders, rows) or (value, value, value)
-            bar.barh(name, value, color=color, alpha=0.75)
-            bar.plot([low, high], [name, name], color="black", linewidth=1.5)
-            bar.text(high + 0.8, name, f"{value:.1f}", va="center", fontsize=8)
-            cost.plot(mean(r.seconds for r in rows), value, marker, color=f"C{k}", label=method)
-        bar.invert_yaxis()
-        bar.set(xlabel="mIoU (%), orange: with target labels", title=benchmark)
-        cost.set(xlabel="seconds, squares: with target labels", ylabel="mIoU (%)", title=benchmark)
-        cost.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2, fontsize=7)
-    for name, figure in figures.items():
-        common.save_figure(figure, out / f"figures/{name}.png")
+            axis.barh(name, value, color="C1" if rows[0].target_labels else "C0", alpha=0.75)
+            axis.plot([low, high], [name, name], color="black", linewidth=1.5)
+            axis.text(high + 0.8, name, f"{value:.1f}", va="center", fontsize=8)
+        axis.invert_yaxis()
+        axis.set(xlabel="mIoU (%), orange: with target labels", title=benchmark)
+    common.save_figure(figure, path)
 
 
 def draw_sheets(rows: list[Row], results: dict[Key, Result], args: Args) -> None:
@@ -497,7 +499,8 @@ def draw_sheets(rows: list[Row], results: dict[Key, Result], args: Args) -> None
         shared = common.resolve(shared_args(args, benchmark=benchmark, device="cpu"), "sheets")
         for row in rows:
             if row.key[::2] == (benchmark, args.seeds[0]) and not results[row.key].error:
-                net = common.Network(shared.net, len(BENCHMARKS[benchmark].source.classes))
+                classes = common.get_benchmark(benchmark, args.data).source.classes
+                net = common.Network(shared.net, len(classes))
                 common.load_weights(net, row.args.out / "checkpoint.pt")
                 networks[row.key[1].replace("+", "+\n")] = net
         if networks:
@@ -544,29 +547,23 @@ def draw_curves(args: Args) -> None:
 def study_networks(args: Args) -> None:
     """Prints size and speed of every network at inference, at each benchmark's training size."""
     from torch.utils.benchmark import Timer
-    from torch.utils.flop_counter import FlopCounterMode
 
     table = []
     for benchmark, name in itertools.product(args.benchmarks, common.NETWORKS):
         flags = shared_args(args, benchmark=benchmark, device=args.devices[0])
         flags = common.resolve(flags, "networks")
-        images = torch.rand(flags.batch_size, 3, *flags.size, device=flags.device)  # [B,3,H,W]
-        net = common.Network(name, len(BENCHMARKS[benchmark].source.classes)).eval()
+        image = torch.rand(1, 3, *flags.size, device=flags.device)  # [1,3,H,W]
+        classes = common.get_benchmark(benchmark, args.data).source.classes
+        net = common.Network(name, len(classes)).eval()
         net.to(flags.device, memory_format=torch.channels_last)
-        seconds, amp = [], flags.amp and images.device.type == "cuda"
-        autocast = torch.autocast(images.device.type, torch.bfloat16, enabled=amp)
-        with torch.inference_mode(), autocast, FlopCounterMode(display=False) as flops:
-            net(images[:1])
+        amp = flags.amp and image.device.type == "cuda"
+        autocast = torch.autocast(image.device.type, torch.bfloat16, enabled=amp)
+        options = {"globals": {"net": net, "image": image}, "num_threads": torch.get_num_threads()}
         with torch.inference_mode(), autocast:
-            for x in (images[:1], images):
-                values, threads = {"net": net, "x": x}, torch.get_num_threads()
-                timer = Timer("net(x)", globals=values, num_threads=threads)
-                seconds.append(timer.blocked_autorange(min_run_time=2).median)
+            seconds = Timer("net(image)", **options).blocked_autorange(min_run_time=2).median
         parameters = sum(p.numel() for p in net.parameters())
         cells = {"network": f"{name} {flags.size}", "M parameters": f"{parameters / 1e6:.2f}"}
-        cells["GFLOPs"] = f"{flops.get_total_flops() / 1e9:.2f}"
-        cells["ms an image"] = f"{1000 * seconds[0]:.1f}"
-        cells["images/s in batches"] = f"{len(images) / seconds[1]:.1f}"
+        cells["ms an image"] = f"{1000 * seconds:.1f}"
         table.append(cells)
     show(f"networks on {flags.device}", table)
 
@@ -604,7 +601,9 @@ def main(args: Args) -> None:
                 del folders[key]
     ordered = write_results(results, args.out)
     write_tables(ordered, folders, args.out)
-    draw_figures(ordered, folders, args.out)
+    scored = [row for row in ordered if row.miou is not None]
+    if scored:
+        draw_bars(scored, folders, args.out / "figures/miou.png")
     if not args.collect:
         draw_sheets(rows, results, args)
     print(f"written: {args.out}/results.json, results.md, figures/")

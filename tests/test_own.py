@@ -1,7 +1,9 @@
 """--benchmark own: a user's renders, photos and classes; and the network on a user's photos."""
 
+import contextlib
 import json
-from dataclasses import replace
+import shutil
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ from conftest import like
 from PIL import Image
 
 import baseline
+import benchmark
 import common
 import datasets
 import predict
@@ -150,3 +153,22 @@ def test_own_labels_are_strict(args: common.Args):
         refused(own, message)
     Path("own/source/labels/a.png").unlink()
     refused(own, r"images/a.png: image without a label, expected labels/a.png \(1 such files\)")
+
+
+@pytest.mark.parametrize("labels", [True, False])
+def test_the_benchmark_of_own_data(own: common.Args, capsys, labels: bool):
+    """Without target labels the rows that need none run, others say why, and there is no score."""
+    if not labels:
+        shutil.rmtree("own/target/labels")
+    shared = {f.name: getattr(own, f.name) for f in fields(common.SharedArgs)}
+    methods = ("source_only", "color_transfer", "few_label")
+    args = benchmark.Args(**shared, benchmarks=("own",), methods=methods, devices=("cpu",))
+    with contextlib.nullcontext() if labels else pytest.raises(SystemExit):
+        benchmark.main(args)
+    rows = common.read_json(Path("runs/results.json"))
+    assert [row["miou"] is None for row in rows] == ([False] * 3 if labels else [True] * 3)
+    assert [row["error"] is None for row in rows] == [True, True, labels]
+    output = capsys.readouterr().out
+    assert ("no test photo has a label" in output) != labels
+    assert labels or "0 labelled training photos" in output.replace("\n", " ")
+    assert Path("runs/figures/own.png").exists() and Path("runs/results.md").exists()
