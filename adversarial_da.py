@@ -173,10 +173,11 @@ def adapt_statistics(net: Network, photos: Split, batch_size: int, device: torch
 def check(args: Args) -> None:
     """UserError for a flag without an effect, or out of range."""
     on = {"--align": args.align != "none", "--self-train": args.self_train}
+    on["adaptation"] = any(on.values()) or args.lambda_ent > 0
     on["--translate fda"] = args.translate == "fda"
     needs = dict.fromkeys(("lambda_adv", "discriminator_lr", "discriminator_width"), "--align")
     needs |= {"confidence_threshold": "--self-train", "ema": "--self-train"}
-    needs["beta"] = "--translate fda"
+    needs |= {"beta": "--translate fda", "source_share": "adaptation"}
     for name, switch in needs.items():
         if not on[switch] and getattr(args, name) != getattr(Args, name):
             raise UserError(f"--{name.replace('_', '-')}: has no effect without {switch}")

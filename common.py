@@ -344,7 +344,7 @@ class Network(nn.Module):
 
     def __init__(self, name: str, num_classes: int, pretrained: bool = False) -> None:
         super().__init__()
-        self.name, self.num_classes = name, num_classes
+        self.name, self.num_classes, self.pretrained = name, num_classes, pretrained
         backbone = "IMAGENET1K_V1" if pretrained else None
         options = {"weights": None, "weights_backbone": backbone, "num_classes": num_classes}
         try:
@@ -471,7 +471,7 @@ def evaluate(net: nn.Module, split: Split, device: torch.device) -> np.ndarray:
 # ---- The flags that methods share ---------------------------------------------------------------
 PRESETS: dict[str, dict[str, Any]] = {  # defaults that go with the data at hand
     "miniature": {"size": (64, 128), "batch_size": 8, "steps": 2000, "net": "tiny", "lr": 1e-2},
-    "vkitti2kitti": {"size": (256, 512), "batch_size": 16, "steps": 20_000, "lr": 1e-3},
+    "vkitti2kitti": {"size": (192, 640), "batch_size": 16, "steps": 20_000, "lr": 1e-3},
     "own": {"size": (256, 512), "batch_size": 16, "steps": 20_000, "lr": 1e-3},
     "gta52cityscapes": {"size": (512, 1024), "batch_size": 8, "steps": 40_000, "lr": 1e-3},
 }
@@ -486,7 +486,8 @@ class SharedArgs:
     batch_size: int | None = None
     """Images an update, over all processes. Default: 8; 16 for real vkitti2kitti and own."""
     size: tuple[int, int] | None = None
-    """Height and width in training, in pixels. Default: 64 128, 256 512, or 512 1024, as above."""
+    """Height and width in training, in pixels. Default: 64 128; else 192 640 for vkitti2kitti,
+    256 512 for own, 512 1024 for gta52cityscapes."""
     net: Literal["tiny", "bisenet", "lraspp", "deeplab"] | None = None
     """Segmentation network. Default: tiny for the miniature, else bisenet."""
     lr: float | None = None
@@ -885,8 +886,15 @@ def segmentation_loss(outputs: Sequence[Tensor], labels: Tensor) -> Tensor:
     return (losses[0] + AUX_WEIGHT * sum(losses[1:])) / valid
 
 
-def make_optimizer(net: nn.Module, lr: float) -> torch.optim.AdamW:
-    return torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=0.01, fused=True)
+def make_optimizer(net: Network, lr: float) -> torch.optim.AdamW:
+    """AdamW; a backbone with ImageNet weights learns at a tenth of the rate of the rest."""
+    pretrained = set(net.body.backbone.parameters()) if net.pretrained else set()
+    groups = [
+        {"params": [p for p in net.parameters() if p in pretrained], "scale": 0.1},
+        {"params": [p for p in net.parameters() if p not in pretrained], "scale": 1.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(groups, lr=lr, weight_decay=0.01, fused=True)
 
 
 def learning_rate(initial: float, step: int, total: int) -> float:
@@ -896,7 +904,7 @@ def learning_rate(initial: float, step: int, total: int) -> float:
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("scale", 1)  # see make_optimizer
 
 
 def train(

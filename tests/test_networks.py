@@ -105,6 +105,15 @@ def test_pretrained_weights_come_from_torchvision(monkeypatch: pytest.MonkeyPatc
     state = common.Network("lraspp", 5, pretrained=True).state_dict()
     assert torch.equal(state["body.backbone.0.0.weight"], weights["features.0.0.weight"])
 
+    # Its backbone learns at a tenth of the rate of the head.
+    net = common.Network("lraspp", 5, pretrained=True)
+    optimizer = common.make_optimizer(net, 1.0)
+    common.set_lr(optimizer, 0.5)
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert {rates[id(p)] for p in net.body.backbone.parameters()} == {0.05}
+    assert {rates[id(p)] for p in net.body.classifier.parameters()} == {0.5}
+    assert len(rates) == len(list(net.parameters()))
+
     offline = Mock(side_effect=URLError("no route to host"))
     monkeypatch.setattr(_api, "load_state_dict_from_url", offline)
     with pytest.raises(UserError, match=r"of bisenet cannot be downloaded .*--pretrained False"):
