@@ -28,7 +28,6 @@ import os
 import shutil
 import sys
 import tomllib
-import typing
 import unicodedata
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -43,6 +42,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
+from torchvision.models.convnext import LayerNorm2d
 
 import common
 from common import Network, Result, Run, Split, UserError
@@ -119,7 +119,7 @@ def fill_in(args: Args) -> Args:
 @dataclass(frozen=True)
 class TranslateArgs:
     input_dir: Path | None = None
-    """Folder of images, with any folders in it."""
+    """Folder of PNG or JPG images, with any folders in it."""
     mask_dir: Path | None = None
     """Folder of masks, of the same paths but for the suffix. Default: INPUT_DIR/masks."""
     output_dir: Path | None = None
@@ -189,25 +189,22 @@ def appearance(images: Tensor) -> Tensor:
 
 
 # ---- The U-Net ----------------------------------------------------------------------------------
-def channel_norm(x: Tensor) -> Tensor:
-    """Layer normalisation over the channels of a cell, so that the image's size does not matter."""
-    return F.layer_norm(x.permute(0, 2, 3, 1), x.shape[1:2]).permute(0, 3, 1, 2)
-
-
 class ResidualBlock(nn.Module):
     """Two convolutions; the second normalisation is scaled and shifted by the embedding."""
 
     def __init__(self, i: int, o: int, embedding: int) -> None:
         super().__init__()
+        # Normalisation over the channels of a cell, so that the image's size does not matter.
+        self.norm1, self.norm2 = (LayerNorm2d(n, elementwise_affine=False) for n in (i, o))
         self.conv1, self.conv2 = nn.Conv2d(i, o, 3, padding=1), nn.Conv2d(o, o, 3, padding=1)
         self.affine = nn.Linear(embedding, 2 * o)
         self.skip = nn.Conv2d(i, o, 1) if i != o else nn.Identity()
         nn.init.zeros_(self.conv2.weight)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        y = self.conv1(F.silu(channel_norm(x)))
+        y = self.conv1(F.silu(self.norm1(x)))
         scale, shift = self.affine(embedding)[:, :, None, None].chunk(2, dim=1)
-        y = self.conv2(F.silu(channel_norm(y) * (1 + scale) + shift))
+        y = self.conv2(F.silu(self.norm2(y) * (1 + scale) + shift))
         return self.skip(x) + y
 
 
@@ -228,13 +225,10 @@ class UNet(nn.Module):
         self.register_buffer("std", torch.ones(len(STATISTICS)))
         self.enter = nn.Conv2d(channels + classes, width, 3, padding=1)
         self.down = nn.ModuleList(ResidualBlock(w, w, e) for w in widths)
-        self.shrink = nn.ModuleList(
-            nn.Conv2d(fine, coarse, 3, 2, padding=1) for fine, coarse in pairwise(widths)
-        )
+        self.shrink = nn.ModuleList(nn.Conv2d(i, o, 3, 2, padding=1) for i, o in pairwise(widths))
         self.middle = ResidualBlock(widths[-1], widths[-1], e)
-        self.up = nn.ModuleList(
-            ResidualBlock(coarse + fine, fine, e) for fine, coarse in pairwise(widths)
-        )
+        self.up = nn.ModuleList(ResidualBlock(i + o, o, e) for o, i in pairwise(widths))
+        self.norm = LayerNorm2d(width, elementwise_affine=False)
         self.leave = nn.Conv2d(width, channels, 3, padding=1)
         nn.init.zeros_(self.leave.weight)
 
@@ -254,7 +248,7 @@ class UNet(nn.Module):
         y = self.middle(y, e)
         for up, skip in zip(reversed(self.up), reversed(skips), strict=True):
             y = up(torch.cat([F.interpolate(y, scale_factor=2.0), skip], dim=1), e)
-        return self.leave(F.silu(channel_norm(y))).float()
+        return self.leave(F.silu(self.norm(y))).float()
 
 
 # ---- Sampling -----------------------------------------------------------------------------------
@@ -284,8 +278,7 @@ def noise_levels(args: Args | TranslateArgs) -> list[float]:
     steps jump over these angles, and the noise of flat areas then has a deviation far below 1.
     """
     if not 0 <= args.noise_floor < args.strength <= 1 or args.sample_steps < 1:
-        flags = "--noise-floor, --strength or --sample-steps"
-        raise UserError(f"{flags}: expected 0 <= floor < strength <= 1, and at least one step")
+        raise UserError("expected 0 <= --noise-floor < --strength <= 1 and 1 <= --sample-steps")
     low, high = args.noise_floor * math.pi / 2, args.strength * math.pi / 2
     return (low + (high - low) * np.linspace(0, 1, args.sample_steps + 1) ** 2).tolist()
 
@@ -329,21 +322,24 @@ class Bridge(nn.Module):
 
     @torch.inference_mode()
     def translate(
-        self, images: Tensor, labels: Tensor, names: Sequence[str], args: Args | TranslateArgs
-    ) -> tuple[Tensor, Tensor]:
-        """images [B,3,H,W] in [0,1] of the source, labels [B,H,W] -> [B,3,H,W] in [0,1], and the
+        self, images: np.ndarray, labels: np.ndarray, names: list[str], args: Args | TranslateArgs
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Images of the source, uint8 [B,H,W,3], with labels [B,H,W] -> uint8 [B,H,W,3], and the
         deviation from 0 of each image's noise [B], which is 1 in a bridge without error.
 
         What is random depends on --seed and the image's name alone. H and W are any.
         """
+        device = self.mean.device
+        images = common.to_tensor(images, device)  # [B,3,H,W]
+        labels = torch.tensor(labels, dtype=torch.long, device=device)
         (h, w), patch, stride = images.shape[2:], self.config["patch"], self.unet.stride
         padding = (0, -w % (stride * patch), 0, -h % (stride * patch))
         x = self.encode(F.pad(images, padding, mode="replicate"))  # [B,K,h,w]
         labels = F.pad(labels, padding, value=common.IGNORE)
         maps = class_shares(labels, len(self.config["classes"]), x.shape[2:])  # [B,C,h,w]
         # Each image gets the statistics of a random photo, and noise of its own.
-        rngs = [torch.Generator(x.device).manual_seed(common.seed_of(args.seed, n)) for n in names]
-        noise = torch.stack([torch.randn(x.shape[1:], generator=g, device=x.device) for g in rngs])
+        rngs = [torch.Generator(device).manual_seed(common.seed_of(args.seed, n)) for n in names]
+        noise = torch.stack([torch.randn(x.shape[1:], generator=g, device=device) for g in rngs])
         n = len(self.photo_statistics)
         photos = [common.seed_of(args.seed, name, "photo") % n for name in names]
         source = appearance(images)  # [B,S]
@@ -351,7 +347,7 @@ class Bridge(nn.Module):
 
         def velocity(x: Tensor, angle: float, domain: int, statistics: Tensor) -> Tensor:
             angles = x.new_full((len(x),), angle)
-            domains = torch.full((len(x),), domain, device=x.device)
+            domains = torch.full((len(x),), domain, device=device)
             return self.unet(x, maps, angles, domains, statistics)
 
         angles = noise_levels(args)
@@ -362,10 +358,11 @@ class Bridge(nn.Module):
         deviation = x.square().mean(dim=(1, 2, 3)).sqrt()  # [B]
         down = angles[::-1] if angles[0] == 0 else [*angles[::-1], 0.0]
         x = flow(partial(velocity, domain=TARGET, statistics=target), x, down)
-        return self.decode(x)[:, :, :h, :w].clamp(0, 1), deviation
+        result = self.decode(x)[:, :, :h, :w].clamp(0, 1)
+        return common.to_uint8(result), deviation.float().cpu().numpy()
 
 
-def load_bridge(path: Path, device: str | torch.device) -> Bridge:
+def load_bridge(path: Path, device: torch.device) -> Bridge:
     """A bridge.pt; UserError for any other file."""
     checkpoint = common.read_checkpoint(path)
     if "bridge" not in checkpoint:
@@ -376,7 +373,7 @@ def load_bridge(path: Path, device: str | torch.device) -> Bridge:
 
 
 # ---- Training -----------------------------------------------------------------------------------
-def recolor(images: Tensor, photos: Split, share: float, rng: torch.Generator) -> Tensor:
+def recolor(images: Tensor, rng: torch.Generator, photos: Split, share: float) -> Tensor:
     """A share of the images gets the colours of random photos. [B,3,H,W] -> [B,3,H,W]."""
     recolored = common.photo_style(photos)(images, rng)  # [B,3,H,W]
     chosen = common.draw(rng, len(images), 1, 1, 1) < share
@@ -392,14 +389,14 @@ def train_bridge(run: Run, args: Args, source: Split, photos: Split) -> Bridge:
 
     # Step 1: the reader is trained on the source in the colours of photos, and labels the photos.
     def augment(images: Tensor, rng: torch.Generator) -> Tensor:
-        return common.random_augmentation(recolor(images, photos, args.reader_color, rng), rng)
+        return common.random_augmentation(recolor(images, rng, photos, args.reader_color), rng)
 
     common.train(run, bridge.reader, source, args.reader_steps, "reader", augment, evaluated=False)
     bridge.reader.eval()
     if common.world_size() > 1:  # each process has measured its own batch statistics
         for buffer in bridge.reader.buffers():
             torch.distributed.broadcast(buffer, 0)
-    classes, features = read(bridge.reader, photos.images, device, args.label_confidence)
+    classes, features = read(bridge.reader, photos.images, args.label_confidence)
     photos = replace(photos, labels=classes)
 
     # Step 2: statistics of the photos, and of both domains together.
@@ -471,17 +468,13 @@ def train_unet(run: Run, args: Args, bridge: Bridge, source: Split, photos: Spli
 # ---- Checks -------------------------------------------------------------------------------------
 @torch.no_grad()
 def read(
-    net: Network,
-    images: np.ndarray,
-    device: torch.device,
-    threshold: float = 0.0,
-    labels: np.ndarray | None = None,
+    net: Network, images: np.ndarray, threshold: float = 0.0, labels: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """What the reader sees in images, uint8 [N,H,W,3] -> the likeliest classes, uint8 [N,H,W],
     IGNORE where their probability is below the threshold; and features, float32 [N,C,D]: the mean
     input of its last layer in the region of each class, NaN where the class covers less than a
     hundredth of the image. The regions are those of `labels` [N,H,W], or of the classes."""
-    inputs, classes, features = [], [], []
+    inputs, classes, features, device = [], [], [], next(net.parameters()).device
     hook = net.body.head.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
     for i in range(0, len(images), 16):
         logits = common.predict(net, images[i : i + 16], device)
@@ -500,30 +493,19 @@ def read(
 
 def kernel_distance(x: np.ndarray, y: np.ndarray) -> float:
     """KID: the unbiased squared MMD of two sets of features, [N,D] and [M,D], with the kernel
-    (x.y / D + 1)^3 (arXiv:1801.01401). NaN where a set has fewer than two images. The features of
-    the reader have no natural scale: those of `y` get mean 0 and deviation 1."""
+    (x.y / D + 1)^3 (arXiv:1801.01401). Rows of NaN, of images that lack the class, do not count;
+    NaN where fewer than 8 others are left in a set. The features of the reader have no natural
+    scale: those of `y` get mean 0 and deviation 1."""
+    x, y = (z[~np.isnan(z[:, 0])] for z in (x, y))
+    n, m = len(x), len(y)
+    if min(n, m) < 8:
+        return math.nan
     mean, std = y.mean(axis=0, dtype=np.float64), y.std(axis=0, dtype=np.float64)
     x, y = ((z - mean) / np.sqrt((std**2).mean()) for z in (x, y))
-    n, m = len(x), len(y)
-    if min(n, m) < 2:
-        return math.nan
     xx, yy, xy = ((a @ b.T / a.shape[1] + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
     within_x = (xx.sum() - xx.trace()) / (n * (n - 1))
     within_y = (yy.sum() - yy.trace()) / (m * (m - 1))
     return float(within_x + within_y - 2 * xy.mean())
-
-
-def region_distances(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Kernel distance of each class's region, NaN where fewer than 8 images of a set have it.
-
-    x [N,C,D], y [M,C,D], with NaN where an image lacks the class -> [C].
-    """
-    result = np.full(x.shape[1], math.nan)
-    for c in range(x.shape[1]):
-        a, b = (z[~np.isnan(z[:, c, 0]), c] for z in (x, y))
-        if min(len(a), len(b)) >= 8:
-            result[c] = kernel_distance(a, b)
-    return result
 
 
 def affine_share(before: np.ndarray, after: np.ndarray) -> float:
@@ -586,65 +568,69 @@ def check(
 ) -> dict[str, Any]:
     """CHECKS of a translated set; None where one cannot be measured. before, after: uint8
     [N,H,W,3]; masks [N,H,W]: train ids if `labelled`, else any ids."""
-    table, photos, device = {}, bridge.photo_features.cpu().numpy(), bridge.mean.device
-    regions = masks if labelled else read(bridge.reader, before, device)[0]
-    kid = {}
+    table, distances, photos = {}, [], bridge.photo_features.cpu().numpy()  # [M,C,D]
+    regions = masks if labelled else read(bridge.reader, before)[0]
     for when, images in (("before", before), ("after", after)):
-        classes, features = read(bridge.reader, images, device, labels=regions)
-        kid[when] = region_distances(features, photos)
+        classes, features = read(bridge.reader, images, labels=regions)
+        sets = zip(features.swapaxes(0, 1), photos.swapaxes(0, 1), strict=True)  # of each class
+        distances.append([kernel_distance(x, y) for x, y in sets])
         edges = np.array([edge_agreement(i, m) for i, m in zip(images, masks, strict=True)])
         table[f"edges_{when}"] = math.nan if np.isnan(edges).all() else float(np.nanmean(edges))
         if labelled:
             table[f"agreement_{when}"] = float(agreement(classes, masks).mean())
-    measured = ~np.isnan(kid["before"] + kid["after"])
-    for when, distances in kid.items():
-        table[f"kid_{when}"] = float(distances[measured].mean()) if measured.any() else math.nan
+    pairs = zip(bridge.config["classes"], *distances, strict=True)
+    kid = {name: [a, b] for name, a, b in pairs if not math.isnan(a + b)}
+    for i, when in enumerate(("before", "after")):
+        values = [pair[i] for pair in kid.values()]
+        table[f"kid_{when}"] = float(np.mean(values)) if values else math.nan
     table["affine_share"] = affine_share(before, after)
     table = {key: None if math.isnan(value) else value for key, value in table.items()}
-    pairs = np.stack([kid["before"], kid["after"]], axis=1)[measured].tolist()
-    names = np.array(bridge.config["classes"])[measured]
-    return table | {"kid_of_classes": dict(zip(names.tolist(), pairs, strict=True))}
+    return table | {"kid_of_classes": kid}
 
 
 def verdict(table: dict[str, Any], unet_steps: int) -> list[str]:
     """What the checks say, in lines of words. The last line is the verdict."""
-    lines, results = [], {"better": [], "worse": []}
+    lines, results = [], []
     for key, (meaning, more_is_better) in CHECKS.items():
         before, after = table.get(f"{key}_before"), table.get(f"{key}_after")
         if before is not None and after is not None:
             result = "better" if (after > before) == more_is_better else "worse"
-            results[result].append(key)
+            results.append(f"{key} {result}")
             lines.append(f"{key}: {meaning}: {before:.3f} -> {after:.3f}, {result}")
     if table["kid_of_classes"]:
         pairs = table["kid_of_classes"].items()
         lines.append("kid: " + ", ".join(f"{name} {b:.1f} -> {a:.1f}" for name, (b, a) in pairs))
     if table["affine_share"] is not None:
-        text = "of the change is an affine map of an image's colours, the rest is not"
-        lines.append(f"{table['affine_share']:.2f} {text}")
+        lines.append(f"{table['affine_share']:.2f} of the change is an affine map of the colours")
     lines.append(f"deviation of the encoded noise: {table['noise_deviation']:.2f} (1 is right)")
-    text = ", ".join(f"{key} {result}" for result, keys in results.items() for key in keys)
-    few = f"; {unet_steps} updates of the U-Net are too few: this is no bridge yet"
-    lines.append(f"verdict: {text or 'nothing to compare'}{few * (unet_steps < FEW_UPDATES)}")
-    return lines
+    if unet_steps < FEW_UPDATES:
+        lines.append(f"{unet_steps} updates of the U-Net are too few: this is no bridge yet")
+    return [*lines, f"verdict: {', '.join(results) or 'nothing to compare'}"]
 
 
 def draw_translations(path: Path, columns: dict[str, np.ndarray], masks: np.ndarray) -> None:
     """Five images of each column, uint8 [N,H,W,3]; then the borders of the masks, [N,H,W] of any
     ids, over those of "source" and "translated"."""
-    shown = {}
-    for title, images in columns.items():
-        shown[title] = list(images[common.spaced(len(images), 5)])
-    edges = [borders(mask)[..., None] for mask in masks[common.spaced(len(masks), 5)]]
+    shown = {title: images[common.spaced(len(images), 5)] for title, images in columns.items()}
+    edges = np.stack([borders(mask) for mask in masks[common.spaced(len(masks), 5)]])[..., None]
     yellow = np.array([255, 230, 0], np.uint8)
     for title in ("source", "translated"):
-        pairs = zip(edges, shown[title], strict=True)
-        shown[f"mask on {title}"] = [np.where(edge, yellow, image) for edge, image in pairs]
+        shown[f"mask on {title}"] = np.where(edges, yellow, shown[title])
     common.draw_sheet(path, shown, ())
 
 
 # ---- The benchmark's row ------------------------------------------------------------------------
-def translate_set(run: Run, args: Args, bridge: Bridge, source: Split) -> None:
-    """The source translated into OUT/set. Each process translates its share of every batch."""
+def run(args: Args) -> Result:
+    run = Run(args, "diffusion_bridge", stages=4)
+    if run.result:
+        return run.result
+    args, net = fill_in(run.args), run.network()
+    source, photos = common.load(args, "source"), common.load(args, "target_unlabelled")
+
+    # Step 1: the reader and the U-Net
+    bridge = train_bridge(run, args, source, photos)
+
+    # Step 2: the source is translated into OUT/set, by each process its share of every batch
     folder, n = run.out / "set", args.batch_size
     if common.rank() == 0:
         images = common.create_array(folder / "images.npy", source.images.shape)
@@ -653,8 +639,11 @@ def translate_set(run: Run, args: Args, bridge: Bridge, source: Split) -> None:
         result = torch.zeros(len(batch), *args.size, 3, dtype=torch.uint8, device=run.device)
         own = np.array_split(np.arange(len(batch)), common.world_size())[common.rank()]
         if len(own):
-            new, _ = translate_rows(run, args, bridge, source, batch[own])
-            result[own] = torch.from_numpy(common.to_uint8(new)).to(run.device)
+            rows = batch[own]
+            names = [source.names[i] for i in rows]
+            with run.autocast():
+                new, _ = bridge.translate(source.images[rows], source.labels[rows], names, args)
+            result[own] = torch.from_numpy(new).to(run.device)
         if common.world_size() > 1:
             torch.distributed.all_reduce(result)  # a sum: each image is 0 in all processes but one
         if common.rank() == 0:
@@ -663,39 +652,24 @@ def translate_set(run: Run, args: Args, bridge: Bridge, source: Split) -> None:
         images.flush()
         common.save_set(folder, source, source.labels, source.names)
     common.barrier()  # until rank 0 has written the set
+    translated = common.load_set(folder, source.dataset, args.size)
 
-
-def translate_rows(run: Run, args: Args, bridge: Bridge, source: Split, indices: np.ndarray):
-    """`Bridge.translate` of these images of the source."""
-    images = common.to_tensor(source.images[indices], run.device)  # [B,3,H,W]
-    labels = torch.from_numpy(source.labels[indices]).to(run.device).long()  # [B,H,W]
-    with run.autocast():
-        return bridge.translate(images, labels, [source.names[i] for i in indices], args)
-
-
-def run(args: Args) -> Result:
-    run = Run(args, "diffusion_bridge", stages=4)
-    if run.result:
-        return run.result
-    args, net = fill_in(run.args), run.network()
-    source, photos = common.load(args, "source"), common.load(args, "target_unlabelled")
-    bridge = train_bridge(run, args, source, photos)
-    translate_set(run, args, bridge, source)
-    translated = common.load_set(run.out / "set", source.dataset, args.size)
+    # Step 3: checks of up to 1000 images, the noise of a batch of them, and a figure
     if common.rank() == 0:
         part = np.arange(0, len(source), math.ceil(len(source) / 1000))
         before, after, labels = source.images[part], translated.images[part], source.labels[part]
         table = check(bridge, before, after, labels, True)
-        _, noise = translate_rows(run, args, bridge, source, part[: args.batch_size])
+        names = [source.names[i] for i in part[:n]]
+        with run.autocast():
+            _, noise = bridge.translate(before[:n], labels[:n], names, args)
         table["noise_deviation"] = float(noise.mean())
         run.say("\n".join(verdict(table, args.unet_steps)))
         common.write_json(run.out / "checks.json", table)
         columns = {"source": before, "translated": after, "photo": photos.images}
         draw_translations(run.out / "figures/translation.png", columns, labels)
 
-    def augment(images: Tensor, rng: torch.Generator) -> Tensor:
-        return recolor(images, photos, args.color, rng) if args.color else images
-
+    # Step 4: the segmentation network is trained on the translated set
+    augment = partial(recolor, photos=photos, share=args.color) if args.color else common.identity
     common.train(run, net, translated, args.steps, "segmenter", augment)
     other = f"{args.unet_steps} U-Net updates, {args.reader_steps} of the reader"
     return run.finish(net, 0, other_updates=other)
@@ -710,9 +684,6 @@ def train(args: Args) -> None:
 
 
 # ---- A folder -----------------------------------------------------------------------------------
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
-
-
 class Pair(NamedTuple):
     image: Path
     mask: Path
@@ -722,8 +693,8 @@ class Pair(NamedTuple):
 
 
 def find_pairs(inputs: Path, mask_dir: Path) -> tuple[list[Pair], int]:
-    """Images with their masks, sorted by size and path, and the number of other files: those of
-    other programs, and masks without an image.
+    """Images with their masks, sorted by size and path, and the number of other files: foreign
+    ones (`common.is_foreign`), and masks without an image.
 
     UserError for an image without a mask, or where masks would overwrite images.
     """
@@ -731,12 +702,11 @@ def find_pairs(inputs: Path, mask_dir: Path) -> tuple[list[Pair], int]:
     for folder, other in ((inputs, mask_dir), (mask_dir, inputs)):
         by_stem: dict[str, Path] = {}  # the stem with its folders
         for path in sorted(folder.rglob("*")):
-            relative = path.relative_to(folder)
             if path.is_dir() or (other.is_relative_to(folder) and path.is_relative_to(other)):
                 continue
-            stem = unicodedata.normalize("NFC", relative.with_suffix("").as_posix())
-            foreign = any(part[0] in ".@" for part in relative.parts)  # of other programs
-            if foreign or path.suffix.lower() not in SUFFIXES:
+            name = unicodedata.normalize("NFC", path.relative_to(folder).as_posix())
+            stem = str(Path(name).with_suffix(""))
+            if common.is_foreign(name):
                 ignored += 1
             elif stem in by_stem:
                 raise UserError(f"{path}: differs from {by_stem[stem].name} by its suffix alone")
@@ -745,12 +715,12 @@ def find_pairs(inputs: Path, mask_dir: Path) -> tuple[list[Pair], int]:
         both.append(by_stem)
     images, masks = both
     if not images:
-        raise UserError(f"{inputs}: no image, expected files with {' '.join(SUFFIXES)}")
+        raise UserError(f"{inputs}: no image, expected .png, .jpg or .jpeg files")
     mask_below = mask_dir.relative_to(inputs) if mask_dir.is_relative_to(inputs) else Path("masks")
     pairs = []
     for stem, image in sorted(images.items()):
         if stem not in masks:
-            raise UserError(f"{image}: has no mask, --mask-dir needs {mask_dir / stem}.*")
+            raise UserError(f"{image}: has no mask, --mask-dir needs {mask_dir / stem}.png")
         mask = masks[stem]
         with common.open_image(image, False) as picture, common.open_image(mask, False) as other:
             size, mask_size = picture.size, other.size
@@ -776,51 +746,13 @@ def read_mask(pair: Pair, mask_labels: str) -> np.ndarray:
     return values @ 256 ** np.arange(values.shape[2], dtype=np.int32)
 
 
-def write_image(pixels: np.ndarray, original: Path, path: Path) -> None:
-    """uint8 [H,W,3] in the format of the original; grey, 16 bits and alpha stay."""
-    with common.open_image(original, False) as old:  # decoded for its alpha alone
-        new, mode = Image.fromarray(pixels), old.mode
-        if mode in ("1", "L", "LA") or mode.startswith("I"):
-            new = new.convert("L")
-        if mode.startswith("I"):
-            new = Image.fromarray(np.asarray(new).astype(np.uint16) * 257)
-        elif old.has_transparency_data:
-            new.putalpha(old.convert("RGBA").getchannel("A"))
-        with common.replacing(path) as temporary:
-            new.save(temporary, format=old.format, quality=95)
-
-
-def translate_batch(
-    bridge: Bridge, batch: Sequence[Pair], args: TranslateArgs, pool: ThreadPoolExecutor
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Images of one size in one forward pass -> uint8 [B,H,W,3], their agreement [B] and the
-    deviation of their noise [B]. The pool decodes the files."""
-    device = bridge.mean.device
-    old = pool.map(lambda pair: np.asarray(common.to_rgb(common.open_image(pair.image))), batch)
-    old = np.stack(list(old))  # [B,H,W,3]
-    if args.mask_labels == "none":
-        labels, _ = read(bridge.reader, old, device)
-    else:
-        labels = np.stack(list(pool.map(lambda pair: read_mask(pair, args.mask_labels), batch)))
-    names = [pair.name for pair in batch]
-    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-        train_ids = torch.from_numpy(labels).to(device).long()
-        new, noise = bridge.translate(common.to_tensor(old, device), train_ids, names, args)
-    new = common.to_uint8(new)
-    classes, _ = read(bridge.reader, new, device)
-    return new, agreement(classes, labels), noise.float().cpu().numpy()
-
-
 def write_pair(
     args: TranslateArgs, pair: Pair, new: np.ndarray, share: float, noise: float
 ) -> dict[str, Any]:
-    """Writes an image, uint8 [H,W,3], and its mask, unless it agrees too little. -> its record."""
+    """Writes a translation, uint8 [H,W,3], in the format of its image (grey, 16 bits and alpha
+    stay), and its mask, unless they agree too little. -> its record."""
     out, left_out = args.output_dir.resolve(), bool(share < args.min_agreement)
-    if not left_out:
-        write_image(new, pair.image, out / pair.name)
-        with common.replacing(out / pair.mask_name) as temporary:
-            shutil.copyfile(pair.mask, temporary)
-    return {
+    record = {
         "image": pair.name,
         "mask": pair.mask_name,
         "left_out": left_out,
@@ -829,8 +761,23 @@ def write_pair(
         "noise_deviation": float(noise),
         "source_sha256": common.sha256(pair.image),
         "mask_sha256": common.sha256(pair.mask),
-        "output_sha256": None if left_out else common.sha256(out / pair.name),
+        "output_sha256": None,
     }
+    if left_out:
+        return record
+    picture = Image.fromarray(new)
+    with common.open_image(pair.image, False) as old:  # decoded for its alpha alone
+        if old.mode in ("1", "L", "LA") or old.mode.startswith("I"):
+            picture = picture.convert("L")
+        if old.mode.startswith("I"):
+            picture = Image.fromarray(np.asarray(picture).astype(np.uint16) * 257)
+        elif old.has_transparency_data:
+            picture.putalpha(old.convert("RGBA").getchannel("A"))
+        with common.replacing(out / pair.name) as temporary:
+            picture.save(temporary, format=old.format, quality=95)
+    with common.replacing(out / pair.mask_name) as temporary:
+        shutil.copyfile(pair.mask, temporary)
+    return {**record, "output_sha256": common.sha256(out / pair.name)}
 
 
 def translate_folder(args: TranslateArgs) -> None:
@@ -838,10 +785,17 @@ def translate_folder(args: TranslateArgs) -> None:
     several processes, give the same bytes. When all files of a batch are there, each of them whole,
     a record is written to OUTPUT_DIR/.records, and the batch is not translated again.
     """
-    if args.config:  # the command line is read once more, with other defaults
+    if args.config:  # the command line once more; its flags come later, and override the file's
         import tyro
 
-        args = tyro.cli(TranslateArgs, default=replace(args, **read_options(args.config)))
+        try:
+            text = args.config.read_text()
+            options = json.loads(text) if args.config.suffix == ".json" else tomllib.loads(text)
+            flags = [f"--{key}={value}" for key, value in options.items()]
+        except (ValueError, AttributeError) as error:
+            raise UserError(f"{args.config}: neither TOML nor a JSON object ({error})") from error
+        common.note(f"{args.config}: {' '.join(flags)}")
+        args = tyro.cli(TranslateArgs, args=[*flags, *sys.argv[1:]])
     for name in ("input_dir", "output_dir", "checkpoint"):
         if getattr(args, name) is None:
             raise UserError(f"--{name.replace('_', '-')}: not given")
@@ -855,18 +809,20 @@ def translate_folder(args: TranslateArgs) -> None:
             raise UserError(f"{flag} {folder}: no such folder")
         if out.is_relative_to(folder) or folder.is_relative_to(out):
             raise UserError(f"--output-dir {out}: inside, around or equal to {flag} {folder}")
-    device = common.join_processes("auto")
+    device = torch.device(common.join_processes("auto"))
     bridge = load_bridge(args.checkpoint, device)
     classes = bridge.config["classes"]
     if args.mask_labels != "none" and classes != [*common.DATASETS[args.mask_labels].classes]:
         raise UserError(f"--mask-labels {args.mask_labels}: the checkpoint has other classes")
+
+    # Step 1: batches of images of one size
     pairs, ignored = find_pairs(inputs, mask_dir)
     batches = []
     for _, group in groupby(pairs, key=lambda pair: pair.size):
         group = list(group)
         batches += [group[i : i + args.batch_size] for i in range(0, len(group), args.batch_size)]
 
-    # Step 1: a new output folder, or one of the same settings
+    # Step 2: a new output folder, or one of the same settings
     settings = {**asdict(args), "checkpoint": common.sha256(args.checkpoint)}
     for name in ("input_dir", "mask_dir", "output_dir", "config"):
         del settings[name]  # which change no byte of an image
@@ -882,7 +838,7 @@ def translate_folder(args: TranslateArgs) -> None:
     if common.rank() == 0 and not metadata.exists():
         common.write_json(metadata, {"complete": False, "settings": settings})
 
-    # Step 2: translate what is missing, each process its share of the batches
+    # Step 3: translate what is missing, each process its share of the batches
     records = []  # a file for each batch, whose name changes with the files of the batch
     for batch in batches:
         files = [path.stat() for pair in batch for path in (pair.image, pair.mask)]
@@ -896,67 +852,48 @@ def translate_folder(args: TranslateArgs) -> None:
                 images = json.loads(records[number].read_text())
                 if all(image["left_out"] or (out / image["image"]).exists() for image in images):
                     continue
-            results = translate_batch(bridge, batch, args, pool)
-            # Encoding PNGs takes longer than translating on a GPU, so the threads share it.
-            record = list(pool.map(partial(write_pair, args), batch, *results))
+            # Decoding and encoding take longer than translating on a GPU, so threads share them.
+            old = pool.map(lambda p: np.asarray(common.to_rgb(common.open_image(p.image))), batch)
+            old = np.stack(list(old))  # [B,H,W,3]
+            if args.mask_labels == "none":
+                labels, _ = read(bridge.reader, old)
+            else:
+                labels = pool.map(partial(read_mask, mask_labels=args.mask_labels), batch)
+                labels = np.stack(list(labels))  # [B,H,W]
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                new, noise = bridge.translate(old, labels, [pair.name for pair in batch], args)
+            classes, _ = read(bridge.reader, new)
+            shares = agreement(classes, labels)
+            record = list(pool.map(partial(write_pair, args), batch, new, shares, noise))
             common.write_json(records[number], record)
 
-    # Step 3: the process that is last checks all of it
+    # Step 4: the process that is last checks up to 1000 images at the size of training
     if not all(record.exists() for record in records):
         return
     images = [image for record in records for image in json.loads(record.read_text())]
     kept = [p for p, i in zip(pairs, images, strict=True) if not i["left_out"]]
     table = {"left_out": len(pairs) - len(kept)}
     if kept:
+        sample, (h, w) = kept[:: math.ceil(len(kept) / 1000)], bridge.config["size"]
+        before = np.stack([common.read_image(pair.image, (h, w)) for pair in sample])
+        after = np.stack([common.read_image(out / pair.name, (h, w)) for pair in sample])
+        masks = [Image.fromarray(read_mask(pair, args.mask_labels)) for pair in sample]
+        masks = np.stack([np.asarray(m.resize((w, h), Image.Resampling.NEAREST)) for m in masks])
         table["noise_deviation"] = sum(i["noise_deviation"] for i in images) / len(images)
-        table |= check_folder(bridge, kept, args, out)
+        table |= check(bridge, before, after, masks, args.mask_labels != "none")
+        # The figure is not in the folder, so that no loader takes it for an image of the set.
+        sheet = out.with_name(f"{out.name}-sheet.png")
+        draw_translations(sheet, {"source": before, "translated": after}, masks)
     content = {"settings": settings, "checks": table, "ignored": ignored, "images": images}
     content |= {"complete": True, "commit": common.commit(), "torch": torch.__version__}
     common.write_json(metadata, content)
     print(f"{len(kept)} images in {out}, {table['left_out']} left out by --min-agreement")
-    print(f"{ignored} files ignored: not images, or masks without an image")
+    print(f"{ignored} files ignored: not PNG or JPG, of other programs, or masks without an image")
     if kept:
         print(*verdict(table, bridge.config["unet_steps"]), sep="\n", flush=True)
 
 
-def check_folder(
-    bridge: Bridge, pairs: Sequence[Pair], args: TranslateArgs, out: Path
-) -> dict[str, Any]:
-    """CHECKS of up to 1000 images at the size of training. The figure OUTPUT_DIR-sheet.png is not
-    in the folder, so that no loader takes it for an image of the set."""
-    pairs, (h, w) = pairs[:: math.ceil(len(pairs) / 1000)], bridge.config["size"]
-    before = np.stack([common.read_image(pair.image, (h, w)) for pair in pairs])
-    after = np.stack([common.read_image(out / pair.name, (h, w)) for pair in pairs])
-    masks = [Image.fromarray(read_mask(pair, args.mask_labels)) for pair in pairs]
-    masks = np.stack([np.asarray(m.resize((w, h), Image.Resampling.NEAREST)) for m in masks])
-    sheet = out.with_name(f"{out.name}-sheet.png")
-    draw_translations(sheet, {"source": before, "translated": after}, masks)
-    return check(bridge, before, after, masks, args.mask_labels != "none")
-
-
 # ---- Command line -------------------------------------------------------------------------------
-def read_options(path: Path) -> dict[str, Any]:
-    """The options of a TOML or JSON file; UserError for an unknown key or a wrong value."""
-    try:
-        text = path.read_text()
-        options = json.loads(text) if path.suffix.lower() == ".json" else tomllib.loads(text)
-        entries = options.items()
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{path}: neither TOML nor a JSON object ({error})") from error
-    hints, result = typing.get_type_hints(TranslateArgs), {}
-    for key, value in entries:
-        name = key.replace("-", "_")
-        if name not in hints:
-            raise UserError(f"{path}: unknown key {key!r}, expected one of {', '.join(hints)}")
-        default, choices = getattr(TranslateArgs, name), typing.get_args(hints[name])
-        kind = str if default is None else type(default)  # None: a path
-        value = float(value) if kind is float and type(value) is int else value
-        if type(value) is not kind or (default and choices and value not in choices):
-            raise UserError(f"{path}: {key} is {value!r}, expected {choices or kind.__name__}")
-        result[name] = Path(value) if default is None else value
-    return result
-
-
 def main() -> None:
     command = sys.argv[1] if len(sys.argv) > 1 else ""
     if command in ("train", "translate"):

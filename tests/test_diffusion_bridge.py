@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import sys
 from functools import partial
@@ -52,11 +53,11 @@ def trained(mini: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple:
     return bridge, source, folder / "run/bridge.pt"
 
 
-def batch(trained: tuple, count: int) -> tuple[Tensor, Tensor, list[str]]:
-    """Images, labels and names of the source."""
+def batch(trained: tuple, count: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """Images, uint8 [B,H,W,3], labels [B,H,W] and names of the source."""
     source = trained[1]
-    labels = torch.from_numpy(np.array(source.labels[:count])).long()
-    return common.to_tensor(source.images[:count], CPU), labels, list(source.names[:count])
+    images, labels = (np.array(x[:count]) for x in (source.images, source.labels))
+    return images, labels, list(source.names[:count])
 
 
 # ---- Sampler ------------------------------------------------------------------------------------
@@ -120,12 +121,12 @@ def test_sdedit_adds_noise_once_and_follows_the_flow_of_the_target(trained: tupl
 
     monkeypatch.setattr(bridge.unet, "forward", velocity)
     images, labels, names = batch(trained, 2)
-    expected = bridge.decode(goal.expand(2, -1, 16, 32)).clamp(0, 1)
+    expected = common.to_uint8(bridge.decode(goal.expand(2, -1, 16, 32)).clamp(0, 1))
     args = db.TranslateArgs(bridge="sdedit", sample_steps=5)
     result, deviation = bridge.translate(images, labels, names, args)
-    torch.testing.assert_close(result, expected, atol=1e-4, rtol=0)
+    np.testing.assert_allclose(result, expected, atol=1)
     assert domains == [db.TARGET] * 6  # the last one from the lowest noise level to the image
-    assert ((deviation - 1).abs() < 0.1).all()
+    assert (abs(deviation - 1) < 0.1).all()
     bridge.translate(images, labels, names, db.TranslateArgs(sample_steps=5))
     assert domains[6:] == [db.SOURCE] * 5 + [db.TARGET] * 6
 
@@ -177,10 +178,10 @@ def test_an_image_is_translated_alike_in_any_company(trained: tuple, kind: str):
     together, _ = trained[0].translate(images, labels, names, args)
     translate = partial(trained[0].translate, images[3:4], labels[3:4])
     alone, _ = translate(names[3:4], args)
-    torch.testing.assert_close(alone, together[3:4], atol=1e-4, rtol=0)
+    np.testing.assert_allclose(alone.astype(int), together[3:4], atol=1)
     # With another name it gets another photo's statistics and other noise.
     others = [translate([name], args)[0] for name in "abcd"]
-    assert max((other - alone).abs().max() for other in others) > 1e-3
+    assert not all(np.array_equal(other, alone) for other in others)
 
 
 def test_own_statistics_use_none_of_a_photo(trained: tuple):
@@ -190,24 +191,24 @@ def test_own_statistics_use_none_of_a_photo(trained: tuple):
     photo, _ = bridge.translate(images, labels, names, db.TranslateArgs(sample_steps=3))
     bridge.photo_statistics += 1
     after, _ = bridge.translate(images, labels, names, args)
-    assert torch.equal(before, after) and not torch.equal(before, photo)
+    assert np.array_equal(before, after) and not np.array_equal(before, photo)
 
 
 @pytest.mark.parametrize("colour", [0.0, 0.5, 1.0])
 def test_any_size_and_flat_images(trained: tuple, colour: float):
     images, labels, names = batch(trained, 2)
-    images, labels = images[..., :25, :51], labels[:, :25, :51]
-    images[1] = colour
+    images, labels = images[:, :25, :51], labels[:, :25, :51]
+    images[1] = 255 * colour
     result, deviation = trained[0].translate(images, labels, names, db.TranslateArgs())
-    assert result.shape == images.shape and result.isfinite().all() and deviation.isfinite().all()
-    classes, features = db.read(trained[0].reader, common.to_uint8(result), CPU)
+    assert result.shape == images.shape and np.isfinite(deviation).all()
+    classes, features = db.read(trained[0].reader, result)
     assert classes.shape == (2, 25, 51) and features.shape == (2, 10, 48)
 
 
 # ---- Checks -------------------------------------------------------------------------------------
 def test_kernel_distance_by_its_definition():
     rng = np.random.default_rng(0)
-    x, y = rng.normal(size=(5, 3)), rng.normal(size=(4, 3))
+    x, y = rng.normal(size=(9, 3)), rng.normal(size=(8, 3))
     scale = np.sqrt(y.var(axis=0).mean())
     a, b = ((z - y.mean(axis=0)) / scale for z in (x, y))
 
@@ -217,19 +218,12 @@ def test_kernel_distance_by_its_definition():
 
     expected = mean(a, a, True) + mean(b, b, True) - 2 * mean(a, b, False)
     assert db.kernel_distance(x, y) == pytest.approx(expected)
+    missing = np.full((2, 3), math.nan)  # images that lack the class
+    assert db.kernel_distance(np.concatenate([missing, x]), y) == pytest.approx(expected)
     many = rng.normal(size=(3, 400, 3))
     assert abs(db.kernel_distance(many[0], many[1])) < 0.3
     assert db.kernel_distance(many[2] + 1, many[1]) > 1
-    assert math.isnan(db.kernel_distance(x[:1], y))
-
-
-def test_kernel_distance_of_each_region():
-    rng = np.random.default_rng(0)
-    x, y = rng.normal(size=(2, 30, 3, 4)).astype(np.float32)
-    x[:, 1] += 2  # only this class differs
-    x[7:, 2] = math.nan  # in too few images
-    near, far, missing = db.region_distances(x, y)
-    assert far > 5 * abs(near) and math.isnan(missing)
+    assert math.isnan(db.kernel_distance(x[:7], y)) and math.isnan(db.kernel_distance(x, y[:7]))
 
 
 def test_features_are_means_over_the_region(trained: tuple):
@@ -237,8 +231,8 @@ def test_features_are_means_over_the_region(trained: tuple):
     reader, images = trained[0].reader, trained[1].images[:3]
     everywhere, halves = np.zeros((2, 3, *SIZE), np.uint8)
     halves[:, :, 32:] = 4
-    _, whole = db.read(reader, images, CPU, labels=everywhere)
-    _, parts = db.read(reader, images, CPU, labels=halves)
+    _, whole = db.read(reader, images, labels=everywhere)
+    _, parts = db.read(reader, images, labels=halves)
     assert np.isnan(whole[:, 1:]).all()
     np.testing.assert_allclose(parts[:, [0, 4]].mean(axis=1), whole[:, 0], rtol=1e-4)
 
@@ -282,8 +276,9 @@ def test_verdict_says_what_is_better_and_that_few_updates_are_no_bridge():
     lines = db.verdict(table, unet_steps=10)
     assert "not Inception" in lines[0] and lines[2] == "kid: road 2.0 -> 1.0"
     assert lines[3].startswith("0.70 of the change is an affine") and "noise: 0.90" in lines[4]
-    assert lines[-1].startswith("verdict: kid better, edges worse; 10 updates of the U-Net are too")
-    assert db.verdict(table, unet_steps=1000)[-1] == "verdict: kid better, edges worse"
+    assert lines[5].startswith("10 updates of the U-Net are too few")
+    assert lines[6:] == ["verdict: kid better, edges worse"]
+    assert db.verdict(table, unet_steps=1000) == lines[:5] + lines[6:]
 
 
 # ---- The row ------------------------------------------------------------------------------------
@@ -332,7 +327,7 @@ def test_defaults_and_bad_values(args: common.Args):
     assert (small.unet_steps, small.reader_steps, small.sample_steps) == (2400, 600, 12)
     assert (small.width, small.patch) == (32, 2) and (large.width, large.patch) == (128, 4)
     for flags in ({"noise_floor": 0.97}, {"strength": 1.1}, {"sample_steps": 0}):
-        with pytest.raises(UserError, match="0 <= floor < strength <= 1"):
+        with pytest.raises(UserError, match="0 <= --noise-floor < --strength <= 1"):
             db.fill_in(row(args, "run", **flags))
     with pytest.raises(UserError, match="--patch and --levels need multiples of 64"):
         db.fill_in(row(args, "run", patch=8, levels=4))
@@ -381,7 +376,9 @@ def content(folder: Path) -> dict[str, str]:
 
 def test_folder_contract(trained: tuple, tmp_path: Path, no_figures, monkeypatch, capsys):
     images, masks = write(tmp_path)
-    foreign = ("notes.txt", "._wide.png", "@eaDir/thumb.png", ".ipynb_checkpoints/a.png")
+    # What common.is_foreign calls foreign is ignored, as it is by every other reader.
+    foreign = ("notes.txt", "._wide.png", "@eaDir/a.png", "thumbs/a.png", ".checkpoints/a.png")
+    assert all(common.is_foreign(name) for name in foreign)
     for path in (*(images / name for name in foreign), masks / "wide_labelTrainIds.png"):
         path.parent.mkdir(exist_ok=True)
         path.write_text("no image")
@@ -389,14 +386,14 @@ def test_folder_contract(trained: tuple, tmp_path: Path, no_figures, monkeypatch
     args = made(tmp_path, trained)
     db.translate_folder(args)
     out, said = tmp_path / "out", capsys.readouterr().out
-    assert "9 images in" in said and "5 files ignored" in said and "verdict: " in said
+    assert "9 images in" in said and "6 files ignored" in said and "verdict: " in said
     assert "120 updates of the U-Net are too few" in said
     assert all(p.read_bytes() == data for p, data in before.items())  # inputs are never written to
     for mask in set(masks.rglob("*.png")) - {masks / "wide_labelTrainIds.png"}:
         assert (out / "masks" / mask.relative_to(masks)).read_bytes() == mask.read_bytes()
     modes = {"grey.png": "L", "alpha.png": "RGBA", "clear.PNG": "RGBA", "deep.png": "I;16"}
     metadata = json.loads((out / "metadata.json").read_text())
-    assert metadata["complete"] and metadata["ignored"] == 5 and len(metadata["images"]) == 9
+    assert metadata["complete"] and metadata["ignored"] == 6 and len(metadata["images"]) == 9
     assert metadata["settings"]["checkpoint"] == hashlib.sha256(trained[2].read_bytes()).hexdigest()
     for record in metadata["images"]:
         name = record["image"]
@@ -415,8 +412,8 @@ def test_folder_contract(trained: tuple, tmp_path: Path, no_figures, monkeypatch
         assert record["seed"] == common.seed_of(0, name)
     whole = content(out)
     # What is there is not translated again, what was lost is.
-    calls, translate = [], db.translate_batch
-    monkeypatch.setattr(db, "translate_batch", lambda *a: calls.append(1) or translate(*a))
+    calls, translate = [], db.Bridge.translate
+    monkeypatch.setattr(db.Bridge, "translate", lambda *a: calls.append(1) or translate(*a))
     db.translate_folder(args)
     assert not calls
     (out / "wide.png").unlink()
@@ -432,8 +429,7 @@ def test_folder_contract(trained: tuple, tmp_path: Path, no_figures, monkeypatch
         monkeypatch.setattr(common, "rank", lambda rank=rank: rank)
         db.translate_folder(ranks)
     assert content(tmp_path / "ranks") == whole
-    pictures = [p for p in out.rglob("*") if p.suffix.lower() in db.SUFFIXES]
-    assert len(pictures) == 2 * 9  # nothing else looks like an image
+    assert len(common.find_images(out, "**/*")[0]) == 2 * 9  # nothing else looks like an image
     # Threads that decode and encode change nothing.
     monkeypatch.setattr(common, "world_size", lambda: 1)
     monkeypatch.setattr(common, "rank", lambda: 0)
@@ -480,7 +476,7 @@ def test_labels_of_the_masks_and_the_filter(trained: tuple, tmp_path: Path, no_f
     # The folder's images are those of the row, but for what their names decide.
     images, labels, _ = batch(trained, 3)
     names = [f"{k}.png" for k in range(3)]
-    expected = common.to_uint8(bridge.translate(images, labels, names, args)[0])
+    expected, _ = bridge.translate(images, labels, names, args)
     written = np.stack([np.asarray(Image.open(tmp_path / "out" / name)) for name in names])
     np.testing.assert_array_equal(written, expected)
     db.translate_folder(made(tmp_path, trained, min_agreement=1.1, output_dir=tmp_path / "none"))
@@ -501,7 +497,7 @@ def test_bad_folders(trained: tuple, tmp_path: Path):
     args, mask = made(tmp_path, trained), masks / "wide.png"
     kept = mask.read_bytes()
     mask.unlink()
-    fails(r"in/wide.png: has no mask, --mask-dir needs .*masks/wide\.\*", args)
+    fails(r"in/wide.png: has no mask, --mask-dir needs .*masks/wide\.png", args)
     Image.new("L", (99, 36)).save(mask)
     fails(r"wide.png: width and height are \(99, 36\), of its image \(100, 36\)", args)
     mask.write_bytes(b"junk")
@@ -533,7 +529,7 @@ def test_bad_checkpoints(trained: tuple, tmp_path: Path):
         db.load_bridge(path, CPU)
 
 
-def test_config_and_flags(trained: tuple, tmp_path: Path, monkeypatch, no_figures):
+def test_config_and_flags(trained: tuple, tmp_path: Path, monkeypatch, no_figures, capsys):
     write(tmp_path)
     config = tmp_path / "c.toml"
     config.write_text(
@@ -546,14 +542,17 @@ def test_config_and_flags(trained: tuple, tmp_path: Path, monkeypatch, no_figure
     db.main()
     settings = json.loads((tmp_path / "out/metadata.json").read_text())["settings"]
     assert (settings["sample_steps"], settings["strength"], settings["seed"]) == (2, 1.0, 5)
+    assert "c.toml: --input_dir=" in capsys.readouterr().err  # which flags the file stands for
     config = tmp_path / "c.json"
     for text, match in {
-        '{"guidence": 2}': "unknown key 'guidence'",
-        "{": "neither TOML nor a JSON object",
-        '{"seed": true}': "seed is True, expected int",
-        '{"input_dir": {"a": 1}}': "input_dir is {'a': 1}",
-        '{"bridge": "x"}': "bridge is 'x', expected .*ddib",
+        '{"guidence": 2}': "Unrecognized options: --guidence=2",
+        '{"seed": true}': "Error parsing --seed: .*True",
+        '{"bridge": "x"}': "invalid choice 'x' for argument '--bridge'",
     }.items():
         config.write_text(text)
-        with pytest.raises(UserError, match=match):
-            db.read_options(config)
+        with pytest.raises(SystemExit):
+            db.translate_folder(made(tmp_path, trained, config=config))
+        assert re.search(match, capsys.readouterr().err)
+    for text in ("{", "[1]"):
+        config.write_text(text)
+        fails("c.json: neither TOML nor a JSON object", made(tmp_path, trained, config=config))
