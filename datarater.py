@@ -34,7 +34,6 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -98,11 +97,6 @@ def load_augmentations(args: Args) -> Augmentations:
     return {kind: kinds[kind] for kind in args.augmentations}
 
 
-def all_candidates(images: Tensor, augmentations: Augmentations, rng: torch.Generator) -> Tensor:
-    """Each image with each of the A augmentations. [B,3,H,W] -> [A*B,3,H,W]."""
-    return torch.cat([augment(images, rng) for augment in augmentations.values()])
-
-
 # ---- The rater ----------------------------------------------------------------------------------
 class Rater(nn.Sequential):
     """images [B,3,H,W] -> scores [B]. All equal at first, since the last layer starts at zero."""
@@ -138,20 +132,6 @@ class BatchNorm(nn.BatchNorm2d):
         return (y * self.weight[:, None, None] + self.bias[:, None, None]).to(x.dtype)
 
 
-def replace_layers(module: nn.Module) -> None:
-    """In place: our BatchNorm, and no dropout, since each loss is computed twice, by `losses` and
-    by `slopes`, and both must agree."""
-    for name, layer in module.named_children():
-        if isinstance(layer, nn.BatchNorm2d):
-            norm = BatchNorm(layer.num_features, layer.eps, layer.momentum)
-            norm.load_state_dict(layer.state_dict())
-            setattr(module, name, norm)
-        elif isinstance(layer, nn.Dropout):
-            setattr(module, name, nn.Identity())
-        else:
-            replace_layers(layer)
-
-
 def image_losses(outputs: list[Tensor], labels: Tensor) -> Tensor:
     """Cross-entropy of each image, in nats: the mean over its valid pixels, 0 where there is none.
 
@@ -178,7 +158,13 @@ class InnerNetwork(nn.Module):
 
     def __init__(self, net: nn.Module, autocast: Callable = contextlib.nullcontext) -> None:
         super().__init__()
-        replace_layers(net)
+        for name, layer in list(net.named_modules()):
+            if isinstance(layer, nn.BatchNorm2d):
+                norm = BatchNorm(layer.num_features, layer.eps, layer.momentum)
+                norm.load_state_dict(layer.state_dict())
+                net.set_submodule(name, norm)
+            elif isinstance(layer, nn.Dropout):  # `losses` and `slopes` must agree
+                net.set_submodule(name, nn.Identity())
         self.net, self.autocast = net.train(), autocast
         self.register_buffer("momentum", torch.zeros_like(self.theta()))
         self.register_buffer("scale", torch.ones_like(self.theta()))
@@ -272,11 +258,9 @@ def mixed(
 
 
 # ---- Meta-training ------------------------------------------------------------------------------
-def meta_train(
-    run: Run, rater: Rater, source: Split, few: Split, augmentations: Augmentations
-) -> None:
-    """Trains the rater, in place."""
-    args, seed = with_lengths(run.args), run.args.seed
+def meta_train(run: Run, source: Split, augmentations: Augmentations) -> Rater:
+    """Parts 1 and 2: the warm-up, and a rater that has been trained."""
+    args, seed, rater = resolve(run.args), run.args.seed, Rater().to(run.device)
     updates, count = args.inner_updates, len(augmentations)
 
     # Step 1: the warm-up, from which the inner network starts
@@ -294,12 +278,14 @@ def meta_train(
     member = InnerNetwork(common.Network(args.net, len(run.classes)), run.autocast).to(run.device)
     member.net.load_state_dict(net.state_dict())
     batch_size = args.inner_batch * common.world_size()
+    few = common.load(args, "target_few")
     source_loader = Loader(source, batch_size, run.device, seed, "rater", "source")
     photo_loader = Loader(few, args.batch_size, run.device, seed, "rater", "photos")
 
     def inner_batch(n: int, rng: torch.Generator) -> Batch:
         images, labels = source_loader(n)  # [N,3,H,W], [N,H,W]
-        return all_candidates(images, augmentations, rng), labels.repeat(count, 1, 1)
+        candidates = [augment(images, rng) for augment in augmentations.values()]
+        return torch.cat(candidates), labels.repeat(count, 1, 1)  # [A*N,3,H,W], [A*N,H,W]
 
     # Step 3: the scale of the inner updates, from gradients at equal weights
     theta, squares = member.theta().requires_grad_(), torch.zeros_like(member.scale)
@@ -336,70 +322,68 @@ def meta_train(
         means = (scores - scores.mean()).detach().mean(dim=(0, 2))  # [A]
         means = {f"score_{kind}": mean for kind, mean in zip(augmentations, means, strict=True)}
         run.log(step, outer_loss=outer, inner_loss=inner.mean(), norm=norm, **means)
+    return rater.eval()
 
 
 # ---- Candidates and choice ----------------------------------------------------------------------
-@dataclass(frozen=True)
-class Candidates:
-    """Each of the N images of a split with each of the A augmentations, in blocks of images."""
-
-    split: Split
-    augmentations: Augmentations
-    seed: int
-    device: torch.device
-
-    def blocks(self) -> list[range]:
-        """The indices of the images of each block."""
-        return [range(len(self.split))[i : i + 16] for i in range(0, len(self.split), 16)]
-
-    def images(self, block: range) -> np.ndarray:
-        """All candidates of a block, the same at every call. -> uint8 [B,A,H,W,3]."""
-        rng = common.generator(self.seed, "candidates", block.start)
-        images = common.to_tensor(self.split.images[block.start : block.stop], self.device)
-        images = common.to_uint8(all_candidates(images, self.augmentations, rng))  # [A*B,H,W,3]
-        return images.reshape(-1, len(block), *images.shape[1:]).swapaxes(0, 1)
+BLOCK = 16  # images whose candidates are made at a time
 
 
-@torch.no_grad()
-def analyze_with_individual_augmentations(rater: Rater, candidates: Candidates) -> np.ndarray:
-    """Scores of all candidates of all images. -> float32 [N,A]."""
-    rater.eval()
-    scores = []
-    for block in common.show_progress(candidates.blocks(), "scoring candidates"):
-        images = np.concatenate(candidates.images(block))  # [B*A,H,W,3]
-        scores.append(rater(common.to_tensor(images, candidates.device)).view(len(block), -1))
-    return torch.cat(scores).cpu().numpy()
+def candidates_of(run: Run, split: Split, augmentations: Augmentations, first: int) -> np.ndarray:
+    """All candidates of the images of a block, which are the same at every call.
+
+    first: index of the block's first image, a multiple of BLOCK. -> uint8 [B,A,H,W,3].
+    """
+    rng = common.generator(run.args.seed, "candidates", first)
+    images = common.to_tensor(split.images[first : first + BLOCK], run.device)  # [B,3,H,W]
+    candidates = [common.to_uint8(augment(images, rng)) for augment in augmentations.values()]
+    return np.stack(candidates, axis=1)
 
 
-def chosen(scores: np.ndarray, k: int, rule: str, seed: int) -> np.ndarray:
-    """k candidates of each image by the rule best, worst or random (any other). [N,A] -> [N,k]."""
-    rng = np.random.default_rng(common.seed_of(seed, "choose"))
+def chosen(scores: np.ndarray, k: int, rule: str, rng: np.random.Generator) -> np.ndarray:
+    """k candidates of each image by the rule best, worst or random (any other). [B,A] -> [B,k]."""
     keys = {"best": -scores, "worst": scores}.get(rule, rng.random(scores.shape))
     return keys.argsort(axis=1, kind="stable")[:, :k]
 
 
-def write_set(folder: Path, candidates: Candidates, choice: np.ndarray) -> None:
-    """The chosen candidates as a training set of N*k images. choice [N,k]."""
-    split, kinds, k = candidates.split, list(candidates.augmentations), choice.shape[1]
-    images = common.create_array(folder / "images.npy", (choice.size, *split.images.shape[1:]))
-    for block in common.show_progress(candidates.blocks(), "writing the training set"):
-        rows, versions = choice[block], candidates.images(block)  # [B,k], [B,A,H,W,3]
-        picked = versions[np.arange(len(block))[:, None], rows]  # [B,k,H,W,3]
-        images[block.start * k : block.stop * k] = picked.reshape(-1, *images.shape[1:])
+@torch.no_grad()
+def analyze_with_individual_augmentations(
+    run: Run, rater: Rater | None, split: Split, augmentations: Augmentations
+) -> np.ndarray:
+    """Scores all candidates, and writes the chosen ones of each image as a training set.
+
+    rater: None where --choose needs no scores; all are 0 then. -> scores, float32 [N,A].
+    """
+    args, n, kinds = resolve(run.args), len(split), list(augmentations)
+    scores, choice = np.zeros((n, len(kinds)), np.float32), np.zeros((n, args.k), np.int64)
+    images = common.create_array(run.out / "set/images.npy", (n * args.k, *split.images.shape[1:]))
+    rng = np.random.default_rng(common.seed_of(args.seed, "choose"))
+    for first in common.show_progress(range(0, n, BLOCK), "choosing candidates"):
+        # Step 1: the scores of a block
+        block = slice(first, first + BLOCK)
+        candidates = candidates_of(run, split, augmentations, first)  # [B,A,H,W,3]
+        if rater is not None:
+            flat = common.to_tensor(np.concatenate(candidates), run.device)  # [B*A,3,H,W]
+            scores[block] = rater(flat).view(len(candidates), -1).cpu()
+        # Step 2: the choice
+        choice[block] = chosen(scores[block], args.k, args.choose, rng)
+        picked = np.take_along_axis(candidates, choice[block, :, None, None, None], axis=1)
+        images[first * args.k : (first + BLOCK) * args.k] = np.concatenate(picked)  # [B*k,H,W,3]
     images.flush()
-    labels = split.labels if k == 1 else np.repeat(split.labels, k, axis=0)
-    names = [f"{split.names[n]} {kinds[a]}" for n in range(len(split)) for a in choice[n]]
-    common.save_set(folder, split, labels, names)
 
-
-def write_choice(path: Path, split: Split, kinds: list, scores: np.ndarray, choice: np.ndarray):
-    """{image: {index, scores: {kind: score}, choice: [kind, ...]}}."""
-    table = {}
-    for n, name in enumerate(split.names):
-        by_kind = dict(zip(kinds, scores[n].tolist(), strict=True))
-        table[name] = {"index": n, "scores": by_kind, "choice": [kinds[a] for a in choice[n]]}
-    with common.replacing(path) as temporary:
-        torch.save(table, temporary)
+    # Step 3: the labels and names of the training set, and the table of all scores
+    labels = split.labels if args.k == 1 else np.repeat(split.labels, args.k, axis=0)
+    names = [f"{split.names[i]} {kinds[a]}" for i in range(n) for a in choice[i]]
+    common.save_set(run.out / "set", split, labels, names)
+    if rater is not None:  # {image: {index, scores: {kind: score}, choice: [kind, ...]}}
+        table = {}
+        for i, name in enumerate(split.names):
+            by_kind = dict(zip(kinds, scores[i].tolist(), strict=True))
+            table[name] = {"index": i, "scores": by_kind, "choice": [kinds[a] for a in choice[i]]}
+        file = run.out / f"best_augmentations_step_{args.meta_steps}.pt"
+        with common.replacing(file) as temporary:
+            torch.save(table, temporary)
+    return scores
 
 
 # ---- The corruption check -----------------------------------------------------------------------
@@ -419,77 +403,59 @@ def corrupted(split: Split, share: float, seed: int) -> tuple[Split, np.ndarray]
     return replace(split, images=images), amount
 
 
-def auroc(scores: np.ndarray, damaged: np.ndarray) -> float:
-    """Probability that a random damaged image has a lower score than a random other one."""
-    lower = scores[damaged][:, None] < scores[~damaged]
-    equal = scores[damaged][:, None] == scores[~damaged]
-    return float((lower + equal / 2).mean())
-
-
 # ---- The method ---------------------------------------------------------------------------------
-def with_lengths(args: Args) -> Args:
-    """The arguments with the defaults that depend on --steps, --choose and --corrupt."""
+def resolve(args: Args) -> Args:
+    """The arguments with the defaults that depend on others; UserError for what cannot run, or
+    would run to no purpose. `args` are resolved by common."""
     values = {"warm_up": args.steps, "meta_steps": max(1, args.steps // 8)}
     values["inner_batch"] = 16 if args.corrupt else 4
     args = replace(args, **{k: v for k, v in values.items() if getattr(args, k) is None})
     if args.corrupt or args.choose == "original":
         args = replace(args, augmentations=("original",))
-    return args
-
-
-def check(args: Args) -> None:
-    """UserError for what cannot run, or would run to no purpose."""
     if not args.augmentations or not set(args.augmentations) <= set(KINDS):
         given, names = " ".join(args.augmentations), " ".join(KINDS)
         raise UserError(f"--augmentations {given}: expected names out of {names}")
     count = len(set(args.augmentations))
     if not 1 <= args.k <= count:
         raise UserError(f"--k {args.k}: expected 1 to {count}, the candidates of an image")
-    if args.choose in ("random", "original"):  # without a rater
-        return
+    if args.choose in ("random", "original"):  # the rest is about the rater
+        return args
     if count == 1 and not args.corrupt:
         raise UserError("--augmentations: expected two or more, for the rater to choose from")
     if args.corrupt and args.inner_batch < 2:
         raise UserError("--inner-batch 1: a single image always has the weight 1")
     if args.net == "lraspp":
         raise UserError("--net lraspp: torch has no second derivative of its hard sigmoid")
+    return args
 
 
 def run(args: Args) -> Result:
     method = "datarater" if args.choose == "best" else f"datarater_{args.choose}"
     method = f"{method}_corrupt" if args.corrupt else method
-    check(with_lengths(common.resolve(args, method)))
+    resolve(common.resolve(args, method))  # what cannot run leaves no run folder
     rated = args.choose in ("best", "worst")
     run = Run(args, method, stages=3 if rated else 1)
     if run.result:
         return run.result
-    args, net = with_lengths(run.args), run.network()
-    source, amount = common.load(args, "source"), None
+    args, net = resolve(run.args), run.network()
+    source, augmentations = common.load(args, "source"), load_augmentations(args)
     if args.corrupt:
         source, amount = corrupted(source, args.corrupt, args.seed)
-    augmentations = load_augmentations(args)
 
     # Parts 1 and 2: the warm-up and the rater
-    rater, updates = Rater().to(run.device), ""
+    rater, updates = None, ""
     if rated:
-        meta_train(run, rater, source, common.load(args, "target_few"), augmentations)
+        rater = meta_train(run, source, augmentations)
         inner, scored = args.meta_steps * args.inner_updates, len(source) * len(augmentations)
         updates = f"{args.warm_up} of the warm-up, {inner} of the inner network, "
         updates += f"{args.meta_steps} meta-gradients, {scored} candidates scored"
 
     # Part 3: the choice by rank 0, written as the training set that all processes read
     if common.rank() == 0:
-        candidates = Candidates(source, augmentations, args.seed, run.device)
-        scores = np.zeros((len(source), len(augmentations)))  # [N,A], without a rater
+        scores = analyze_with_individual_augmentations(run, rater, source, augmentations)
         if rated:
-            scores = analyze_with_individual_augmentations(rater, candidates)
-        choice = chosen(scores, args.k, args.choose, args.seed)
-        write_set(run.out / "set", candidates, choice)
-        if rated:
-            file = run.out / f"best_augmentations_step_{args.meta_steps}.pt"
-            write_choice(file, source, list(augmentations), scores, choice)
             draw_kinds(run, list(augmentations))
-            draw_scores(run, candidates, scores)
+            draw_scores(run, source, augmentations, scores)
         if rated and args.corrupt:
             draw_corruption(run, scores[:, 0], amount)
     common.barrier()
@@ -514,21 +480,20 @@ def draw_kinds(run: Run, kinds: list[str]) -> None:
     common.save_figure(figure, run.out / "figures/augmentation_scores.png")
 
 
-def draw_scores(run: Run, candidates: Candidates, scores: np.ndarray) -> None:
+def draw_scores(run: Run, split: Split, augmentations: Augmentations, scores: np.ndarray) -> None:
     """figures/scores.png: five images with all candidates and their scores, the best framed green
     and the worst red. Where an image has only one: from the highest score to the lowest."""
-    kinds, rows = list(candidates.augmentations), common.spaced(len(scores), 5)
+    kinds, rows = list(augmentations), common.spaced(len(scores), 5)
     if len(kinds) == 1:
         rows = (-scores[:, 0]).argsort(kind="stable")[rows]
     figure = common.new_figure(2.4 * len(kinds), 7.5)
     axes = figure.subplots(len(rows), len(kinds), squeeze=False)
     for i, n in enumerate(rows):
-        block = next(block for block in candidates.blocks() if n in block)
-        versions = candidates.images(block)[n - block.start]  # [A,H,W,3]
+        candidates = candidates_of(run, split, augmentations, n - n % BLOCK)[n % BLOCK]
         frames = {scores[n].argmin(): "tab:red", scores[n].argmax(): "tab:green"}
         for a, kind in enumerate(kinds):
             axis = axes[i, a]
-            axis.imshow(versions[a])
+            axis.imshow(candidates[a])  # [H,W,3]
             axis.set_title(f"{kind} {scores[n, a]:+.2g}", fontsize=9)
             axis.set(xticks=[], yticks=[])
             for side in axis.spines.values():
@@ -538,8 +503,11 @@ def draw_scores(run: Run, candidates: Candidates, scores: np.ndarray) -> None:
 
 def draw_corruption(run: Run, scores: np.ndarray, amount: np.ndarray) -> None:
     """figures/corruption.png: the score of each image against its share of random pixels."""
-    area, figure = auroc(scores, amount > 0), common.new_figure(5, 3.5)
+    damaged, other = scores[amount > 0][:, None], scores[amount == 0]
+    # The probability that a random damaged image has a lower score than a random other one.
+    area = ((damaged < other) + (damaged == other) / 2).mean()
     run.say(f"damaged images have lower scores with a probability of {area:.3f} (AUROC)")
+    figure = common.new_figure(5, 3.5)
     axis = figure.subplots()
     axis.scatter(100 * amount, scores, s=8, alpha=0.5)
     axis.set(xlabel="pixels at random (%)", ylabel="score", title=f"AUROC {area:.3f}")

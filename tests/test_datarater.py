@@ -19,7 +19,7 @@ import baseline
 import common
 import datarater as dr
 import datasets
-from common import AUGMENTATIONS, IGNORE, UserError
+from common import IGNORE, UserError
 
 SHORT = {"meta_steps": 4, "inner_batch": 1, "warm_up": 2}
 
@@ -29,7 +29,7 @@ def make(args: common.Args, out: str = "run", **changes) -> dr.Args:
 
 
 def settings(args: common.Args, **changes) -> dr.Args:
-    return dr.with_lengths(common.resolve(make(args, **changes), "datarater"))
+    return dr.resolve(common.resolve(make(args, **changes), "datarater"))
 
 
 def same_weights(*folders: str) -> bool:
@@ -163,11 +163,9 @@ def test_the_rater_learns_which_augmentation_harms(args: common.Args):
 
     args = settings(args, inner_batch=2, meta_lr=3e-3, meta_steps=30, warm_up=30)
     augmentations = {"original": common.identity, "noise": noise}
-    run, rater = common.Run(args, "datarater", stages=3), dr.Rater()
-    source, few = common.load(run.args, "source"), common.load(run.args, "target_few")
-    dr.meta_train(run, rater, source, few, augmentations)
-    candidates = dr.Candidates(source, augmentations, 0, run.device)
-    scores = dr.analyze_with_individual_augmentations(rater, candidates)
+    run, source = common.Run(args, "datarater", stages=3), common.load(args, "source")
+    rater = dr.meta_train(run, source, augmentations)
+    scores = dr.analyze_with_individual_augmentations(run, rater, source, augmentations)
     assert (scores[:, 0] > scores[:, 1]).mean() > 0.9
 
 
@@ -177,10 +175,10 @@ def test_weights_are_the_softmax_within_an_image(args: common.Args, monkeypatch,
     monkeypatch.setattr(dr.Rater, "forward", lambda self, x: 5 * self[0](x).mean(dim=(1, 2, 3)))
     seen, mixed = [], dr.mixed
     monkeypatch.setattr(dr, "mixed", lambda *given: seen.append(given[2]) or mixed(*given))
-    given = settings(args, inner_batch=3, meta_steps=1, augmentations=kinds)
+    corrupt = 0.1 * (len(kinds) == 1)  # a choice needs two candidates
+    given = settings(args, inner_batch=3, meta_steps=1, augmentations=kinds, corrupt=corrupt)
     run, augmentations = common.Run(given, "datarater", stages=3), dr.load_augmentations(given)
-    few, source = common.load(given, "target_few"), common.load(given, "source")
-    dr.meta_train(run, dr.Rater(), source, few, augmentations)
+    dr.meta_train(run, common.load(given, "source"), augmentations)
     weights = seen[0].view(2, len(kinds), 3)  # [T,A,N]
     sums = weights.sum(dim=1 if len(kinds) > 1 else 2)
     torch.testing.assert_close(sums, torch.ones_like(sums) / sums.shape[1])
@@ -196,61 +194,49 @@ def test_fourier_transfer_takes_the_low_frequencies_of_the_style():
     torch.testing.assert_close(common.fourier_transfer(a, a, 0.1), a)
 
 
-def test_candidates_are_the_same_at_every_call(args: common.Args):
-    split, rater, device = common.load(settings(args), "source"), dr.Rater(), torch.device("cpu")
+def test_the_files_say_what_was_scored_and_trained_on(args: common.Args):
+    given, rater = settings(args, k=2), dr.Rater().eval()
     nn.init.normal_(rater[-2].weight)
-    candidates = dr.Candidates(split, dr.load_augmentations(settings(args)), 0, device)
-    assert tuple(candidates.augmentations) == dr.KINDS
-    blocks, analyze = candidates.blocks(), dr.analyze_with_individual_augmentations
-    scores = analyze(rater, candidates)
-    assert [n for block in blocks for n in block] == list(range(len(split)))
-    first, images = blocks[-1].start, candidates.images(blocks[-1])  # [B,A,H,W,3]
-    assert (images == candidates.images(blocks[-1])).all()
-    assert (images[:, 0] == split.images[first:]).all()
-    for n, a in product(blocks[-1], range(6)):
-        alone = rater(common.to_tensor(images[n - first, a][None], device)).item()
-        assert scores[n, a] == pytest.approx(alone, rel=1e-3, abs=1e-5)
-
-
-def test_the_file_says_what_was_trained_on(args: common.Args):
-    split = common.load(settings(args), "source")
-    candidates = dr.Candidates(split, AUGMENTATIONS, 0, torch.device("cpu"))
-    kinds, blocks = list(AUGMENTATIONS), candidates.blocks()
-    versions = np.concatenate([candidates.images(block) for block in blocks])  # [N,A,H,W,3]
-    scores = np.random.default_rng(0).random((len(split), 4), np.float32)
-    choice = dr.chosen(scores, 2, "best", 0)
-    dr.write_choice(Path("best.pt"), split, kinds, scores, choice)
-    dr.write_set(Path("set"), candidates, choice)
-    written = common.load_set(Path("set"), split.dataset, (32, 64))
-    table = torch.load("best.pt", weights_only=True)
+    run, split = common.Run(given, "datarater", stages=3), common.load(given, "source")
+    augmentations, kinds, firsts = dr.load_augmentations(given), dr.KINDS, range(0, len(split), 16)
+    scores = dr.analyze_with_individual_augmentations(run, rater, split, augmentations)
+    candidates = [dr.candidates_of(run, split, augmentations, first) for first in firsts]
+    candidates = np.concatenate(candidates)  # [N,A,H,W,3], the same at every call
+    assert tuple(augmentations) == kinds and (candidates[:, 0] == split.images).all()
+    written = common.load_set(Path("run/set"), split.dataset, (32, 64))
+    table = torch.load("run/best_augmentations_step_4.pt", weights_only=True)
     assert list(table) == list(split.names) and len(written) == 2 * len(split)
     for n, entry in enumerate(table.values()):
+        alone = rater(common.to_tensor(candidates[n], run.device)).tolist()
+        assert list(entry["scores"].values()) == scores[n].tolist()
+        assert scores[n].tolist() == pytest.approx(alone, rel=1e-3, abs=1e-5)
         ranked = sorted(entry["scores"], key=entry["scores"].get, reverse=True)
         assert entry["index"] == n and entry["choice"] == ranked[:2]
         for j, kind in enumerate(entry["choice"]):
-            expected = versions[n, kinds.index(kind)]
-            assert (written.images[2 * n + j] == expected).all()
+            assert written.names[2 * n + j] == f"{split.names[n]} {kind}"
+            assert (written.images[2 * n + j] == candidates[n, kinds.index(kind)]).all()
             assert (written.labels[2 * n + j] == split.labels[n]).all()
 
 
 def test_rules_of_choice():
-    scores = np.array([[0.3, 0.1, 0.9, 0.5], [4, 3, 2, 1]])
-    assert dr.chosen(scores, 2, "best", 0).tolist() == [[2, 3], [0, 1]]
-    assert dr.chosen(scores, 2, "worst", 0).tolist() == [[1, 0], [3, 2]]
-    many = dr.chosen(np.tile(scores, (3000, 1)), 2, "random", 0)
+    scores, rng = np.array([[0.3, 0.1, 0.9, 0.5], [4, 3, 2, 1]]), np.random.default_rng(0)
+    assert dr.chosen(scores, 2, "best", rng).tolist() == [[2, 3], [0, 1]]
+    assert dr.chosen(scores, 2, "worst", rng).tolist() == [[1, 0], [3, 2]]
+    many = dr.chosen(np.tile(scores, (3000, 1)), 2, "random", rng)
     assert (many[:, 0] != many[:, 1]).all()
     assert np.bincount(many.ravel()) == pytest.approx([3000] * 4, rel=0.1)
 
 
-def test_corruption_and_auroc(args: common.Args):
+def test_corruption_and_auroc(args: common.Args, capsys: pytest.CaptureFixture):
     split = common.load(settings(args), "source")
     damaged, amount = dr.corrupted(split, 0.25, 0)
     changed = (damaged.images != split.images).any(axis=3).mean(axis=(1, 2))
     assert (amount > 0).sum() == round(0.25 * len(split)) and damaged.labels is split.labels
     np.testing.assert_allclose(changed, amount, atol=0.05)
     assert amount[amount > 0].min() >= 0.1 and amount.max() <= 0.9
-    scores, bad = np.array([1.0, 2, 2, 3, 5]), np.array([True, False, True, False, False])
-    assert dr.auroc(scores, bad) == pytest.approx(5.5 / 6)  # 1 < 2 3 5, 2 = 2, 2 < 3 5
+    run, amount = common.Run(settings(args), "datarater", stages=3), np.array([0.2, 0, 0.8, 0, 0])
+    dr.draw_corruption(run, np.array([1.0, 2, 2, 3, 5]), amount)
+    assert f"{5.5 / 6:.3f} (AUROC)" in capsys.readouterr().out  # 1 < 2 3 5, 2 = 2, 2 < 3 5
 
 
 # ---- Runs ---------------------------------------------------------------------------------------
