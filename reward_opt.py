@@ -45,7 +45,6 @@ from torch import Tensor
 import common
 from common import IGNORE, Loader, Network, Result, Run, Split, UserError
 
-METHOD = "reward_opt"
 Objective = Literal["iou", "object_recall", "soft_jaccard", "class_weighted_ce", "cross_entropy"]
 
 
@@ -108,20 +107,17 @@ def gain_table(right: Tensor, predicted: Tensor, true: Tensor) -> Tensor:
     right, predicted, true: counts [B,C] of the present map -> [B,a,t,k]. Entries of pairs (a, t)
     that no pixel has are never used.
     """
-    eye = torch.eye(right.shape[1], dtype=right.dtype, device=right.device)
-    same = eye.bool()
-    a, k = eye[:, None], eye[None]  # one-hot in the last dimension of [a,k,C]
-    right, predicted, true = (n[:, None, None] for n in (right, predicted, true))
-    before = mean_iou(right, predicted, true)  # [B,1,1]
-    # If t is a, a correct pixel is lost; if t is k, one is won. [B,a,k] each:
-    predicted = predicted - a + k  # [B,a,k,C]
-    lost = mean_iou(right - a, predicted, true)
-    won = mean_iou(right + k, predicted, true)
-    neither = mean_iou(right, predicted, true)
-    after = torch.where(same, won[:, :, None], neither[:, :, None])  # [B,a,t,k], where t = k
-    after = torch.where(same[:, :, None], lost[:, :, None], after)  # where t = a
-    gain = after - before[..., None]
-    return gain.masked_fill(same[:, None], 0.0)  # where k = a nothing changes
+    one_hot = torch.eye(right.shape[1], dtype=right.dtype, device=right.device)
+    a, k, same = one_hot[:, None], one_hot[None], one_hot.bool()  # a and k: [a,k,C]
+    before = mean_iou(right, predicted, true)  # [B]
+    right, predicted, true = (n[:, None, None] for n in (right, predicted, true))  # [B,1,1,C]
+    predicted = predicted - a + k
+    lost = mean_iou(right - a + a * k, predicted, true)  # [B,a,k] if t is a: right before
+    won = mean_iou(right + k - a * k, predicted, true)  # [B,a,k] if t is k: right afterwards
+    neither = mean_iou(right, predicted, true)  # [B,a,k]
+    after = torch.where(same, won[:, :, None], neither[:, :, None])  # [B,a,t,k]
+    after = torch.where(same[:, :, None], lost[:, :, None], after)
+    return after - before[:, None, None, None]
 
 
 def counterfactual(p: Tensor, labels: Tensor, truth: Tensor) -> Tensor:
@@ -188,33 +184,18 @@ def find_objects(truth: Tensor, cell: int, smallest: float) -> Objects:
     return Objects(image, label, size[roots], pieces // n, pieces % n, pixels)
 
 
-def recall_shares(labels: Tensor, objects: Objects) -> Tensor:
-    """What each object adds to the object recall of its image. labels [K,B,h,w] -> float64 [K,M].
+def object_recall(labels: Tensor, objects: Objects) -> tuple[Tensor, Tensor]:
+    """The share of each image's objects of which at least half is right; 0 without any object.
 
-    1 / the number of the image's objects where at least half of the object is right, else 0.
+    labels [K,B,h,w] -> what each object adds to it, float64 [K,M]; the object recall [K,B].
     """
     right = labels.flatten(1)[:, objects.cell] == objects.label[objects.owner]  # [K,P]
-    covered = torch.zeros(len(labels), len(objects.size), dtype=torch.int64, device=labels.device)
-    covered.index_add_(1, objects.owner, right * objects.pixels)
-    number = torch.bincount(objects.image)[objects.image]  # [M]
-    return (2 * covered >= objects.size).double() / number
-
-
-def sum_by_image(shares: Tensor, objects: Objects, batch: int) -> Tensor:
-    """[K,M] -> [K,B], the object recall; 0 where an image has no object."""
-    zeros = torch.zeros(len(shares), batch, dtype=shares.dtype, device=shares.device)
-    return zeros.index_add_(1, objects.image, shares)
-
-
-def object_recall(labels: Tensor, truth: Tensor, smallest: float) -> Tensor:
-    """The share of each image's objects of which at least half is right. [B,H,W] twice -> [B]."""
-    objects = find_objects(truth, 1, smallest)
-    return sum_by_image(recall_shares(labels[None], objects), objects, len(truth))[0]
-
-
-def leave_one_out(rewards: Tensor) -> Tensor:
-    """Each sample's reward minus the mean reward of the other samples (algorithm 2). [K,...]."""
-    return rewards - (rewards.sum(dim=0) - rewards) / (len(rewards) - 1)
+    pixels = labels.new_zeros(len(labels), len(objects.size))  # [K,M] that are right
+    pixels.index_add_(1, objects.owner, right * objects.pixels)
+    number = torch.bincount(objects.image)[objects.image]  # [M] objects of the same image
+    shares = (2 * pixels >= objects.size).double() / number
+    recall = shares.new_zeros(labels.shape[:2]).index_add_(1, objects.image, shares)
+    return shares, recall
 
 
 def reinforce(log_p: Tensor, y: Tensor, objects: Objects, credit: str) -> tuple[Tensor, Tensor]:
@@ -223,14 +204,15 @@ def reinforce(log_p: Tensor, y: Tensor, objects: Objects, credit: str) -> tuple[
     log_p [B,h,w,C], labels y drawn from it [K,B,h,w]. The paper learns from one of the K samples.
     Here each is used, with the others as its baseline.
     """
-    shares = recall_shares(y, objects)  # [K,M]
-    rewards = sum_by_image(shares, objects, len(log_p))  # [K,B]
+    shares, rewards = object_recall(y, objects)  # [K,M], [K,B]
+    # Algorithm 2: each sample's reward minus the mean reward of the other samples.
+    reward = rewards if credit == "image" else shares
+    advantage = reward - (reward.sum(dim=0) - reward) / (len(y) - 1)
     if credit == "image":
-        advantage = leave_one_out(rewards)[:, :, None, None]  # [K,B,1,1]
+        advantage = advantage[:, :, None, None]  # [K,B,1,1]
     else:
-        advantage = torch.zeros_like(y, dtype=shares.dtype).flatten(1)  # [K,B*h*w]
-        advantage.index_add_(1, objects.cell, leave_one_out(shares)[:, objects.owner])
-        advantage = advantage.view_as(y)
+        cells = shares.new_zeros(y.flatten(1).shape)  # [K,B*h*w]
+        advantage = cells.index_add_(1, objects.cell, advantage[:, objects.owner]).view_as(y)
     log_p = torch.stack([log_p.gather(3, labels[..., None])[..., 0] for labels in y])  # [K,B,h,w]
     return (advantage.to(log_p.dtype) * log_p).sum(dim=(2, 3)).mean(dim=0), rewards
 
@@ -256,37 +238,69 @@ def soft_jaccard(logits: Tensor, truth: Tensor) -> Tensor:
     return 1 - mean_iou(right, predicted, one_hot.sum(dim=(1, 2)).to(p.dtype)).mean()
 
 
-def class_weights(pixels: Tensor, smooth: float) -> Tensor:
-    """Weights of mean 1: w_c = 1 / (n_c + smooth * sum n), then scaled. Pixels by class [C]."""
+def class_weighted_ce(logits: Tensor, truth: Tensor, pixels: Tensor, smooth: float) -> Tensor:
+    """Cross-entropy in nats, the mean over pixels with the weight of their true class:
+    1 / (n_c + smooth * sum n), scaled to a mean of 1. pixels: n, of the training set, [C]."""
     weights = 1 / (pixels + smooth * pixels.sum())
-    return weights / weights.mean()
-
-
-def class_weighted_ce(logits: Tensor, truth: Tensor, weights: Tensor) -> Tensor:
-    """Cross-entropy in nats, the mean over pixels weighted by their true class."""
-    w = weights.to(logits.dtype)
-    total = common.mean_over_processes(w[truth[truth != IGNORE]].sum())
-    loss = F.cross_entropy(logits, truth, w, ignore_index=IGNORE, reduction="sum")
+    weights = (weights / weights.mean()).to(logits.dtype)
+    total = common.mean_over_processes(weights[truth[truth != IGNORE]].sum())
+    loss = F.cross_entropy(logits, truth, weights, ignore_index=IGNORE, reduction="sum")
     return loss / total.clamp(min=1e-9)
 
 
 # ---- The method ---------------------------------------------------------------------------------
-def tune(run: Run, net: Network, split: Split, steps: int) -> None:
-    """The stage with the reward, or with a loss in its place: same batches, updates and rate."""
-    args = run.args
-    loader = Loader(split, args.batch_size, run.device, args.seed, "few")  # as in few_label
+@torch.no_grad()
+def report_rewards(run: Run, net: Network, step: int) -> None:
+    """Both rewards of the likeliest map of every test photo; for the report, not for training."""
+    training, size, rewards = net.training, run.args.size, {"iou": [], "object_recall": []}
+    net.eval()
+    for i, (image, label) in enumerate(run.test.test_files):
+        truth = common.resize_label(common.read_label(label, run.test.dataset, image), size)
+        truth = torch.from_numpy(truth.astype(np.int64))[None].to(run.device)  # [1,H,W]
+        labels = common.predict(net, run.test.images[i : i + 1], run.device).argmax(dim=1)
+        rewards["iou"].append(mean_iou(*counts(labels, truth, len(run.classes))).item())
+        objects = find_objects(truth, 1, run.args.smallest)
+        rewards["object_recall"].append(object_recall(labels[None], objects)[1].item())
+    net.train(training)
+    run.write({f"test_{name}": float(np.mean(value)) for name, value in rewards.items()}, step)
+    if common.rank() == 0:
+        common.write_json(run.out / f"rewards/{step}.json", rewards)
+
+
+def run(args: Args) -> Result:
+    # Part 1: flags without an effect or out of range, and the data
+    needs = dict.fromkeys(("samples", "cell", "credit"), "object_recall")
+    for name, objective in {**needs, "smooth": "class_weighted_ce"}.items():
+        if getattr(args, name) != getattr(Args, name) and args.objective != objective:
+            raise UserError(f"--{name}: has no effect without --objective {objective}")
+    if args.samples < 2 or args.smooth <= 0 or not 0 < args.reward_share <= 1:
+        raise UserError("expected --samples from 2, --smooth above 0, --reward-share in (0, 1]")
+    if args.cell is not None and (args.cell < 1 or common.STRIDE % args.cell):
+        raise UserError(f"--cell {args.cell}: expected a divisor of {common.STRIDE}")
+    run = Run(args, "reward_opt", stages=1 if args.checkpoint else 2)
+    if run.result:
+        return run.result
+    args, net = run.args, run.network()
+    photos = common.load(args, "target_few")
+
+    # Part 2: training on the source
+    few_steps = common.finetune_steps(args, args.reward_share, args.epochs)
+    source_steps = 0 if args.checkpoint else args.steps - few_steps
+    if not args.checkpoint:
+        common.train(run, net, common.load(args, "source"), source_steps, "source")
+
+    # Part 3: the reward, or a loss in its place; the rest is as in the row few_label
+    start = copy.deepcopy(net)
+    loader = Loader(photos, args.batch_size, run.device, args.seed, "few")
     model, optimizer = common.parallel(net), common.make_optimizer(net, args.lr)
-    if args.objective == "class_weighted_ce":
-        pixels = torch.from_numpy(
-            np.bincount(split.labels.ravel(), minlength=256)[: len(run.classes)]
-        )
-        weights = class_weights(pixels, args.smooth).to(run.device)
+    pixels = torch.tensor(photos.labels.ravel(), device=run.device)
+    pixels = pixels.bincount(minlength=256)[: len(run.classes)]  # [C]
     net.train()
-    for step in run.steps("few", steps, net=net, optimizer=optimizer):
+    for step in run.steps("few", few_steps, net=net, optimizer=optimizer):
         if step == 1:
             report_rewards(run, net, 0)
         rng = common.generator(args.seed, "few", step)
-        lr = common.learning_rate(args.lr * args.reward_lr, step, steps)
+        lr = common.learning_rate(args.lr * args.reward_lr, step, few_steps)
         common.set_lr(optimizer, lr)
         x, truth = loader(step)  # [B,3,H,W], [B,H,W]
         x, truth = common.crop_flip(x, truth, rng)
@@ -305,7 +319,7 @@ def tune(run: Run, net: Network, split: Split, steps: int) -> None:
         elif args.objective == "soft_jaccard":
             objective = soft_jaccard(logits, truth)
         elif args.objective == "class_weighted_ce":
-            objective = class_weighted_ce(logits, truth, weights)
+            objective = class_weighted_ce(logits, truth, pixels, args.smooth)
 
         # Step 3: the update
         loss = args.anchor * ce + args.weight * objective
@@ -313,54 +327,10 @@ def tune(run: Run, net: Network, split: Split, steps: int) -> None:
         loss.backward()
         optimizer.step()
         run.log(step, loss=loss, lr=lr, **scalars)
-        if common.is_quarter(step, steps):
+        if common.is_quarter(step, few_steps):
             run.evaluate(net, step)
-        if step == steps or common.is_quarter(step, steps):
+        if step == few_steps or common.is_quarter(step, few_steps):
             report_rewards(run, net, step)
-
-
-@torch.no_grad()
-def report_rewards(run: Run, net: Network, step: int) -> None:
-    """Both rewards of the likeliest map of every test photo; for the report, not for training."""
-    training, size, rewards = net.training, run.args.size, {"iou": [], "object_recall": []}
-    net.eval()
-    for i, (image, label) in enumerate(run.test.test_files):
-        truth = common.resize_label(common.read_label(label, run.test.dataset, image), size)
-        truth = torch.from_numpy(truth.astype(np.int64))[None].to(run.device)  # [1,H,W]
-        labels = common.predict(net, run.test.images[i : i + 1], run.device).argmax(dim=1)
-        rewards["iou"].append(mean_iou(*counts(labels, truth, len(run.classes))).item())
-        rewards["object_recall"].append(object_recall(labels, truth, run.args.smallest).item())
-    net.train(training)
-    run.write({f"test_{name}": float(np.mean(value)) for name, value in rewards.items()}, step)
-    if common.rank() == 0:
-        common.write_json(run.out / f"rewards/{step}.json", rewards)
-
-
-def check(args: Args) -> None:
-    """UserError for a flag without an effect, or out of range."""
-    needs = dict.fromkeys(("samples", "cell", "credit"), "object_recall")
-    for name, objective in {**needs, "smooth": "class_weighted_ce"}.items():
-        if getattr(args, name) != getattr(Args, name) and args.objective != objective:
-            raise UserError(f"--{name}: has no effect without --objective {objective}")
-    if args.samples < 2 or args.smooth <= 0 or not 0 < args.reward_share <= 1:
-        raise UserError("expected --samples from 2, --smooth above 0, --reward-share in (0, 1]")
-    if args.cell is not None and (args.cell < 1 or common.STRIDE % args.cell):
-        raise UserError(f"--cell {args.cell}: expected a divisor of {common.STRIDE}")
-
-
-def run(args: Args) -> Result:
-    check(args)
-    run = Run(args, METHOD, stages=1 if args.checkpoint else 2)
-    if run.result:
-        return run.result
-    args, net = run.args, run.network()
-    photos = common.load(args, "target_few")
-    few_steps = common.finetune_steps(args, args.reward_share, args.epochs)
-    source_steps = 0 if args.checkpoint else args.steps - few_steps
-    if not args.checkpoint:
-        common.train(run, net, common.load(args, "source"), source_steps, "source")
-    start = copy.deepcopy(net)
-    tune(run, net, photos, few_steps)
     result = run.finish(net, target_labels=len(photos), steps=source_steps + few_steps)
     if common.rank() == 0:
         draw_gradient(run, start.eval(), photos)
@@ -373,10 +343,10 @@ def draw_gradient(run: Run, start: Network, split: Split) -> None:
     class. In the titles: variance over the squared length of the mean of 64 estimates."""
     truth = torch.from_numpy(split.labels[:1].astype(np.int64)).to(run.device)  # [1,H,W]
     logits = common.predict(start, split.images[:1], run.device).clone().requires_grad_()
-    paper = replace(run.args, credit="image")
+    recall = partial(object_objective, logits, truth)
     objectives = {
-        "object recall": partial(object_objective, logits, truth, replace(paper, credit="object")),
-        "credit image": partial(object_objective, logits, truth, paper),
+        "object recall": partial(recall, replace(run.args, credit="object")),
+        "credit image": partial(recall, replace(run.args, credit="image")),
         "IoU": partial(iou_objective, logits, truth),
     }
     figure = common.new_figure(12, 1.6)
@@ -388,11 +358,10 @@ def draw_gradient(run: Run, start: Network, split: Split) -> None:
         gradients = -torch.cat([torch.autograd.grad(loss, logits)[0] for loss in losses])
         if title != "credit image":  # its mean is that of the axis before, but known less exactly
             square = gradients.mean(dim=0).square().sum()
-        ratio = gradients.var(dim=0).sum() / square
         gradient = gradients[0].gather(0, truth.where(truth != IGNORE, 0))[0].cpu()  # [H,W]
         limit = 3 * gradient.std().item()
         axis.imshow(gradient.numpy(), cmap="RdBu", vmin=-limit, vmax=limit)
-        axis.set_title(f"{title}: {ratio.item():.2g}", fontsize=8)
+        axis.set_title(f"{title}: {gradients.var(dim=0).sum() / square:.2g}", fontsize=8)
     common.save_figure(figure, run.out / "figures/gradient.png")
 
 

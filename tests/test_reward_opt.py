@@ -32,6 +32,10 @@ def iou_of(labels: torch.Tensor, truth: torch.Tensor, num_classes: int = 3) -> t
     return ro.mean_iou(*ro.counts(labels, truth, num_classes))
 
 
+def recall_of(labels: torch.Tensor, truth: torch.Tensor, smallest: float) -> torch.Tensor:
+    return ro.object_recall(labels[None], ro.find_objects(truth, 1, smallest))[1][0]
+
+
 @pytest.fixture
 def logits() -> torch.Tensor:
     rng = torch.Generator().manual_seed(0)
@@ -132,7 +136,7 @@ def test_object_recall_equals_flood_filling(seed: int):
         torch.rand(4, 9, 9, generator=rng) < 0.5, truth
     )
     labels = labels.where(labels != IGNORE, 0)
-    recall = ro.object_recall(labels, truth, smallest=3 / 81)
+    recall = recall_of(labels, truth, smallest=3 / 81)
     assert recall[1] == 0
     for i in (0, 2, 3):
         regions = [region for region in flood(truth[i]) if len(region) >= 3]
@@ -149,7 +153,7 @@ def test_reinforce_is_unbiased(credit: str, logits: torch.Tensor):
     n = len(ALL_MAPS)
     objects = ro.find_objects(truth.expand(n, -1, -1), cell=2, smallest=0)
     pixels = ALL_MAPS.repeat_interleave(2, dim=1).repeat_interleave(2, dim=2)
-    rewards = ro.object_recall(pixels, truth.expand(n, -1, -1), smallest=0)
+    rewards = recall_of(pixels, truth.expand(n, -1, -1), smallest=0)
     expected = torch.autograd.grad(likelihood(logits) @ rewards, logits)[0]
     assert len(rewards.unique()) > 3 and expected.abs().max() > 0.01
     p, mean = likelihood(logits).detach(), torch.zeros_like(logits)
@@ -174,15 +178,14 @@ def test_credit_by_object_is_less_noisy(args: common.Args):
 
 # ---- Losses -------------------------------------------------------------------------------------
 def test_class_weighted_cross_entropy_by_hand():
-    """Weights 1 / (6 + 4), 1 / (4 + 4), 1 / (30 + 4) for counts 6, 4, 30, scaled to mean 1."""
-    weights = ro.class_weights(torch.tensor([6, 4, 30]), smooth=0.1).tolist()
-    assert weights == pytest.approx([3 * x / 86.5 for x in (34, 42.5, 10)])
-    logits, truth = example(6, 9)
-    w = torch.tensor([0.2, 0.5, 2.3, 1.0], dtype=torch.float64)
+    """Weights 1 / (6 + 4), 1 / (4 + 4), 1 / (30 + 4), 1 / (0 + 4) for counts 6, 4, 30, 0."""
+    (logits, truth), pixels = example(6, 9), torch.tensor([6, 4, 30, 0])
+    w = torch.tensor([1 / 10, 1 / 8, 1 / 34, 1 / 4], dtype=torch.float64)
     ce, valid = -logits.log_softmax(dim=1).movedim(1, 3), truth != IGNORE  # [B,H,W,C]
     loss = ce[valid].gather(1, truth[valid][:, None])[:, 0] * w[truth[valid]]
     expected = loss.sum() / w[truth[valid]].sum()
-    torch.testing.assert_close(ro.class_weighted_ce(logits, truth, w), expected)
+    result = ro.class_weighted_ce(logits, truth, pixels, smooth=0.1)
+    torch.testing.assert_close(result, expected, rtol=1e-6, atol=0)  # weights in float32
 
 
 # ---- Runs ---------------------------------------------------------------------------------------
