@@ -336,8 +336,9 @@ def candidates_of(run: Run, split: Split, augmentations: Augmentations, first: i
     """
     rng = common.generator(run.args.seed, "candidates", first)
     images = common.to_tensor(split.images[first : first + BLOCK], run.device)  # [B,3,H,W]
-    candidates = [common.to_uint8(augment(images, rng)) for augment in augmentations.values()]
-    return np.stack(candidates, axis=1)
+    candidates = torch.cat([augment(images, rng) for augment in augmentations.values()])
+    candidates = common.to_uint8(candidates)  # [A*B,H,W,3]
+    return candidates.reshape(-1, len(images), *candidates.shape[1:]).swapaxes(0, 1)
 
 
 def chosen(scores: np.ndarray, k: int, rule: str, rng: np.random.Generator) -> np.ndarray:
@@ -488,7 +489,7 @@ def draw_scores(run: Run, split: Split, augmentations: Augmentations, scores: np
         rows = (-scores[:, 0]).argsort(kind="stable")[rows]
     figure = common.new_figure(2.4 * len(kinds), 7.5)
     axes = figure.subplots(len(rows), len(kinds), squeeze=False)
-    for i, n in enumerate(rows):
+    for i, n in enumerate(rows.tolist()):  # plain ints: they name random streams
         candidates = candidates_of(run, split, augmentations, n - n % BLOCK)[n % BLOCK]
         frames = {scores[n].argmin(): "tab:red", scores[n].argmax(): "tab:green"}
         for a, kind in enumerate(kinds):
