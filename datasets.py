@@ -201,7 +201,7 @@ def find_images(root: Path, pattern: str) -> tuple[dict[str, str], list[str]]:
         images, others = {}, []
         for path in sorted(glob.glob(prefix + pattern, **options)):
             key = unicodedata.normalize("NFC", path.partition("/")[2] if prefix else path)
-            if is_foreign(key):
+            if is_foreign(path):
                 others += [path] if (root / path).is_file() else []
             elif key in images:
                 raise UserError(f"{root}: {images[key]} and {path} have the same name")
