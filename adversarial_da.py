@@ -35,7 +35,9 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
 import common
-from common import Loader, Network, Result, Run, Split, UserError
+import datasets
+from common import Loader, Network, Result, Run
+from datasets import Split, UserError
 
 
 @dataclass(frozen=True)
@@ -159,7 +161,7 @@ def mixed_loss(logits: Tensor, labels: Tensor, pasted: Tensor, shares: Tensor) -
     logits [B,C,H,W]; labels [B,H,W]; pasted, bool [B,H,W], from the source; shares [B] of confident
     pixels -> scalar in nats, the mean over all pixels.
     """
-    losses = F.cross_entropy(logits, labels, ignore_index=common.IGNORE, reduction="none")
+    losses = F.cross_entropy(logits, labels, ignore_index=datasets.IGNORE, reduction="none")
     return (torch.where(pasted, 1.0, shares[:, None, None]) * losses).mean()
 
 
@@ -192,7 +194,7 @@ def run(args: Args) -> Result:
     if run.result:
         return run.result
     args, net = run.args, run.network()
-    source, photos = common.load(args, "source"), common.load(args, "target_unlabelled")
+    source, photos = datasets.load(args, "source"), datasets.load(args, "target_unlabelled")
     adapts = args.align != "none" or args.self_train or args.lambda_ent > 0
     source_steps = round(args.steps * args.source_share) if adapts else args.steps
     first = source_steps if args.checkpoint and adapts else 0  # updates that are left out
@@ -292,7 +294,7 @@ def train(
 
 def draw_adaptation(run: Run, net: Network, photos: Split) -> None:
     """figures/adaptation.png: predictions of photos and their entropy (black 0, white log C)."""
-    images = photos.images[common.spaced(len(photos), 4)]  # uint8 [4,H,W,3]
+    images = photos.images[datasets.spaced(len(photos), 4)]  # uint8 [4,H,W,3]
     logits = common.predict(net.eval(), images, run.device)  # [4,C,H,W]
     entropy = (255 * self_information(logits).sum(dim=1)).byte()  # [4,H,W]
     columns = {"photo": list(images)}

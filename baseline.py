@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import common
+import datasets
 from common import Result
 
 Row = Literal["source_only", "random_aug", "color_transfer", "few_label", "oracle"]
@@ -38,7 +39,7 @@ def run(args: Args) -> Result:
     if run.result:
         return run.result
     args, net = run.args, run.network()
-    labelled = common.load(args, "target_few") if few_label else ()  # errors come first
+    labelled = datasets.load(args, "target_few") if few_label else ()  # errors come first
 
     # Step 1: training on the source. A checkpoint given by --init has had it already.
     finetune_steps = 0
@@ -49,15 +50,15 @@ def run(args: Args) -> Result:
     if args.row == "random_aug":
         augment = common.random_augmentation
     elif args.row == "color_transfer":
-        translate = common.photo_style(common.load(args, "target_unlabelled"))
+        translate = common.photo_style(datasets.load(args, "target_unlabelled"))
 
     if source_steps > 0 and not oracle:
-        source = common.load(args, "source")
+        source = datasets.load(args, "source")
         common.train(run, net, source, source_steps, "source", translate, augment)
 
     # Step 2: training on labelled photos: all of the training part, or a few.
     if oracle:
-        labelled, finetune_steps, source_steps = common.load(args, "target_train"), args.steps, 0
+        labelled, finetune_steps, source_steps = datasets.load(args, "target_train"), args.steps, 0
         common.train(run, net, labelled, args.steps, "target")
     elif few_label:
         lr = args.lr * args.finetune_lr

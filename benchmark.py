@@ -40,8 +40,9 @@ from rich.table import Column, Table
 
 import baseline
 import common
-from common import Result, UserError
-from datasets import BENCHMARKS
+import datasets
+from common import Result
+from datasets import BENCHMARKS, UserError
 
 BASELINES = typing.get_args(baseline.Row)
 METHODS = ("datarater", "metasim", "reward_opt", "adversarial_da", "diffusion_bridge")
@@ -250,7 +251,7 @@ def write_results(results: dict[Key, Result], out: Path) -> list[Result]:
     place = {name: i for i, name in enumerate([*BENCHMARKS, "own", *BASELINES, *METHODS])}
     keys = sorted(results, key=lambda k: (place[k[0]], k[1].count("+"), place.get(k[1], 99), k))
     rows = [results[key] for key in keys]
-    common.write_json(out / "results.json", [dataclasses.asdict(row) for row in rows])
+    datasets.write_json(out / "results.json", [dataclasses.asdict(row) for row in rows])
     return rows
 
 
@@ -471,7 +472,7 @@ def write_tables(results: list[Result], folders: dict[Key, Path], out: Path) -> 
         rows = [[row.get(name, "").replace("|", "\\|") for name in names] for row in table]
         rows = [names, ["---", *["---:"] * (len(names) - 1)], *rows]
         text += [f"## {title}\n", *(f"| {' | '.join(row)} |" for row in rows), ""]
-    with common.replacing(out / "results.md") as temporary:
+    with datasets.replacing(out / "results.md") as temporary:
         temporary.write_text("\n".join(text) + "\n\n".join(below) + "\n", encoding="utf-8")
 
 
@@ -499,12 +500,12 @@ def draw_sheets(rows: list[Row], results: dict[Key, Result], args: Args) -> None
         shared = common.resolve(shared_args(args, benchmark=benchmark, device="cpu"), "sheets")
         for row in rows:
             if row.key[::2] == (benchmark, args.seeds[0]) and not results[row.key].error:
-                classes = common.get_benchmark(benchmark, args.data).source.classes
+                classes = datasets.get_benchmark(benchmark, args.data).source.classes
                 net = common.Network(shared.net, len(classes))
                 common.load_weights(net, row.args.out / "checkpoint.pt")
                 networks[row.key[1].replace("+", "+\n")] = net
         if networks:
-            test, path = common.load(shared, "target_test"), args.out / f"figures/{benchmark}.png"
+            test, path = datasets.load(shared, "target_test"), args.out / f"figures/{benchmark}.png"
             common.draw_predictions(path, test, networks)
 
 
@@ -553,7 +554,7 @@ def study_networks(args: Args) -> None:
         flags = shared_args(args, benchmark=benchmark, device=args.devices[0])
         flags = common.resolve(flags, "networks")
         image = torch.rand(1, 3, *flags.size, device=flags.device)  # [1,3,H,W]
-        classes = common.get_benchmark(benchmark, args.data).source.classes
+        classes = datasets.get_benchmark(benchmark, args.data).source.classes
         net = common.Network(name, len(classes)).eval()
         net.to(flags.device, memory_format=torch.channels_last)
         amp = flags.amp and image.device.type == "cuda"
@@ -593,7 +594,7 @@ def main(args: Args) -> None:
             shared = shared_args(args, benchmark=benchmark, device="cpu")
             shared = common.resolve(shared, "benchmark")
             for role in ("source", "target_unlabelled", "target_test"):
-                common.load(shared, role)  # so that no row is charged with the cache
+                datasets.load(shared, role)  # so that no row is charged with the cache
         run_rows(rows, args, results)
         folders = {key: args.out / key[0] / key[1] / f"seed{key[2]}" for key in results}
         for key, folder in list(folders.items()):  # another run may have taken its place

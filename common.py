@@ -37,35 +37,8 @@ from torchvision.models.resnet import BasicBlock, resnet18
 from torchvision.models.segmentation import deeplabv3_resnet101, lraspp_mobilenet_v3_large
 from torchvision.ops import Conv2dNormActivation
 
-from datasets import (  # noqa: F401 (all of them for methods, as common.load and so on)
-    DATASETS,
-    IGNORE,
-    UNKNOWN,
-    Split,
-    UserError,
-    create_array,
-    dataset_root,
-    digest,
-    files_of,
-    fingerprint,
-    get_benchmark,
-    is_foreign,
-    load,
-    load_set,
-    open_image,
-    palette,
-    rank,
-    read_image,
-    read_label,
-    replacing,
-    resize_label,
-    save_set,
-    sha256,
-    show_progress,
-    spaced,
-    to_rgb,
-    write_json,
-)
+import datasets
+from datasets import IGNORE, Split, UserError, rank, replacing, spaced, write_json
 
 try:
     import resource
@@ -461,7 +434,9 @@ def evaluate(net: nn.Module, split: Split, device: torch.device) -> np.ndarray:
         logits = predict(net, split.images[start : start + batch], device)  # [B,C,H,W]
         for i, image_logits in enumerate(logits, start):
             image, label = split.test_files[i]
-            truth = torch.from_numpy(read_label(label, split.dataset, image))[None]  # [1,h,w]
+            truth = torch.from_numpy(datasets.read_label(label, split.dataset, image))[
+                None
+            ]  # [1,h,w]
             prediction = upsample(image_logits[None], truth.shape[1:]).argmax(dim=1)
             matrices[i] = confusion_matrices(prediction, to_device(truth, device), c)[0]
     net.train(training)
@@ -531,11 +506,13 @@ class Args(SharedArgs):
 def resolve(args: Any, method: str) -> Any:
     """The arguments with every default filled in and checked; UserError for what cannot run."""
     args = replace(args, device=join_processes(args.device))  # before rank 0 writes the miniature
-    source = get_benchmark(args.benchmark, args.data).source
-    files_of.cache_clear()
-    fingerprint.cache_clear()
-    pairs, unlabelled = files_of(source, dataset_root(args.data, source), "train")
-    with open_image([*[image for image, _ in pairs], *unlabelled][0], decode=False) as image:
+    source = datasets.get_benchmark(args.benchmark, args.data).source
+    datasets.files_of.cache_clear()
+    datasets.fingerprint.cache_clear()
+    pairs, unlabelled = datasets.files_of(source, datasets.dataset_root(args.data, source), "train")
+    with datasets.open_image(
+        [*[image for image, _ in pairs], *unlabelled][0], decode=False
+    ) as image:
         small = image.width < 512
     defaults = {"net": "bisenet", **PRESETS["miniature" if small else args.benchmark]}
     defaults["pretrained"] = not small and args.net != "tiny"
@@ -552,7 +529,7 @@ def resolve(args: Any, method: str) -> Any:
     if args.steps < 1 or args.batch_size < 2 or args.seed < 0 or not 0 < args.lr < math.inf:
         raise UserError("--steps, --batch-size (at least 2), --seed or --lr is out of range")
     if args.init and args.init.is_dir():
-        load_set(args.init, source, args.size)
+        datasets.load_set(args.init, source, args.size)
     return args
 
 
@@ -624,15 +601,15 @@ def configuration(args: Any, method: str) -> dict[str, Any]:
         del config[name]
     if args.init and args.init.exists():
         file = args.init / "set.json" if args.init.is_dir() else args.init
-        config["init"] = sha256(file)[:16]
-    source, target = get_benchmark(args.benchmark, args.data)
+        config["init"] = datasets.sha256(file)[:16]
+    source, target = datasets.get_benchmark(args.benchmark, args.data)
     config["label_maps"] = zlib.crc32(repr((source, target)).encode())
     splits = {"source": (source, "train"), "target": (target, "train"), "test": (target, "test")}
     for name, (dataset, split) in splits.items():
-        root = dataset_root(args.data, dataset)
-        pairs, unlabelled = files_of(dataset, root, split)
+        root = datasets.dataset_root(args.data, dataset)
+        pairs, unlabelled = datasets.files_of(dataset, root, split)
         config[f"{name}_images"] = len(pairs) + len(unlabelled)
-        config[f"{name}_files"] = digest([*itertools.chain(*pairs), *unlabelled])
+        config[f"{name}_files"] = datasets.digest([*itertools.chain(*pairs), *unlabelled])
         config["miniature"] = (root / "miniature.json").exists()
     return json.loads(json.dumps(config, default=str))
 
@@ -690,7 +667,7 @@ class Run:
     def __init__(self, args: Any, method: str, stages: int) -> None:
         self.args = args = resolve(args, method)
         self.method, self.device, self.out = method, torch.device(args.device), args.out
-        source, target = get_benchmark(args.benchmark, args.data)
+        source, target = datasets.get_benchmark(args.benchmark, args.data)
         self.classes = source.classes
         self.result = finished(args, method)
         if self.result:
@@ -708,7 +685,7 @@ class Run:
         self.stages, self.stage = stages, 0  # how many, and the number of the present one
         self.steps_before, self.total = 0, 0  # of the stages before, and of the present one
         self.lines, self.start = [], time.perf_counter()  # of scalars.json; minus earlier seconds
-        self.test = load(args, "target_test")
+        self.test = datasets.load(args, "target_test")
         self.commit = commit()  # now, since the code may be edited meanwhile
         torch.manual_seed(args.seed)  # initial weights
         if self.device.type == "cuda":
@@ -776,7 +753,7 @@ class Run:
         title = f"stage {self.stage} of {self.stages}, {stage}"
         self.say(f"{title}: {total - done} steps")
         start = said = saved = time.monotonic()
-        for step in show_progress(range(done + 1, total + 1), title):
+        for step in datasets.show_progress(range(done + 1, total + 1), title):
             torch.manual_seed(seed_of(self.args.seed, stage, step, rank()))  # dropout
             yield step
             now = time.monotonic()
@@ -986,7 +963,7 @@ def draw_sheet(path: Path, columns: dict[str, list[np.ndarray]], classes: Sequen
     inches = max(2.2, 10 / len(columns))
     figure = new_figure(inches * len(columns), inches * height / width * len(rows) * 1.04 + 0.9)
     axes = figure.subplots(len(rows), len(columns), squeeze=False)
-    colours = palette(classes)
+    colours = datasets.palette(classes)
     for axis, picture in zip(axes.flat, itertools.chain(*rows), strict=True):
         axis.imshow(colours[picture] if picture.ndim == 2 else picture)
         axis.axis("off")
@@ -1004,8 +981,8 @@ def draw_predictions(path: Path, split: Split, networks: dict[str, Network]) -> 
     chosen, size = spaced(len(split), 4), split.images.shape[1:3]
     columns, truth = {"photo": list(split.images[chosen])}, [np.zeros(size, np.uint8)] * len(chosen)
     if split.test_files:
-        labels = [read_label(split.test_files[i][1], split.dataset) for i in chosen]
-        truth = columns["ground truth"] = [resize_label(label, size) for label in labels]
+        labels = [datasets.read_label(split.test_files[i][1], split.dataset) for i in chosen]
+        truth = columns["ground truth"] = [datasets.resize_label(label, size) for label in labels]
     for name, net in networks.items():
         device = next(net.parameters()).device
         maps = predict(net.eval(), split.images[chosen], device).argmax(dim=1).cpu().numpy()

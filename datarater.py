@@ -43,7 +43,9 @@ from torch.autograd import forward_ad
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import common
-from common import AUGMENTATIONS, IGNORE, Augmentation, Loader, Result, Run, Split, UserError
+import datasets
+from common import AUGMENTATIONS, Augmentation, Loader, Result, Run
+from datasets import IGNORE, Split, UserError
 
 KINDS = (*AUGMENTATIONS, "color_transfer", "fourier")  # of candidates
 Augmentations = dict[str, Augmentation]  # by kind
@@ -90,7 +92,7 @@ def load_augmentations(args: Args) -> Augmentations:
     """The kinds of --augmentations. Two of them take the style of random target photos."""
     kinds = dict(AUGMENTATIONS)
     if set(args.augmentations) - set(kinds):
-        photos = common.load(args, "target_unlabelled")
+        photos = datasets.load(args, "target_unlabelled")
         fourier = partial(common.fourier_transfer, beta=args.beta)
         kinds["color_transfer"] = common.photo_style(photos)
         kinds["fourier"] = common.photo_style(photos, fourier)
@@ -278,7 +280,7 @@ def meta_train(run: Run, source: Split, augmentations: Augmentations) -> Rater:
     member = InnerNetwork(common.Network(args.net, len(run.classes)), run.autocast).to(run.device)
     member.net.load_state_dict(net.state_dict())
     batch_size = args.inner_batch * common.world_size()
-    few = common.load(args, "target_few")
+    few = datasets.load(args, "target_few")
     source_loader = Loader(source, batch_size, run.device, seed, "rater", "source")
     photo_loader = Loader(few, args.batch_size, run.device, seed, "rater", "photos")
 
@@ -357,9 +359,11 @@ def analyze_with_individual_augmentations(
     """
     args, n, kinds = resolve(run.args), len(split), list(augmentations)
     scores, choice = np.zeros((n, len(kinds)), np.float32), np.zeros((n, args.k), np.int64)
-    images = common.create_array(run.out / "set/images.npy", (n * args.k, *split.images.shape[1:]))
+    images = datasets.create_array(
+        run.out / "set/images.npy", (n * args.k, *split.images.shape[1:])
+    )
     rng = np.random.default_rng(common.seed_of(args.seed, "choose"))
-    for first in common.show_progress(range(0, n, BLOCK), "choosing candidates"):
+    for first in datasets.show_progress(range(0, n, BLOCK), "choosing candidates"):
         # Step 1: the scores of a block
         block = slice(first, first + BLOCK)
         candidates = candidates_of(run, split, augmentations, first)  # [B,A,H,W,3]
@@ -375,14 +379,14 @@ def analyze_with_individual_augmentations(
     # Step 3: the labels and names of the training set, and the table of all scores
     labels = split.labels if args.k == 1 else np.repeat(split.labels, args.k, axis=0)
     names = [f"{split.names[i]} {kinds[a]}" for i in range(n) for a in choice[i]]
-    common.save_set(run.out / "set", split, labels, names)
+    datasets.save_set(run.out / "set", split, labels, names)
     if rater is not None:  # {image: {index, scores: {kind: score}, choice: [kind, ...]}}
         table = {}
         for i, name in enumerate(split.names):
             by_kind = dict(zip(kinds, scores[i].tolist(), strict=True))
             table[name] = {"index": i, "scores": by_kind, "choice": [kinds[a] for a in choice[i]]}
         file = run.out / f"best_augmentations_step_{args.meta_steps}.pt"
-        with common.replacing(file) as temporary:
+        with datasets.replacing(file) as temporary:
             torch.save(table, temporary)
     return scores
 
@@ -439,7 +443,7 @@ def run(args: Args) -> Result:
     if run.result:
         return run.result
     args, net = resolve(run.args), run.network()
-    source, augmentations = common.load(args, "source"), load_augmentations(args)
+    source, augmentations = datasets.load(args, "source"), load_augmentations(args)
     if args.corrupt:
         source, amount = corrupted(source, args.corrupt, args.seed)
 
@@ -462,7 +466,7 @@ def run(args: Args) -> Result:
     common.barrier()
 
     # Part 4: the segmentation network
-    training_set = common.load_set(run.out / "set", source.dataset, args.size)
+    training_set = datasets.load_set(run.out / "set", source.dataset, args.size)
     common.train(run, net, training_set, args.steps, "source")
     labels = args.labelled if rated else 0
     return run.finish(net, target_labels=labels, other_updates=updates)
@@ -484,7 +488,7 @@ def draw_kinds(run: Run, kinds: list[str]) -> None:
 def draw_scores(run: Run, split: Split, augmentations: Augmentations, scores: np.ndarray) -> None:
     """figures/scores.png: five images with all candidates and their scores, the best framed green
     and the worst red. Where an image has only one: from the highest score to the lowest."""
-    kinds, rows = list(augmentations), common.spaced(len(scores), 5)
+    kinds, rows = list(augmentations), datasets.spaced(len(scores), 5)
     if len(kinds) == 1:
         rows = (-scores[:, 0]).argsort(kind="stable")[rows]
     figure = common.new_figure(2.4 * len(kinds), 7.5)

@@ -45,7 +45,9 @@ from torch import Tensor, nn
 from torchvision.models.convnext import LayerNorm2d
 
 import common
-from common import Network, Result, Run, Split, UserError
+import datasets
+from common import Network, Result, Run
+from datasets import Split, UserError
 
 STATISTICS = ("brightness", "contrast", "saturation", "warmth", "haze")
 SOURCE, TARGET = 0, 1  # the domain condition
@@ -335,7 +337,7 @@ class Bridge(nn.Module):
         (h, w), patch, stride = images.shape[2:], self.config["patch"], self.unet.stride
         padding = (0, -w % (stride * patch), 0, -h % (stride * patch))
         x = self.encode(F.pad(images, padding, mode="replicate"))  # [B,K,h,w]
-        labels = F.pad(labels, padding, value=common.IGNORE)
+        labels = F.pad(labels, padding, value=datasets.IGNORE)
         maps = class_shares(labels, len(self.config["classes"]), x.shape[2:])  # [B,C,h,w]
         # Each image gets the statistics of a random photo, and noise of its own.
         rngs = [torch.Generator(device).manual_seed(common.seed_of(args.seed, n)) for n in names]
@@ -479,7 +481,7 @@ def read(
     for i in range(0, len(images), 16):
         logits = common.predict(net, images[i : i + 16], device)
         confidence, best = logits.softmax(dim=1).max(dim=1)  # [B,H,W] each
-        best = torch.where(confidence >= threshold, best, common.IGNORE)
+        best = torch.where(confidence >= threshold, best, datasets.IGNORE)
         classes.append(best.byte().cpu().numpy())
         regions = best if labels is None else torch.from_numpy(labels[i : i + 16]).to(device)
         x = inputs.pop().float()  # [B,D,h,w]
@@ -550,7 +552,7 @@ def edge_agreement(image: np.ndarray, labels: np.ndarray) -> float:
 
 def agreement(classes: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Share of valid pixels that are read as labelled, 1 where there is none. [N,H,W] -> [N]."""
-    valid = labels != common.IGNORE
+    valid = labels != datasets.IGNORE
     right = ((classes == labels) & valid).sum(axis=(1, 2))
     return np.where(valid.any(axis=(1, 2)), right / np.maximum(valid.sum(axis=(1, 2)), 1), 1.0)
 
@@ -611,8 +613,8 @@ def verdict(table: dict[str, Any], unet_steps: int) -> list[str]:
 def draw_translations(path: Path, columns: dict[str, np.ndarray], masks: np.ndarray) -> None:
     """Five images of each column, uint8 [N,H,W,3]; then the borders of the masks, [N,H,W] of any
     ids, over those of "source" and "translated"."""
-    shown = {title: images[common.spaced(len(images), 5)] for title, images in columns.items()}
-    edges = np.stack([borders(mask) for mask in masks[common.spaced(len(masks), 5)]])[..., None]
+    shown = {title: images[datasets.spaced(len(images), 5)] for title, images in columns.items()}
+    edges = np.stack([borders(mask) for mask in masks[datasets.spaced(len(masks), 5)]])[..., None]
     yellow = np.array([255, 230, 0], np.uint8)
     for title in ("source", "translated"):
         shown[f"mask on {title}"] = np.where(edges, yellow, shown[title])
@@ -625,7 +627,7 @@ def run(args: Args) -> Result:
     if run.result:
         return run.result
     args, net = fill_in(run.args), run.network()
-    source, photos = common.load(args, "source"), common.load(args, "target_unlabelled")
+    source, photos = datasets.load(args, "source"), datasets.load(args, "target_unlabelled")
 
     # Step 1: the reader and the U-Net
     bridge = train_bridge(run, args, source, photos)
@@ -633,7 +635,7 @@ def run(args: Args) -> Result:
     # Step 2: the source is translated into OUT/set, by each process its share of every batch
     folder, n = run.out / "set", args.batch_size
     if common.rank() == 0:
-        images = common.create_array(folder / "images.npy", source.images.shape)
+        images = datasets.create_array(folder / "images.npy", source.images.shape)
     for step in run.steps("translate", math.ceil(len(source) / n)):
         batch = np.arange((step - 1) * n, min(step * n, len(source)))
         result = torch.zeros(len(batch), *args.size, 3, dtype=torch.uint8, device=run.device)
@@ -650,9 +652,9 @@ def run(args: Args) -> Result:
             images[batch] = result.cpu().numpy()
     if common.rank() == 0:
         images.flush()
-        common.save_set(folder, source, source.labels, source.names)
+        datasets.save_set(folder, source, source.labels, source.names)
     common.barrier()  # until rank 0 has written the set
-    translated = common.load_set(folder, source.dataset, args.size)
+    translated = datasets.load_set(folder, source.dataset, args.size)
 
     # Step 3: checks of up to 1000 images, the noise of a batch of them, and a figure
     if common.rank() == 0:
@@ -664,7 +666,7 @@ def run(args: Args) -> Result:
             _, noise = bridge.translate(before[:n], labels[:n], names, args)
         table["noise_deviation"] = float(noise.mean())
         run.say("\n".join(verdict(table, args.unet_steps)))
-        common.write_json(run.out / "checks.json", table)
+        datasets.write_json(run.out / "checks.json", table)
         columns = {"source": before, "translated": after, "photo": photos.images}
         draw_translations(run.out / "figures/translation.png", columns, labels)
 
@@ -678,7 +680,7 @@ def run(args: Args) -> Result:
 def train(args: Args) -> None:
     """The command `train`: reader and U-Net, into OUT/bridge.pt."""
     run = Run(args, "diffusion_bridge_train", stages=2)
-    source, photos = (common.load(run.args, role) for role in ("source", "target_unlabelled"))
+    source, photos = (datasets.load(run.args, role) for role in ("source", "target_unlabelled"))
     train_bridge(run, fill_in(run.args), source, photos)
     run.say(f"written: {run.out / 'bridge.pt'}")
 
@@ -694,7 +696,7 @@ class Pair(NamedTuple):
 
 def find_pairs(inputs: Path, mask_dir: Path) -> tuple[list[Pair], int]:
     """Images with their masks, sorted by size and path, and the number of other files: foreign
-    ones (`common.is_foreign`), and masks without an image.
+    ones (`datasets.is_foreign`), and masks without an image.
 
     UserError for an image without a mask, or where masks would overwrite images.
     """
@@ -706,7 +708,7 @@ def find_pairs(inputs: Path, mask_dir: Path) -> tuple[list[Pair], int]:
                 continue
             name = unicodedata.normalize("NFC", path.relative_to(folder).as_posix())
             stem = str(Path(name).with_suffix(""))
-            if common.is_foreign(name):
+            if datasets.is_foreign(name):
                 ignored += 1
             elif stem in by_stem:
                 raise UserError(f"{path}: differs from {by_stem[stem].name} by its suffix alone")
@@ -722,7 +724,10 @@ def find_pairs(inputs: Path, mask_dir: Path) -> tuple[list[Pair], int]:
         if stem not in masks:
             raise UserError(f"{image}: has no mask, --mask-dir needs {mask_dir / stem}.png")
         mask = masks[stem]
-        with common.open_image(image, False) as picture, common.open_image(mask, False) as other:
+        with (
+            datasets.open_image(image, False) as picture,
+            datasets.open_image(mask, False) as other,
+        ):
             size, mask_size = picture.size, other.size
         if size != mask_size:
             raise UserError(f"{mask}: width and height are {mask_size}, of its image {size}")
@@ -741,8 +746,8 @@ def read_mask(pair: Pair, mask_labels: str) -> np.ndarray:
     -> uint8 or int32 [H,W].
     """
     if mask_labels != "none":
-        return common.read_label(pair.mask, common.DATASETS[mask_labels], pair.image)
-    values = np.atleast_3d(common.open_image(pair.mask)).astype(np.int32)  # [H,W,channels]
+        return datasets.read_label(pair.mask, datasets.DATASETS[mask_labels], pair.image)
+    values = np.atleast_3d(datasets.open_image(pair.mask)).astype(np.int32)  # [H,W,channels]
     return values @ 256 ** np.arange(values.shape[2], dtype=np.int32)
 
 
@@ -759,25 +764,25 @@ def write_pair(
         "seed": common.seed_of(args.seed, pair.name),
         "agreement": float(share),
         "noise_deviation": float(noise),
-        "source_sha256": common.sha256(pair.image),
-        "mask_sha256": common.sha256(pair.mask),
+        "source_sha256": datasets.sha256(pair.image),
+        "mask_sha256": datasets.sha256(pair.mask),
         "output_sha256": None,
     }
     if left_out:
         return record
     picture = Image.fromarray(new)
-    with common.open_image(pair.image, False) as old:  # decoded for its alpha alone
+    with datasets.open_image(pair.image, False) as old:  # decoded for its alpha alone
         if old.mode in ("1", "L", "LA") or old.mode.startswith("I"):
             picture = picture.convert("L")
         if old.mode.startswith("I"):
             picture = Image.fromarray(np.asarray(picture).astype(np.uint16) * 257)
         elif old.has_transparency_data:
             picture.putalpha(old.convert("RGBA").getchannel("A"))
-        with common.replacing(out / pair.name) as temporary:
+        with datasets.replacing(out / pair.name) as temporary:
             picture.save(temporary, format=old.format, quality=95)
-    with common.replacing(out / pair.mask_name) as temporary:
+    with datasets.replacing(out / pair.mask_name) as temporary:
         shutil.copyfile(pair.mask, temporary)
-    return {**record, "output_sha256": common.sha256(out / pair.name)}
+    return {**record, "output_sha256": datasets.sha256(out / pair.name)}
 
 
 def translate_folder(args: TranslateArgs) -> None:
@@ -794,7 +799,7 @@ def translate_folder(args: TranslateArgs) -> None:
             flags = [f"--{key}={value}" for key, value in options.items()]
         except (ValueError, AttributeError) as error:
             raise UserError(f"{args.config}: neither TOML nor a JSON object ({error})") from error
-        common.note(f"{args.config}: {' '.join(flags)}")
+        datasets.note(f"{args.config}: {' '.join(flags)}")
         args = tyro.cli(TranslateArgs, args=[*flags, *sys.argv[1:]])
     for name in ("input_dir", "output_dir", "checkpoint"):
         if getattr(args, name) is None:
@@ -812,7 +817,7 @@ def translate_folder(args: TranslateArgs) -> None:
     device = torch.device(common.join_processes("auto"))
     bridge = load_bridge(args.checkpoint, device)
     classes = bridge.config["classes"]
-    if args.mask_labels != "none" and classes != [*common.DATASETS[args.mask_labels].classes]:
+    if args.mask_labels != "none" and classes != [*datasets.DATASETS[args.mask_labels].classes]:
         raise UserError(f"--mask-labels {args.mask_labels}: the checkpoint has other classes")
 
     # Step 1: batches of images of one size
@@ -823,7 +828,7 @@ def translate_folder(args: TranslateArgs) -> None:
         batches += [group[i : i + args.batch_size] for i in range(0, len(group), args.batch_size)]
 
     # Step 2: a new output folder, or one of the same settings
-    settings = {**asdict(args), "checkpoint": common.sha256(args.checkpoint)}
+    settings = {**asdict(args), "checkpoint": datasets.sha256(args.checkpoint)}
     for name in ("input_dir", "mask_dir", "output_dir", "config"):
         del settings[name]  # which change no byte of an image
     metadata = out / "metadata.json"
@@ -836,7 +841,7 @@ def translate_folder(args: TranslateArgs) -> None:
         raise UserError(f"{out}: not empty, and no translation; give another --output-dir")
     common.barrier()  # until all have seen what was there
     if common.rank() == 0 and not metadata.exists():
-        common.write_json(metadata, {"complete": False, "settings": settings})
+        datasets.write_json(metadata, {"complete": False, "settings": settings})
 
     # Step 3: translate what is missing, each process its share of the batches
     records = []  # a file for each batch, whose name changes with the files of the batch
@@ -846,14 +851,16 @@ def translate_folder(args: TranslateArgs) -> None:
         records.append(out / f".records/{common.seed_of(repr(stamp)):014x}.json")
     own = range(common.rank(), len(batches), common.world_size())
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for number in common.show_progress(own, "translating"):
+        for number in datasets.show_progress(own, "translating"):
             batch = batches[number]
             if records[number].exists():
                 images = json.loads(records[number].read_text())
                 if all(image["left_out"] or (out / image["image"]).exists() for image in images):
                     continue
             # Decoding and encoding take longer than translating on a GPU, so threads share them.
-            old = pool.map(lambda p: np.asarray(common.to_rgb(common.open_image(p.image))), batch)
+            old = pool.map(
+                lambda p: np.asarray(datasets.to_rgb(datasets.open_image(p.image))), batch
+            )
             old = np.stack(list(old))  # [B,H,W,3]
             if args.mask_labels == "none":
                 labels, _ = read(bridge.reader, old)
@@ -865,7 +872,7 @@ def translate_folder(args: TranslateArgs) -> None:
             classes, _ = read(bridge.reader, new)
             shares = agreement(classes, labels)
             record = list(pool.map(partial(write_pair, args), batch, new, shares, noise))
-            common.write_json(records[number], record)
+            datasets.write_json(records[number], record)
 
     # Step 4: the process that is last checks up to 1000 images at the size of training
     if not all(record.exists() for record in records):
@@ -875,8 +882,8 @@ def translate_folder(args: TranslateArgs) -> None:
     table = {"left_out": len(pairs) - len(kept)}
     if kept:
         sample, (h, w) = kept[:: math.ceil(len(kept) / 1000)], bridge.config["size"]
-        before = np.stack([common.read_image(pair.image, (h, w)) for pair in sample])
-        after = np.stack([common.read_image(out / pair.name, (h, w)) for pair in sample])
+        before = np.stack([datasets.read_image(pair.image, (h, w)) for pair in sample])
+        after = np.stack([datasets.read_image(out / pair.name, (h, w)) for pair in sample])
         masks = [Image.fromarray(read_mask(pair, args.mask_labels)) for pair in sample]
         masks = np.stack([np.asarray(m.resize((w, h), Image.Resampling.NEAREST)) for m in masks])
         table["noise_deviation"] = sum(i["noise_deviation"] for i in images) / len(images)
@@ -886,7 +893,7 @@ def translate_folder(args: TranslateArgs) -> None:
         draw_translations(sheet, {"source": before, "translated": after}, masks)
     content = {"settings": settings, "checks": table, "ignored": ignored, "images": images}
     content |= {"complete": True, "commit": common.commit(), "torch": torch.__version__}
-    common.write_json(metadata, content)
+    datasets.write_json(metadata, content)
     print(f"{len(kept)} images in {out}, {table['left_out']} left out by --min-agreement")
     print(f"{ignored} files ignored: not PNG or JPG, of other programs, or masks without an image")
     if kept:

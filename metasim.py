@@ -38,7 +38,9 @@ from torch import Tensor, nn
 from torch.distributed.nn.functional import all_gather
 
 import common
-from common import IGNORE, Network, Result, Run, Split, UserError
+import datasets
+from common import Network, Result, Run
+from datasets import IGNORE, Split, UserError
 
 
 @dataclass(frozen=True)
@@ -207,14 +209,14 @@ def cut_out(split: Split, count: int, seed: int) -> tuple[Tensor, Tensor, Tensor
     missing = {c: math.ceil(count / len(OBJECTS)) for c, n in enumerate(names) if n in OBJECTS}
     pictures, classes, boxes = [], [], []
     order, every = rng.permutation(len(split))[:MAX_READ], max(1, width // 256)
-    for n in common.show_progress(order, "cutting out objects"):
+    for n in datasets.show_progress(order, "cutting out objects"):
         labels = np.array(split.labels[n])
         pixels = np.bincount(labels[::every, ::every].ravel(), minlength=256) * every**2
         for c in [c for c, m in missing.items() if m and pixels[c] >= MIN_AREA * height * width]:
             filled = Image.fromarray(labels).copy()
             y, x = rng.choice(np.argwhere(labels == c))
-            ImageDraw.floodfill(filled, (int(x), int(y)), common.UNKNOWN)  # 4-neighbourhood
-            mask = np.asarray(filled) == common.UNKNOWN  # [H,W]
+            ImageDraw.floodfill(filled, (int(x), int(y)), datasets.UNKNOWN)  # 4-neighbourhood
+            mask = np.asarray(filled) == datasets.UNKNOWN  # [H,W]
             left, top, right, bottom = Image.fromarray(mask).getbbox()
             whole = left > 0 and right < width and bottom < height and right - left <= width // 2
             if mask.sum() < MIN_AREA * height * width or not whole:
@@ -596,7 +598,7 @@ def learn_attributes(run: Run, args: Args, roads: RoadScenes, photos: Split) -> 
         buffer.copy_(common.mean_over_processes(buffer))
     draws = (roads.sample(8, common.generator(seed, "prior", batch)) for batch in range(32))
     scenes = (render_graphs(roads, None, graphs)[0] for graphs in draws)
-    chosen = common.spaced(len(photos), MAX_PHOTOS)
+    chosen = datasets.spaced(len(photos), MAX_PHOTOS)
     chunks = np.array_split(chosen, math.ceil(len(chosen) / 8))
     real = (common.to_tensor(photos.images[chunk], device) for chunk in chunks)
     groups = functools.partial(scene_features, net)
@@ -641,7 +643,7 @@ def maximise_reward(run: Run, args: Args, roads: RoadScenes, transformer: Any, n
     share, of a copy of `net` that is trained on the set. The paper adds noise to each attribute of
     each scene, which hardly changes the mean of a set. Here all scenes of a set share their noise.
     """
-    few, model = common.load(args, "target_few"), common.parallel(transformer)
+    few, model = datasets.load(args, "target_few"), common.parallel(transformer)
     truth = torch.from_numpy(np.array(few.labels)).to(run.device)  # [N,H,W]
     optimizer, steps = torch.optim.Adam(transformer.parameters()), args.reward_rounds
     for step in run.steps("reward", steps, transformer=transformer, optimizer=optimizer):
@@ -676,16 +678,16 @@ def maximise_reward(run: Run, args: Args, roads: RoadScenes, transformer: Any, n
 def write_set(run: Run, args: Args, roads: RoadScenes, transformer: nn.Module | None) -> None:
     """Scenes in set/ of the run folder, for --init of another method."""
     folder, shape, names = run.out / "set", (args.scenes, *args.size), []
-    images = common.create_array(folder / "images.npy", (*shape, 3))
-    labels = common.create_array(folder / "labels.npy", shape)
-    for start in common.show_progress(range(0, args.scenes, 8), "writing set/"):
+    images = datasets.create_array(folder / "images.npy", (*shape, 3))
+    labels = datasets.create_array(folder / "labels.npy", shape)
+    for start in datasets.show_progress(range(0, args.scenes, 8), "writing set/"):
         stop = min(start + 8, args.scenes)
         graphs = roads.sample(stop - start, common.generator(args.seed, "scenes", start))
         names += [roads.split.names[n] for n in graphs.picture[:, 0]]
         x, y = render_graphs(roads, transformer, graphs)
         images[start:stop], labels[start:stop] = common.to_uint8(x), y.byte().cpu()
     images.flush()
-    common.save_set(folder, roads.split, labels, names)
+    datasets.save_set(folder, roads.split, labels, names)
 
 
 def run(args: Args) -> Result:
@@ -707,13 +709,13 @@ def run(args: Args) -> Result:
         "reward_steps": max(1, args.steps // 16),
     }
     args = replace(args, **{k: n for k, n in lengths.items() if getattr(args, k) is None})
-    photos = common.load(args, "target_unlabelled")
+    photos = datasets.load(args, "target_unlabelled")
     if len(photos) < 2:
         raise UserError(f"{photos.dataset.name}: metasim needs two photos, there is {len(photos)}")
     if args.match_batch % common.world_size():
         raise UserError(f"--match-batch {args.match_batch}: no multiple of the processes")
 
-    roads = RoadScenes(common.load(args, "source"), args, run.device)
+    roads = RoadScenes(datasets.load(args, "source"), args, run.device)
     if learned:
         transformer = learn_attributes(run, args, roads, photos)
         updates = f"{args.feature_steps} updates of the feature network, "
@@ -889,7 +891,7 @@ def run_digits(args: DigitsArgs) -> None:
         torch.manual_seed(common.seed_of(seed, "start", start))
         transformer = Transformer(world).to(device)
         optimizer = torch.optim.Adam(transformer.parameters(), weight_decay=1e-5)
-        for step in common.show_progress(range(1, args.steps + 1), f"start {start}"):
+        for step in datasets.show_progress(range(1, args.steps + 1), f"start {start}"):
             rng = common.generator(seed, "match", step)
             graphs = world.sample(32, rng)
             x, _ = world.render(graphs, transformer(graphs))
@@ -911,10 +913,10 @@ def run_digits(args: DigitsArgs) -> None:
     result["learned_mean"] = {name: x.mean().item() for name, x in attributes.items()}
     result["learned_std"] = {name: x.std().item() for name, x in attributes.items()}
     result["seconds"] = time.perf_counter() - start_time
-    common.write_json(out / "result.json", result)
+    datasets.write_json(out / "result.json", result)
     learned, _ = render_graphs(world, transformer, draw)
     rows = [np.concatenate(common.to_uint8(x[:16]), axis=1) for x in (prior, learned, photos)]
-    with common.replacing(out / "figures/digits.png") as temporary:
+    with datasets.replacing(out / "figures/digits.png") as temporary:
         Image.fromarray(np.concatenate(rows)[..., 0]).save(temporary, format="png")
     print(f"task accuracy {before:.1f}% before, {after:.1f}% after, with {kind} digits")
     for name, x in attributes.items():
@@ -936,10 +938,10 @@ def draw_scenes(run: Run, roads: RoadScenes, transformer: Any, photos: Split, ne
                 columns[title] = list(common.to_uint8(images[:6]))
                 columns[f"labels, {title}"] = list(maps[0][:6].numpy())
         labels[title] = torch.cat(maps)  # [256,H,W]
-    columns["photo"] = list(photos.images[common.spaced(len(photos), 6)])
+    columns["photo"] = list(photos.images[datasets.spaced(len(photos), 6)])
     common.draw_sheet(folder / "scenes.png", columns, run.classes)
 
-    batches = [photos.images[i : i + 1] for i in common.spaced(len(photos), 256)]
+    batches = [photos.images[i : i + 1] for i in datasets.spaced(len(photos), 256)]
     maps = [common.predict(net.eval(), batch, run.device).argmax(dim=1) for batch in batches]
     labels["photos, predicted"] = torch.cat(maps).byte().cpu()
     draw_content(folder / "content.png", labels, run.classes)

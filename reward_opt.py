@@ -43,7 +43,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import common
-from common import IGNORE, Loader, Network, Result, Run, Split, UserError
+import datasets
+from common import Loader, Network, Result, Run
+from datasets import IGNORE, Split, UserError
 
 Objective = Literal["iou", "object_recall", "soft_jaccard", "class_weighted_ce", "cross_entropy"]
 
@@ -255,7 +257,7 @@ def report_rewards(run: Run, net: Network, step: int) -> None:
     training, size, rewards = net.training, run.args.size, {"iou": [], "object_recall": []}
     net.eval()
     for i, (image, label) in enumerate(run.test.test_files):
-        truth = common.resize_label(common.read_label(label, run.test.dataset, image), size)
+        truth = datasets.resize_label(datasets.read_label(label, run.test.dataset, image), size)
         truth = torch.from_numpy(truth.astype(np.int64))[None].to(run.device)  # [1,H,W]
         labels = common.predict(net, run.test.images[i : i + 1], run.device).argmax(dim=1)
         rewards["iou"].append(mean_iou(*counts(labels, truth, len(run.classes))).item())
@@ -264,7 +266,7 @@ def report_rewards(run: Run, net: Network, step: int) -> None:
     net.train(training)
     run.write({f"test_{name}": float(np.mean(value)) for name, value in rewards.items()}, step)
     if common.rank() == 0:
-        common.write_json(run.out / f"rewards/{step}.json", rewards)
+        datasets.write_json(run.out / f"rewards/{step}.json", rewards)
 
 
 def run(args: Args) -> Result:
@@ -281,13 +283,13 @@ def run(args: Args) -> Result:
     if run.result:
         return run.result
     args, net = run.args, run.network()
-    photos = common.load(args, "target_few")
+    photos = datasets.load(args, "target_few")
 
     # Part 2: training on the source
     few_steps = common.finetune_steps(args, args.reward_share, args.epochs)
     source_steps = 0 if args.checkpoint else args.steps - few_steps
     if not args.checkpoint:
-        common.train(run, net, common.load(args, "source"), source_steps, "source")
+        common.train(run, net, datasets.load(args, "source"), source_steps, "source")
 
     # Part 3: the reward, or a loss in its place; the rest is as in the row few_label
     start = copy.deepcopy(net)

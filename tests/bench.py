@@ -40,7 +40,8 @@ import datarater
 import datasets
 import diffusion_bridge
 import reward_opt
-from common import Run, UserError
+from common import Run
+from datasets import UserError
 
 ROOT = Path(common.__file__).parent
 
@@ -140,7 +141,7 @@ def training_step(run: Run, net: common.Network, images: Tensor, labels: Tensor)
 def training(args: Args, folder: Path, steps: int = 200) -> Iterator[Row]:
     """The recipe with loader, zoom and flip, schedule, log and checkpoints against a bare loop."""
     run = start_run(args, folder)
-    source, net = common.load(run.args, "source"), run.network()
+    source, net = datasets.load(run.args, "source"), run.network()
     images, labels = common.Loader(source, run.args.batch_size, run.device, "bench")(0)
     optimizer = common.make_optimizer(net, run.args.lr)
 
@@ -160,8 +161,8 @@ def training(args: Args, folder: Path, steps: int = 200) -> Iterator[Row]:
 
 def read_pairs(pairs: Sequence, dataset: datasets.Dataset, size: tuple) -> tuple[Tensor, Tensor]:
     """A batch of image and label files, opened and resized. -> [B,3,H,W], [B,H,W]."""
-    images = np.stack([common.read_image(image, size) for image, _ in pairs])
-    labels = [common.resize_label(common.read_label(y, dataset), size) for _, y in pairs]
+    images = np.stack([datasets.read_image(image, size) for image, _ in pairs])
+    labels = [datasets.resize_label(datasets.read_label(y, dataset), size) for _, y in pairs]
     images = torch.from_numpy(images).permute(0, 3, 1, 2) / 255
     return images, torch.from_numpy(np.stack(labels)).long()
 
@@ -171,10 +172,10 @@ def input_pipeline(args: Args, folder: Path) -> Iterator[Row]:
     over the files."""
     run = start_run(args, folder)
     dataset = datasets.BENCHMARKS[args.benchmark].source
-    pairs = datasets.list_files(dataset, common.dataset_root(args.data, dataset), "train")[0]
+    pairs = datasets.list_files(dataset, datasets.dataset_root(args.data, dataset), "train")[0]
     size, batch_size, cores = run.args.size, run.args.batch_size, os.cpu_count()
     images = [image for image, _ in pairs]
-    read = partial(common.read_image, size=size)
+    read = partial(datasets.read_image, size=size)
 
     def build_cache() -> None:
         for path in folder.glob("bench-*.npy"):
@@ -184,7 +185,7 @@ def input_pipeline(args: Args, folder: Path) -> Iterator[Row]:
     _, ratio = compare(args, build_cache, lambda: [read(image) for image in images])
     yield Row(f"caching, {cores} cores", "decoding one by one", ratio, least=1.8)
 
-    loader = common.Loader(common.load(run.args, "source"), batch_size, run.device, "bench")
+    loader = common.Loader(datasets.load(run.args, "source"), batch_size, run.device, "bench")
     collate = partial(read_pairs, dataset=dataset, size=size)
     options = {"num_workers": cores, "persistent_workers": True, "collate_fn": collate}
     data_loader = torch.utils.data.DataLoader(pairs, batch_size, shuffle=True, **options)
@@ -201,7 +202,7 @@ def evaluation(args: Args, folder: Path) -> Iterator[Row]:
     """With reading and comparing labels, against forward passes, F.interpolate and argmax alone."""
     run = start_run(args, folder)
     net, test = run.network().eval(), run.test
-    sizes = [common.open_image(label).size[::-1] for _, label in test.test_files]
+    sizes = [datasets.open_image(label).size[::-1] for _, label in test.test_files]
 
     @torch.inference_mode()
     def plain() -> None:
@@ -218,7 +219,7 @@ def meta_gradient(args: Args, folder: Path) -> Iterator[Row]:
     """DataRater's mixed mode against reverse mode, which keeps the graph of all T updates."""
     run = start_run(args, folder, datarater)
     settings = datarater.with_lengths(run.args)
-    source, few = (common.load(settings, role) for role in ("source", "target_few"))
+    source, few = (datasets.load(settings, role) for role in ("source", "target_few"))
     count = settings.inner_batch * len(settings.augmentations)  # images in an inner batch
     loader = common.Loader(source, count, run.device, "bench")
     photos = common.Loader(few, settings.batch_size, run.device, "bench")(0)
@@ -246,7 +247,7 @@ def meta_gradient(args: Args, folder: Path) -> Iterator[Row]:
 def reward(args: Args, folder: Path) -> Iterator[Row]:
     """The reward's gradient, with the cross-entropy that anchors it, against that alone."""
     run = start_run(args, folder, reward_opt)
-    net, few = run.network(), common.load(run.args, "target_few")
+    net, few = run.network(), datasets.load(run.args, "target_few")
     images, labels = common.Loader(few, run.args.batch_size, run.device, "bench")(0)
     rng = common.generator("bench")
 
@@ -266,7 +267,7 @@ def reward(args: Args, folder: Path) -> Iterator[Row]:
 def diffusion(args: Args, folder: Path, steps: int = 40) -> Iterator[Row]:
     """Training of the U-Net, with loaders, noise and average, against the bare U-Net."""
     run = start_run(args, folder, diffusion_bridge)
-    source, photos = (common.load(run.args, role) for role in ("source", "target_train"))
+    source, photos = (datasets.load(run.args, role) for role in ("source", "target_train"))
     config = {"patch": run.args.patch, "width": run.args.width}
     config |= {"classes": list(run.classes), "size": list(run.args.size)}
     bridge = diffusion_bridge.Bridge(config, len(photos)).to(run.device)
@@ -309,7 +310,7 @@ LINES = (training, input_pipeline, evaluation, meta_gradient, reward, diffusion,
 def growth(args: Args, folder: Path) -> None:
     """docs/cost_growth.png: time and memory, with exponents over the three largest amounts."""
     run = start_run(args, folder)
-    net, source, size = run.network(), common.load(run.args, "source"), run.args.size
+    net, source, size = run.network(), datasets.load(run.args, "source"), run.args.size
 
     def step(batch_size: int, height: int) -> Callable[[], Any]:
         images = torch.rand(batch_size, 3, height, 2 * height, device=run.device)
@@ -392,7 +393,7 @@ def main(args: Args) -> None:
                 print(*cells, sep=", ", file=sys.stderr, flush=True)
     Console().print(table)
     if args.out:
-        common.write_json(args.out, {"threads": torch.get_num_threads(), "rows": rows})
+        datasets.write_json(args.out, {"threads": torch.get_num_threads(), "rows": rows})
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ from PIL import Image
 
 import adversarial_da as da
 import common
-from common import IGNORE, UserError
+import datasets
+from datasets import IGNORE, UserError
 
 ALL_STAGES = {"align": "entropy", "translate": "fda"}
 
@@ -109,7 +110,7 @@ def test_accuracy_of_the_discriminator():
 
 def test_adapted_statistics_are_those_of_the_photos(args: common.Args):
     args = common.resolve(make(args, "run"), "x")
-    net, photos = common.Network("tiny", 10), common.load(args, "target_unlabelled")
+    net, photos = common.Network("tiny", 10), datasets.load(args, "target_unlabelled")
     da.adapt_statistics(net, photos, len(photos), torch.device("cpu"))
     x = common.to_tensor(photos.images, torch.device("cpu"))
     convolution, norm = net.body.stem[0], net.body.stem[1]
@@ -170,7 +171,7 @@ def test_with_every_switch_off_it_trains_on_the_source_alone(args: common.Args):
     da.run(make(args, "off", translate="none", self_train=False))
     run = common.Run(make(args, "plain"), "plain", stages=1)
     net = run.network()
-    common.train(run, net, common.load(run.args, "source"), 6, "source")
+    common.train(run, net, datasets.load(run.args, "source"), 6, "source")
     run.finish(net, target_labels=0)
     assert equal(weights("off"), weights("plain"))
 

@@ -18,7 +18,7 @@ from PIL import Image
 import baseline
 import common
 import datasets
-from common import UserError
+from datasets import UserError
 
 pytestmark = pytest.mark.usefixtures("no_figures")
 
@@ -233,9 +233,9 @@ def test_a_folder_that_holds_no_training_set_or_another(args: common.Args):
     for content in ("", "{", "{}"):
         (made / "set.json").write_text(content)
         expect(replace(args, init=made), "set: not a training set that a method wrote")
-    source = common.load(args, "source")
-    common.create_array(made / "images.npy", source.images.shape)
-    common.save_set(made, source, source.labels, source.names)
+    source = datasets.load(args, "source")
+    datasets.create_array(made / "images.npy", source.images.shape)
+    datasets.save_set(made, source, source.labels, source.names)
     expect(replace(args, init=made, size=(64, 64)), r"set: holds \('vkitti2', 32, 64\), expected")
     expect(replace(args, init=made, benchmark="gta52cityscapes"), r"expected \('gta5', 32, 64\)")
 

@@ -21,7 +21,8 @@ import baseline
 import benchmark
 import common
 import datasets
-from common import Result, UserError
+from common import Result
+from datasets import UserError
 
 SHORT = {"steps": 2, "batch_size": 2, "size": (32, 64), "labelled": 1}
 VKITTI = "vkitti2kitti"
@@ -45,8 +46,8 @@ def write_run(folder: Path, method: str, accuracy: Any, seed: int = 0, **changes
     numbers["miou"] = common.scores(confusion.sum(axis=0))["mIoU"]
     module = method.rpartition("+")[2]
     result = Result(VKITTI, module, seed, **numbers | changes)
-    common.write_json(out / "result.json", dataclasses.asdict(result))
-    common.write_json(out / "config.json", {"method": module, "steps": result.steps})
+    datasets.write_json(out / "result.json", dataclasses.asdict(result))
+    datasets.write_json(out / "config.json", {"method": module, "steps": result.steps})
     np.save(out / "confusion.npy", confusion)
     return out
 
@@ -102,7 +103,7 @@ def test_color_transfer_gives_images_the_colours_of_a_training_photo(
     baseline.run(flags)
     images = torch.rand(4, 3, 32, 64, generator=torch.Generator().manual_seed(0)) * 0.2 + 0.4
     translated = seen["translate"](images, common.generator(0, "test"))
-    photos = common.load(common.resolve(flags, "color_transfer"), "target_unlabelled")
+    photos = datasets.load(common.resolve(flags, "color_transfer"), "target_unlabelled")
     means = torch.from_numpy(np.array(photos.images)).float().div(255).mean(dim=(1, 2))  # [N,3]
     distance = torch.cdist(translated.mean(dim=(2, 3)), means).min(dim=1).values
     assert distance.max() < 0.03  # clamping moves the mean a little

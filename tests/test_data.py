@@ -19,8 +19,7 @@ import baseline
 import benchmark
 import common
 import datasets
-from common import IGNORE
-from datasets import CITYSCAPES, GTA5, KITTI, VKITTI2
+from datasets import CITYSCAPES, GTA5, IGNORE, KITTI, VKITTI2
 
 CPU = torch.device("cpu")
 
@@ -33,7 +32,7 @@ def test_the_label_map_of_cityscapes_is_the_official_one():
     table = datasets.label_table(CITYSCAPES)
     assert {i: int(t) for i, t in enumerate(table) if t < 19} == official
     assert [i for i, t in enumerate(table) if t == IGNORE] == sorted(set(range(34)) - set(official))
-    assert (table[34:] == common.UNKNOWN).all()
+    assert (table[34:] == datasets.UNKNOWN).all()
     assert datasets.label_table(GTA5)[34] == IGNORE  # number plates
 
 
@@ -44,7 +43,7 @@ def test_both_sides_of_vkitti2kitti_give_a_class_the_same_train_id():
     250 100 255 0, 80 80 80 4, 0 0 0 0"""
     for r, g, b, grey_id in (map(int, pair.split()) for pair in pairs.split(",")):
         assert colour[r << 16 | g << 8 | b] == grey[grey_id]
-    assert (colour != common.UNKNOWN).sum() == 15
+    assert (colour != datasets.UNKNOWN).sum() == 15
     assert sorted(set(grey[grey < 254])) == list(range(10))
 
 
@@ -54,11 +53,11 @@ def test_the_palette_of_a_gta5_label_is_never_read():
     label = Image.fromarray(ids, mode="P")
     label.putpalette([255, 0, 0] * 256)
     label.save("label.png")
-    train_ids = common.read_label(Path("label.png"), GTA5)
+    train_ids = datasets.read_label(Path("label.png"), GTA5)
     np.testing.assert_array_equal(train_ids, datasets.label_table(GTA5)[ids])
 
 
-@pytest.mark.parametrize("dataset", common.DATASETS.values(), ids=lambda dataset: dataset.name)
+@pytest.mark.parametrize("dataset", datasets.DATASETS.values(), ids=lambda dataset: dataset.name)
 def test_every_class_occurs_in_the_miniature_and_every_label_is_strict(
     mini: Path, dataset: datasets.Dataset
 ):
@@ -67,7 +66,7 @@ def test_every_class_occurs_in_the_miniature_and_every_label_is_strict(
         pairs, unlabelled = datasets.list_files(dataset, mini / dataset.name, split)
         assert not unlabelled
         for image, label in pairs:
-            seen |= set(np.unique(common.read_label(label, dataset, image)))
+            seen |= set(np.unique(datasets.read_label(label, dataset, image)))
     assert seen - {IGNORE} == set(range(len(dataset.classes)))
 
 
@@ -75,7 +74,7 @@ def test_a_16_bit_image_is_read_by_its_upper_8_bits():
     """Pillow alone would clip all values above 255 to white."""
     grey = np.arange(0, 1 << 16, 257, dtype=np.uint16).reshape(16, 16)
     Image.fromarray(grey).save("grey.png")
-    image = common.read_image(Path("grey.png"), (16, 16))
+    image = datasets.read_image(Path("grey.png"), (16, 16))
     np.testing.assert_array_equal(image, np.stack([grey >> 8] * 3, axis=2))
 
 
@@ -87,7 +86,7 @@ def test_a_photo_is_read_upright_as_a_camera_held_it():
         exif[274] = orientation
         Image.fromarray(pixels).save("photo.png", exif=exif)
         upright = np.rot90(pixels, turns)
-        np.testing.assert_array_equal(common.read_image(Path("photo.png")), upright)
+        np.testing.assert_array_equal(datasets.read_image(Path("photo.png")), upright)
 
 
 def test_flat_images_have_a_colour_transfer():
@@ -129,7 +128,7 @@ FOREIGN = {
 
 @pytest.mark.parametrize("name", FOREIGN)
 def test_files_of_other_programs_are_ignored_and_counted(copy: Path, name: str, capsys):
-    dataset, root, paths = common.DATASETS[name], copy / name, FOREIGN[name].split()
+    dataset, root, paths = datasets.DATASETS[name], copy / name, FOREIGN[name].split()
     before = datasets.list_files(dataset, root, "train")
     assert capsys.readouterr().err == ""
     for path in paths:
@@ -151,7 +150,7 @@ DEEPER = {  # as the archives are called
 
 @pytest.mark.parametrize("name", DEEPER)
 def test_archives_unpacked_into_folders_of_their_own(copy: Path, name: str):
-    dataset, root = common.DATASETS[name], copy / name
+    dataset, root = datasets.DATASETS[name], copy / name
     before, _ = datasets.list_files(dataset, root, "train")
     root.rename("flat")
     for folder, pattern in DEEPER[name].items():
@@ -169,7 +168,9 @@ def test_the_same_name_twice_one_folder_deeper_is_refused():
     for part in ("a", "b"):
         Path(part, "images").mkdir(parents=True)
         Path(part, "images/1.png").touch()
-    with pytest.raises(common.UserError, match=r"a/images/1.png and b/images/1.png have the same"):
+    with pytest.raises(
+        datasets.UserError, match=r"a/images/1.png and b/images/1.png have the same"
+    ):
         datasets.list_files(GTA5, Path(), "train")
 
 
@@ -197,8 +198,8 @@ def test_only_the_whole_gta5_leaves_out_the_frames_that_mismatch(monkeypatch, ca
 def test_roles_share_no_photo_and_few_is_evenly_spaced(args: common.Args):
     for name in datasets.BENCHMARKS:
         a = common.resolve(replace(args, benchmark=name, labelled=3), "x")
-        train, few = common.load(a, "target_train"), common.load(a, "target_few")
-        test, bare = common.load(a, "target_test"), common.load(a, "target_unlabelled")
+        train, few = datasets.load(a, "target_train"), datasets.load(a, "target_few")
+        test, bare = datasets.load(a, "target_test"), datasets.load(a, "target_unlabelled")
         assert bare.labels is None and test.labels is None and bare.names == train.names
         assert set(few.names) < set(train.names) and not set(train.names) & set(test.names)
         places = np.array([train.names.index(name) for name in few.names])
@@ -211,12 +212,12 @@ def test_roles_share_no_photo_and_few_is_evenly_spaced(args: common.Args):
 def test_a_photo_without_a_label_serves_where_no_label_is_needed(args: common.Args, copy: Path):
     a = common.resolve(replace(args, data="copy"), "x")
     photos, labels = copy / "kitti/training/image_2", copy / "kitti/training/semantic"
-    before, names = common.load(a, "target_train"), sorted(path.name for path in photos.iterdir())
+    before, names = datasets.load(a, "target_train"), sorted(path.name for path in photos.iterdir())
     for name in names[::2]:
         (labels / name).unlink()
     a = common.resolve(a, "x")
-    bare, train = common.load(a, "target_unlabelled"), common.load(a, "target_train")
-    few, test = common.load(a, "target_few"), common.load(a, "target_test")
+    bare, train = datasets.load(a, "target_unlabelled"), datasets.load(a, "target_train")
+    few, test = datasets.load(a, "target_few"), datasets.load(a, "target_test")
     assert [Path(name).name for name in train.names] == names[1:6:2]  # half of those with a label
     assert [Path(name).name for name in test.names] == names[7::2] and len(test.test_files) == 3
     assert set(few.names) < set(train.names) and len(bare) == 9 and len(before) == 6
@@ -260,7 +261,7 @@ def test_the_cache_follows_the_content_of_its_files():
 
     def read(i: int) -> np.ndarray:
         calls.append(i)
-        return common.read_image(files[i], (4, 4))
+        return datasets.read_image(files[i], (4, 4))
 
     first = datasets.cached(Path("cache"), "x", files, (4, 4, 3), read)
     assert isinstance(first, np.memmap) and first[:, 0, 0, 0].tolist() == [0, 1, 2, 3, 4]
@@ -283,7 +284,7 @@ def test_two_first_runs_at_once_both_get_a_whole_cache():
         def read(i: int) -> np.ndarray:
             if i == 69:
                 both.wait(timeout=20)
-            return common.read_image(files[i], (4, 4))
+            return datasets.read_image(files[i], (4, 4))
 
         array = datasets.cached(Path("cache"), "x", files, (4, 4, 3), read)
         assert array[:, 0, 0, 0].tolist() == list(range(70))
@@ -300,44 +301,44 @@ def test_two_first_runs_at_once_both_get_a_whole_cache():
 def test_a_full_disk_is_an_error_before_the_first_write_to_memory():
     """Else the process would die of SIGBUS. The blocks of the file are there beforehand."""
     path = Path("disk/array.npy")
-    array = common.create_array(path, (64, 100, 100))
+    array = datasets.create_array(path, (64, 100, 100))
     assert path.stat().st_blocks * 512 >= array.nbytes and not array.any()
     array[3] = 7
-    assert (common.create_array(path, (64, 100, 100))[3] == 7).all()  # one of this shape is kept
+    assert (datasets.create_array(path, (64, 100, 100))[3] == 7).all()  # one of this shape is kept
     path.unlink()
     mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", "disk"]
     if subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("a small disk can only be mounted by root")
     try:
         with pytest.raises(OSError):
-            common.create_array(path, (64, 100, 100))
+            datasets.create_array(path, (64, 100, 100))
         assert not list(path.parent.iterdir())
     finally:
         subprocess.run(["umount", "disk"], check=True)
 
 
 def test_a_set_made_by_one_method_is_the_source_of_another(args: common.Args):
-    source, folder = common.load(args, "source"), Path("set")
+    source, folder = datasets.load(args, "source"), Path("set")
     made = replace(args, init=folder)
 
     def make(images: np.ndarray) -> dict:
-        common.create_array(folder / "images.npy", images.shape)[:] = images
-        common.save_set(folder, source, source.labels[::2], source.names[::2])
+        datasets.create_array(folder / "images.npy", images.shape)[:] = images
+        datasets.save_set(folder, source, source.labels[::2], source.names[::2])
         return common.configuration(common.resolve(made, "x"), "x")
 
     before, after = make(source.images[::2]), make(255 - source.images[::2])
     assert before != after  # its content decides
-    split = common.load(made, "source")
+    split = datasets.load(made, "source")
     assert made.checkpoint is None and split.names == source.names[::2]
     assert (split.images == 255 - source.images[::2]).all()
     assert (split.labels == source.labels[::2]).all()
 
 
 # ---- Loader and random streams ------------------------------------------------------------------
-def split_of(count: int) -> common.Split:
+def split_of(count: int) -> datasets.Split:
     """Image i is all i; so is its label."""
     images = np.arange(count, dtype=np.uint8)[:, None, None, None].repeat(3, axis=3)
-    return common.Split(KITTI, tuple(map(str, range(count))), images, images[..., 0])
+    return datasets.Split(KITTI, tuple(map(str, range(count))), images, images[..., 0])
 
 
 def test_an_epoch_holds_every_image_once_and_labels_follow_their_images():

@@ -19,7 +19,7 @@ import baseline
 import common
 import datarater as dr
 import datasets
-from common import IGNORE, UserError
+from datasets import IGNORE, UserError
 
 SHORT = {"meta_steps": 4, "inner_batch": 1, "warm_up": 2}
 
@@ -163,7 +163,7 @@ def test_the_rater_learns_which_augmentation_harms(args: common.Args):
 
     args = settings(args, inner_batch=2, meta_lr=3e-3, meta_steps=30, warm_up=30)
     augmentations = {"original": common.identity, "noise": noise}
-    run, source = common.Run(args, "datarater", stages=3), common.load(args, "source")
+    run, source = common.Run(args, "datarater", stages=3), datasets.load(args, "source")
     rater = dr.meta_train(run, source, augmentations)
     scores = dr.analyze_with_individual_augmentations(run, rater, source, augmentations)
     assert (scores[:, 0] > scores[:, 1]).mean() > 0.9
@@ -178,7 +178,7 @@ def test_weights_are_the_softmax_within_an_image(args: common.Args, monkeypatch,
     corrupt = 0.1 * (len(kinds) == 1)  # a choice needs two candidates
     given = settings(args, inner_batch=3, meta_steps=1, augmentations=kinds, corrupt=corrupt)
     run, augmentations = common.Run(given, "datarater", stages=3), dr.load_augmentations(given)
-    dr.meta_train(run, common.load(given, "source"), augmentations)
+    dr.meta_train(run, datasets.load(given, "source"), augmentations)
     weights = seen[0].view(2, len(kinds), 3)  # [T,A,N]
     sums = weights.sum(dim=1 if len(kinds) > 1 else 2)
     torch.testing.assert_close(sums, torch.ones_like(sums) / sums.shape[1])
@@ -197,13 +197,13 @@ def test_fourier_transfer_takes_the_low_frequencies_of_the_style():
 def test_the_files_say_what_was_scored_and_trained_on(args: common.Args):
     given, rater = settings(args, k=2), dr.Rater().eval()
     nn.init.normal_(rater[-2].weight)
-    run, split = common.Run(given, "datarater", stages=3), common.load(given, "source")
+    run, split = common.Run(given, "datarater", stages=3), datasets.load(given, "source")
     augmentations, kinds, firsts = dr.load_augmentations(given), dr.KINDS, range(0, len(split), 16)
     scores = dr.analyze_with_individual_augmentations(run, rater, split, augmentations)
     candidates = [dr.candidates_of(run, split, augmentations, first) for first in firsts]
     candidates = np.concatenate(candidates)  # [N,A,H,W,3], the same at every call
     assert tuple(augmentations) == kinds and (candidates[:, 0] == split.images).all()
-    written = common.load_set(Path("run/set"), split.dataset, (32, 64))
+    written = datasets.load_set(Path("run/set"), split.dataset, (32, 64))
     table = torch.load("run/best_augmentations_step_4.pt", weights_only=True)
     assert list(table) == list(split.names) and len(written) == 2 * len(split)
     for n, entry in enumerate(table.values()):
@@ -228,7 +228,7 @@ def test_rules_of_choice():
 
 
 def test_corruption_and_auroc(args: common.Args, capsys: pytest.CaptureFixture):
-    split = common.load(settings(args), "source")
+    split = datasets.load(settings(args), "source")
     damaged, amount = dr.corrupted(split, 0.25, 0)
     changed = (damaged.images != split.images).any(axis=3).mean(axis=(1, 2))
     assert (amount > 0).sum() == round(0.25 * len(split)) and damaged.labels is split.labels
@@ -250,7 +250,7 @@ def test_a_run_writes_its_figures_and_a_training_set(args: common.Args, corrupt:
     assert result.other_updates == f"{expected}, {scored} candidates scored"
     for name in ("scores", "augmentation_scores", *(["corruption"] if corrupt else [])):
         assert Path(f"run/figures/{name}.png").stat().st_size > 5000
-    assert len(common.load_set(Path("run/set"), datasets.VKITTI2, (32, 64))) == len(table)
+    assert len(datasets.load_set(Path("run/set"), datasets.VKITTI2, (32, 64))) == len(table)
 
 
 @pytest.mark.usefixtures("no_figures")
@@ -273,7 +273,7 @@ def test_a_run_that_is_cut_off_ends_with_the_same_weights(args: common.Args, mon
 @pytest.mark.usefixtures("no_figures")
 def test_the_few_labels_reach_the_scores_and_no_others_do(args: common.Args, mini: Path):
     shutil.copytree(mini, "data2")
-    few = common.load(settings(args), "target_few").names
+    few = datasets.load(settings(args), "target_few").names
     files = sorted(Path("data2/kitti/training/semantic").iterdir())
 
     def scores_of(out: str, data: Path) -> dict:

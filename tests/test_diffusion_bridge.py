@@ -21,7 +21,7 @@ from torch import Tensor
 import common
 import datasets
 import diffusion_bridge as db
-from common import IGNORE, UserError
+from datasets import IGNORE, UserError
 
 CPU = torch.device("cpu")
 SIZE = (32, 64)
@@ -46,8 +46,8 @@ def trained(mini: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple:
     options |= {"width": 16, "unet_steps": 120, "reader_steps": 10, "out": folder / "run"}
     args = db.Args(data=str(mini), **options)
     run = common.Run(args, "diffusion_bridge_train", stages=2)
-    source = common.load(run.args, "source")
-    photos = common.load(run.args, "target_unlabelled")
+    source = datasets.load(run.args, "source")
+    photos = datasets.load(run.args, "target_unlabelled")
     bridge = db.train_bridge(run, db.fill_in(run.args), source, photos)
     os.chdir(here)
     return bridge, source, folder / "run/bridge.pt"
@@ -376,9 +376,9 @@ def content(folder: Path) -> dict[str, str]:
 
 def test_folder_contract(trained: tuple, tmp_path: Path, no_figures, monkeypatch, capsys):
     images, masks = write(tmp_path)
-    # What common.is_foreign calls foreign is ignored, as it is by every other reader.
+    # What datasets.is_foreign calls foreign is ignored, as it is by every other reader.
     foreign = ("notes.txt", "._wide.png", "@eaDir/a.png", "thumbs/a.png", ".checkpoints/a.png")
-    assert all(common.is_foreign(name) for name in foreign)
+    assert all(datasets.is_foreign(name) for name in foreign)
     for path in (*(images / name for name in foreign), masks / "wide_labelTrainIds.png"):
         path.parent.mkdir(exist_ok=True)
         path.write_text("no image")
@@ -429,7 +429,7 @@ def test_folder_contract(trained: tuple, tmp_path: Path, no_figures, monkeypatch
         monkeypatch.setattr(common, "rank", lambda rank=rank: rank)
         db.translate_folder(ranks)
     assert content(tmp_path / "ranks") == whole
-    assert len(common.find_images(out, "**/*")[0]) == 2 * 9  # nothing else looks like an image
+    assert len(datasets.find_images(out, "**/*")[0]) == 2 * 9  # nothing else looks like an image
     # Threads that decode and encode change nothing.
     monkeypatch.setattr(common, "world_size", lambda: 1)
     monkeypatch.setattr(common, "rank", lambda: 0)

@@ -16,7 +16,7 @@ from conftest import ROOT, environment, like, whole_and_cut
 import common
 import datasets
 import metasim
-from common import IGNORE, Split, UserError
+from datasets import IGNORE, Split, UserError
 
 CPU = torch.device("cpu")
 FIRST = metasim.FIRST
@@ -32,7 +32,7 @@ def made(args: common.Args, out: str, **changes) -> metasim.Args:
 @pytest.fixture
 def roads(args: common.Args) -> metasim.RoadScenes:
     args = common.resolve(made(args, "run"), "metasim")
-    return metasim.RoadScenes(common.load(args, "source"), args, CPU)
+    return metasim.RoadScenes(datasets.load(args, "source"), args, CPU)
 
 
 def neutral(roads: metasim.RoadScenes, graphs: metasim.Graphs) -> torch.Tensor:
@@ -103,7 +103,7 @@ labels = np.memmap("labels", np.uint8, "w+", shape=shape)
 order = np.random.default_rng(common.seed_of(0, "cut_out")).permutation(shape[0])
 for n in order[:10]:
     labels[n, 300:360, 400:500], images[n, 300:360, 400:500] = 13, 200
-split = common.Split(datasets.GTA5, tuple(map(str, range(shape[0]))), images, labels)
+split = datasets.Split(datasets.GTA5, tuple(map(str, range(shape[0]))), images, labels)
 args = metasim.Args(size=shape[1:])
 before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
 roads = metasim.RoadScenes(split, args, metasim.torch.device("cpu"))
@@ -391,7 +391,7 @@ def test_a_run_writes_its_scenes_and_pictures(args: common.Args):
     assert result.other_updates.endswith(", 12 of the task network")  # rounds x samples x steps
     for name in ("content", "scenes"):
         assert Path(f"run/figures/{name}.png").stat().st_size > 10_000
-    scenes = common.load_set(Path("run/set"), datasets.VKITTI2, (32, 64))
+    scenes = datasets.load_set(Path("run/set"), datasets.VKITTI2, (32, 64))
     assert len(scenes) == 12 and set(np.unique(scenes.labels)) <= {*range(10), IGNORE}
     names = set().union(*common.read_scalars(Path("run")))
     assert {"features_loss", "mmd_loss", "mmd_content", "change", "reward", "loss"} <= names
@@ -417,20 +417,20 @@ def test_every_update_trains_on_new_scenes(args: common.Args, monkeypatch: pytes
 
     monkeypatch.setattr(metasim, "render_graphs", recorded)
     metasim.run(made(args, "run", scenes=None, objects=0, attributes="prior"))
-    assert len(common.load_set(Path("run/set"), datasets.VKITTI2, (32, 64))) == 5 * args.steps
+    assert len(datasets.load_set(Path("run/set"), datasets.VKITTI2, (32, 64))) == 5 * args.steps
     assert len(set(seeds)) == len(seeds) == args.steps * (args.batch_size + 5)
 
 
 def changed_data(monkeypatch: pytest.MonkeyPatch, role: str, images: Callable) -> None:
     """`images` maps the images of a role [N,H,W,3] to other ones."""
-    load = common.load
+    load = datasets.load
 
     def changed(args: common.Args, name: str) -> Split:
         split = load(args, name)
         pixels = images(np.array(split.images)) if name == role else split.images
         return replace(split, images=pixels, names=split.names[: len(pixels)])
 
-    monkeypatch.setattr(common, "load", changed)
+    monkeypatch.setattr(datasets, "load", changed)
 
 
 @pytest.mark.usefixtures("no_figures")

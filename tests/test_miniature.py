@@ -11,7 +11,6 @@ import pytest
 from conftest import ROOT, environment
 from PIL import Image
 
-import common
 import datasets
 import miniature
 
@@ -22,7 +21,7 @@ def digest(folder: Path) -> dict[str, str]:
 
 
 def pairs_of(mini: Path, name: str, split: str = "train") -> list[tuple[Path, Path]]:
-    return datasets.list_files(common.DATASETS[name], mini / name, split)[0]
+    return datasets.list_files(datasets.DATASETS[name], mini / name, split)[0]
 
 
 def test_a_seed_gives_the_same_bytes_whatever_the_number_of_processes(mini: Path):
@@ -69,10 +68,10 @@ def test_the_variant_fog_has_the_labels_of_clone_and_other_pictures(mini: Path):
 def test_domains_differ_in_colour_and_in_content(mini: Path):
     """Mean or contrast of a channel is well apart, and so are the shares of the classes."""
     colours, shares = {}, {}
-    for name, dataset in common.DATASETS.items():
+    for name, dataset in datasets.DATASETS.items():
         pairs = pairs_of(mini, name)
-        pictures = np.stack([common.read_image(image, (32, 64)) for image, _ in pairs])
-        labels = np.concatenate([common.read_label(path, dataset).ravel() for _, path in pairs])
+        pictures = np.stack([datasets.read_image(image, (32, 64)) for image, _ in pairs])
+        labels = np.concatenate([datasets.read_label(path, dataset).ravel() for _, path in pairs])
         shares[name] = np.bincount(labels, minlength=256) / len(labels)
         colours[name] = np.r_[pictures.mean(axis=(0, 1, 2)), pictures.std(axis=(0, 1, 2))]
     for source, target in (("vkitti2", "kitti"), ("gta5", "cityscapes")):

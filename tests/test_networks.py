@@ -13,8 +13,7 @@ from torchvision.models import _api, mobilenet_v3_large
 
 import common
 import datasets
-from common import IGNORE, UserError
-from datasets import CITYSCAPES
+from datasets import CITYSCAPES, IGNORE, UserError
 
 CPU = torch.device("cpu")
 
@@ -169,13 +168,13 @@ def test_scores_by_hand():
 
 
 # ---- Evaluator ----------------------------------------------------------------------------------
-def photos(labels: list[np.ndarray], images: np.ndarray) -> common.Split:
+def photos(labels: list[np.ndarray], images: np.ndarray) -> datasets.Split:
     """Test photos of Cityscapes with these label ids, each of a size of its own."""
     files = [(Path(f"{i}.png"), Path(f"{i}_label.png")) for i in range(len(labels))]
     for (image, label), ids in zip(files, labels, strict=True):
         Image.fromarray(ids.astype(np.uint8)).save(label)
         Image.fromarray(np.zeros((*ids.shape, 3), np.uint8)).save(image)
-    return common.Split(CITYSCAPES, tuple("abcdefg"[: len(labels)]), images, None, tuple(files))
+    return datasets.Split(CITYSCAPES, tuple("abcdefg"[: len(labels)]), images, None, tuple(files))
 
 
 class Painter(torch.nn.Module):

@@ -17,7 +17,7 @@ import benchmark
 import common
 import datasets
 import predict
-from common import IGNORE
+from datasets import IGNORE
 
 CPU = torch.device("cpu")
 CLASSES = {"road": 1, "tree": [2, 3], "sky": [[70, 130, 180]], "hut": [4, [9, 9, 9]], "ignore": 0}
@@ -47,18 +47,20 @@ def own(args: common.Args) -> common.Args:
 def test_own_data_is_read_by_its_classes(own: common.Args):
     a = common.resolve(own, "x")
     source, train, test = (
-        common.load(a, f"{s}") for s in ("source", "target_train", "target_test")
+        datasets.load(a, f"{s}") for s in ("source", "target_train", "target_test")
     )
     assert source.dataset.classes == ("road", "tree", "sky", "hut") and a.size == (32, 64)
     assert [len(split) for split in (source, train, test)] == [4, 3, 3]
     assert train.names[0] == "images/a b/0.png" and test.names[0] == "images/a b/3.png"
     assert test.test_files[0][1] == Path("own/target/labels/a b/3.png")
-    read = [common.read_label(path, source.dataset) for path in sorted(Path("own").rglob("6.png"))]
+    read = [
+        datasets.read_label(path, source.dataset) for path in sorted(Path("own").rglob("6.png"))
+    ]
     ids = np.asarray(Image.open("own/source/labels/a b/6.png"))
     np.testing.assert_array_equal(read[0], np.array([IGNORE, 0, 1, 1, 3], np.uint8)[ids])
-    colours = common.read_label(Path("own/source/labels/a b/8.png"), source.dataset)
+    colours = datasets.read_label(Path("own/source/labels/a b/8.png"), source.dataset)
     assert set(np.unique(colours)) == {2, 3}
-    table = common.palette(source.dataset.classes)
+    table = datasets.palette(source.dataset.classes)
     assert table[2].tolist() == [70, 130, 180] and len(np.unique(table[:5], axis=0)) == 5
     before = common.configuration(a, "x")
     Path("own/classes.json").write_text(json.dumps({**CLASSES, "hut": [3], "tree": [2, 4]}))
@@ -90,13 +92,13 @@ def test_a_run_on_own_data_and_its_network_on_own_photos(own: common.Args, capsy
             np.asarray(Image.open(Path("out", folder, name)))
             for folder in ("ids", "colours", "overlays")
         )
-        logits = common.predict(net.eval(), common.read_image(path, (32, 64))[None], CPU)
+        logits = common.predict(net.eval(), datasets.read_image(path, (32, 64))[None], CPU)
         expected = common.upsample(logits, (50, 70)).argmax(dim=1)[0].numpy()
         np.testing.assert_array_equal(labels, expected)
-        np.testing.assert_array_equal(colours, common.palette([*names])[labels])
-        np.testing.assert_array_equal(overlay, common.read_image(path) // 2 + colours // 2)
+        np.testing.assert_array_equal(colours, datasets.palette([*names])[labels])
+        np.testing.assert_array_equal(overlay, datasets.read_image(path) // 2 + colours // 2)
     Path("photos/day 0/0.jpg").touch()
-    with pytest.raises(common.UserError, match="two that differ in the suffix alone"):
+    with pytest.raises(datasets.UserError, match="two that differ in the suffix alone"):
         predict.run(predict.Args(checkpoint, Path("photos"), Path("out"), "cpu"))
 
 
@@ -112,7 +114,7 @@ def test_cityscapes_label_ids_come_out_where_its_classes_went_in(args: common.Ar
 
 def refused(args: common.Args, message: str) -> None:
     """A run ends with one line that matches."""
-    with pytest.raises(common.UserError, match=message) as caught:
+    with pytest.raises(datasets.UserError, match=message) as caught:
         baseline.run(like(args, baseline.Args, row="source_only"))
     assert "\n" not in str(caught.value)
 

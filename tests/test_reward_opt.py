@@ -12,7 +12,7 @@ from conftest import like, whole_and_cut
 import baseline
 import common
 import reward_opt as ro
-from common import IGNORE, UserError
+from datasets import IGNORE, UserError
 
 # Of 2x3 pixels with 3 classes: all classes, one without class 1, one with two ignored pixels.
 TRUTHS = torch.tensor([[[0, 1, 2], [2, 2, 1]], [[0, 0, 2], [2, 0, 0]], [[255, 1, 1], [1, 0, 255]]])

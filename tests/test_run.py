@@ -315,7 +315,7 @@ def log(self, step, **values):
 
 def method(args):
     run = common.Run(args, "two", stages=1)
-    net, source = run.network(), common.load(run.args, "source")
+    net, source = run.network(), datasets.load(run.args, "source")
     common.train(run, net, source, 30, "source", augment=common.random_augmentation)
     return run.finish(net, 0)
 
