@@ -16,7 +16,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache
 from multiprocessing import get_context
@@ -39,18 +39,13 @@ def read_table(text: str) -> list[list[str]]:
     return [re.split("  +", line.strip()) for line in text.strip().splitlines()]
 
 
-def read_records(text: str) -> dict[str, SimpleNamespace]:
-    """A table whose first row names the fields and whose first column names the records."""
-    (_, *fields), *rows = read_table(text)
+def read_records(rows: list) -> dict[str, SimpleNamespace]:
+    """Of rows of cells: the first row names the fields, the first column names the records."""
+    (_, *fields), *rows = rows
     return {
         name: SimpleNamespace(**dict(zip(fields, map(ast.literal_eval, cells), strict=True)))
         for name, *cells in rows
     }
-
-
-def read_colours(text: str) -> list[list[float]]:
-    """Colours between commas: "0.1 0.2 0.3, 0 0 1" -> [[0.1, 0.2, 0.3], [0, 0, 1]]."""
-    return [[float(number) for number in colour.split()] for colour in text.split(",")]
 
 
 # ---- Labels -------------------------------------------------------------------------------------
@@ -83,7 +78,8 @@ for row in read_table(LABELS):
 # The weather. Colours of the sky in sRGB 0..1, strengths of the sun and of the light from the sky
 # (ambient) in linear light, metres of shadow per metre of height, contrast of the clouds, and how
 # much redder than white the sun is.
-LIGHTS = read_records("""
+LIGHTS = read_records(
+    read_table("""
     name       zenith            horizon           sun   ambient  shadow  cloud  warmth
     noon       0.22, 0.42, 0.80  0.70, 0.80, 0.90  1.1   0.45     0.5     0.1    0.0
     afternoon  0.40, 0.58, 0.85  0.90, 0.92, 0.92  1.0   0.40     1.3     0.2    0.1
@@ -94,6 +90,7 @@ LIGHTS = read_records("""
     hazy       0.80, 0.84, 0.80  0.92, 0.94, 0.89  0.15  0.75     0.6     0.08   0.0
     game       0.15, 0.42, 0.95  0.60, 0.80, 1.0   0.7   0.65     0.7     0.05   0.0
 """)
+)
 # Two numbers in a cell are the limits of a value that is drawn for every image.
 PROPERTIES = read_table("""
     name        vkitti2        kitti          gta5        cityscapes    unit: meaning
@@ -143,8 +140,8 @@ PROPERTIES = read_table("""
     jpeg        0              45             0           0             quality, 0: uncompressed
     bonnet      0              0              0           1             1: that of our car is seen
 """)
-BRICKS = read_colours("0.48 0.30 0.24, 0.62 0.52 0.40, 0.72 0.68 0.60, 0.55 0.55 0.54")
-PLASTER = read_colours("0.80 0.76 0.66, 0.66 0.60 0.50, 0.86 0.84 0.80, 0.44 0.42 0.40")
+BRICKS = [(0.48, 0.30, 0.24), (0.62, 0.52, 0.40), (0.72, 0.68, 0.60), (0.55, 0.55, 0.54)]
+PLASTER = [(0.80, 0.76, 0.66), (0.66, 0.60, 0.50), (0.86, 0.84, 0.80), (0.44, 0.42, 0.40)]
 # Image n shows the labels 5 n to 5 n + 4 of such a list near the camera; "-" shows nothing.
 RURAL = "truck sign rail - - light pole van sign -"
 URBAN = """fence bus rider light person wall truck bicycle sign terrain train motorcycle pole person
@@ -157,53 +154,51 @@ SURROUNDINGS = {
         "lights": ("game", "noon", "glare"),
         "near": RURAL,
         "barriers": ("rail", "static"),
-        "asphalt": read_colours("0.42 0.42 0.45, 0.48 0.47 0.46"),
-        "paving": read_colours("0.6 0.6 0.6"),
-        "grass": read_colours("0.38 0.50 0.22, 0.46 0.52 0.28"),
-        "leaves": read_colours("0.22 0.40 0.14, 0.30 0.44 0.18"),
-        "facades": read_colours("0.82 0.72 0.55, 0.75 0.45 0.35, 0.88 0.86 0.8"),
+        "asphalt": [(0.42, 0.42, 0.45), (0.48, 0.47, 0.46)],
+        "paving": [(0.6, 0.6, 0.6)],
+        "grass": [(0.38, 0.50, 0.22), (0.46, 0.52, 0.28)],
+        "leaves": [(0.22, 0.40, 0.14), (0.30, 0.44, 0.18)],
+        "facades": [(0.82, 0.72, 0.55), (0.75, 0.45, 0.35), (0.88, 0.86, 0.8)],
     },
     "kitti": {
         "lights": ("glare", "noon", "afternoon", "gloom", "overcast"),
         "near": RURAL,
         "barriers": STREETSIDE,
-        "asphalt": read_colours("0.58 0.57 0.55, 0.48 0.48 0.48, 0.36 0.36 0.37"),
-        "paving": read_colours("0.62 0.60 0.56, 0.40 0.39 0.38"),
-        "grass": read_colours("0.52 0.48 0.32, 0.42 0.42 0.25, 0.36 0.33 0.25"),
-        "leaves": read_colours("0.38 0.34 0.16, 0.20 0.24 0.12, 0.12 0.16 0.10, 0.34 0.22 0.12"),
-        "facades": BRICKS
-        + PLASTER
-        + read_colours("0.36 0.25 0.21, 0.30 0.30 0.30, 0.27 0.32 0.27"),
+        "asphalt": [(0.58, 0.57, 0.55), (0.48, 0.48, 0.48), (0.36, 0.36, 0.37)],
+        "paving": [(0.62, 0.60, 0.56), (0.40, 0.39, 0.38)],
+        "grass": [(0.52, 0.48, 0.32), (0.42, 0.42, 0.25), (0.36, 0.33, 0.25)],
+        "leaves": [(0.38, 0.34, 0.16), (0.20, 0.24, 0.12), (0.12, 0.16, 0.10), (0.34, 0.22, 0.12)],
+        "facades": BRICKS + PLASTER + [(0.36, 0.25, 0.21), (0.30, 0.30, 0.30), (0.27, 0.32, 0.27)],
     },
     "gta5": {
         "lights": ("noon", "afternoon", "overcast", "gloom", "dusk", "glare"),
         "near": URBAN,
         "barriers": STREETSIDE,
-        "asphalt": read_colours("0.42 0.42 0.42, 0.36 0.37 0.39, 0.46 0.44 0.42, 0.30 0.30 0.31"),
-        "paving": read_colours("0.58 0.56 0.52, 0.50 0.48 0.46, 0.62 0.61 0.60"),
-        "grass": read_colours("0.38 0.42 0.22, 0.50 0.45 0.28"),
-        "leaves": read_colours("0.25 0.30 0.14, 0.20 0.26 0.15, 0.34 0.36 0.18"),
+        "asphalt": [(0.42, 0.42, 0.42), (0.36, 0.37, 0.39), (0.46, 0.44, 0.42), (0.30, 0.30, 0.31)],
+        "paving": [(0.58, 0.56, 0.52), (0.50, 0.48, 0.46), (0.62, 0.61, 0.60)],
+        "grass": [(0.38, 0.42, 0.22), (0.50, 0.45, 0.28)],
+        "leaves": [(0.25, 0.30, 0.14), (0.20, 0.26, 0.15), (0.34, 0.36, 0.18)],
         "facades": BRICKS + PLASTER,
     },
     "cityscapes": {
         "lights": ("hazy", "hazy", "overcast", "gloom"),
         "near": URBAN,
         "barriers": STREETSIDE,
-        "asphalt": read_colours("0.52 0.52 0.51, 0.44 0.44 0.44, 0.35 0.35 0.36"),
-        "paving": read_colours("0.42 0.40 0.39, 0.50 0.44 0.40, 0.36 0.36 0.37"),
-        "grass": read_colours("0.42 0.38 0.26, 0.34 0.36 0.22"),
-        "leaves": read_colours("0.16 0.22 0.12, 0.30 0.26 0.14, 0.26 0.20 0.12"),
-        "facades": PLASTER + read_colours("0.34 0.30 0.28, 0.30 0.32 0.34, 0.62 0.48 0.30"),
+        "asphalt": [(0.52, 0.52, 0.51), (0.44, 0.44, 0.44), (0.35, 0.35, 0.36)],
+        "paving": [(0.42, 0.40, 0.39), (0.50, 0.44, 0.40), (0.36, 0.36, 0.37)],
+        "grass": [(0.42, 0.38, 0.26), (0.34, 0.36, 0.22)],
+        "leaves": [(0.16, 0.22, 0.12), (0.30, 0.26, 0.14), (0.26, 0.20, 0.12)],
+        "facades": [*PLASTER, (0.34, 0.30, 0.28), (0.30, 0.32, 0.34), (0.62, 0.48, 0.30)],
     },
 }
 
 
 Domain = SimpleNamespace  # its name, its column of PROPERTIES, its SURROUNDINGS
-FIELDS, *COLUMNS, _ = zip(*PROPERTIES[1:], strict=True)
-DOMAINS = {}
-for name, column in zip(PROPERTIES[0][1:5], COLUMNS, strict=True):
-    numbers = dict(zip(FIELDS, map(ast.literal_eval, column), strict=True))
-    DOMAINS[name] = Domain(name=name, **numbers, **SURROUNDINGS[name])
+*COLUMNS, _ = zip(*PROPERTIES, strict=True)  # without the units
+DOMAINS = {
+    name: Domain(name=name, **vars(numbers), **SURROUNDINGS[name])
+    for name, numbers in read_records(COLUMNS).items()
+}
 
 
 # ---- Texture ------------------------------------------------------------------------------------
@@ -261,17 +256,16 @@ class Thing(NamedTuple):
     z: float  # m ahead of the camera
     yaw: float  # heading in radians, 0: away from the camera
     label: str
-    paint: Callable  # paint(scene, thing)
     sunlit: float = 1.0  # share of the sun's light that reaches it
 
 
 class Scene:
     """One street, its camera and its canvas, at twice the image's resolution."""
 
-    def __init__(self, domain: Domain, rng: np.random.Generator, size: tuple[int, int]):
+    def __init__(self, domain: Domain, rng: np.random.Generator):
         self.domain, self.rng = domain, rng
         self.light = LIGHTS[domain.lights[rng.integers(len(domain.lights))]]
-        self.height, self.width = 2 * size[0], 2 * size[1]
+        self.height, self.width = 2 * domain.size[0], 2 * domain.size[1]
         self.f = domain.focal * self.width * rng.uniform(0.9, 1.1)  # focal length in px
         self.eye = rng.uniform(*domain.eye)
         self.y0 = rng.uniform(*domain.horizon) * self.height  # the vanishing point, px
@@ -283,7 +277,10 @@ class Scene:
         self.dy = (np.arange(self.height, dtype=np.float32) + 0.5 - self.y0) / self.f
         self.edge = {LEFT: rng.uniform(*domain.left), RIGHT: rng.uniform(*domain.right)}
         self.pavement = {side: rng.uniform(*domain.pavement) for side in SIDES}
-        self.verge = {side: rng.uniform(*domain.verge) for side in SIDES}
+        self.front = {  # distance of the plots from the road's axis, m
+            side: self.edge[side] + self.pavement[side] + rng.uniform(*domain.verge) + 0.3
+            for side in SIDES
+        }
         self.end = rng.uniform(*domain.end)
         self.sun_side = rng.choice(SIDES)
         self.haze = rng.uniform(*domain.haze)
@@ -291,10 +288,6 @@ class Scene:
         warm = np.array([1, 1 - 0.4 * self.light.warmth, 1 - 0.9 * self.light.warmth], np.float32)
         self.sun, self.air = self.light.sun * warm, linear(self.light.horizon)
         self.shade = Image.new("L", (self.width, self.height))  # shadows on the ground, 255 full
-
-    def front(self, side: int) -> float:
-        """Distance of the plots from the road's axis, m."""
-        return self.edge[side] + self.pavement[side] + self.verge[side] + 0.3
 
     def colour(self, surface: str) -> np.ndarray:
         """A colour that the domain gives to a surface, a little varied. -> linear [3]"""
@@ -352,58 +345,65 @@ class Scene:
         self.pen, self.label_pen = ImageDraw.Draw(self.image), ImageDraw.Draw(self.label_image)
 
     def paint_ground(self) -> None:
-        """Grass, then pavements, then the road, below the cast shadows."""
+        """Grass, then pavements, then the road and its lines, then sun and shadows."""
+        domain, rng = self.domain, self.rng
         rows = slice(int(np.searchsorted(self.dy, self.eye / 300)), self.height)
-        z = (self.eye / self.dy[rows])[:, None]  # [h,1]
+        z = (self.eye / self.dy[rows])[:, None]  # [h,1] metres ahead
         x = self.dx * z - self.bend * z * z  # [h,W] metres right of the road's axis
-        labels = np.full(x.shape, IDS["terrain"], np.uint8)
-        fade = self.domain.texture / (1 + z / 30)
+        outside = {side: side * x - self.edge[side] for side in SIDES}  # [h,W] m beyond the kerb
+        fade = domain.texture / (1 + z / 30)
         fine, coarse = grain(18 * x, 12 * z), grain(1.3 * x + 99, 0.9 * z)
+
+        # Step 1: grass
+        labels = np.full(x.shape, IDS["terrain"], np.uint8)
         albedo = self.colour("grass") * np.exp(fade * (0.9 * fine + 0.8 * coarse))[..., None]
+
+        # Step 2: pavements of slabs, each with a kerb
         slabs = tiles(x, z, 0.9, 0.9) * np.exp(-z / 25)
         for side in SIDES:
-            out = side * x - self.edge[side]
-            paved = (out > 0) & (out < self.pavement[side])
-            light = np.exp(fade * 0.4 * (fine + coarse) + self.domain.masonry * slabs)
-            light[out < 0.18] *= 1.25  # the kerb
+            paved = (outside[side] > 0) & (outside[side] < self.pavement[side])
+            light = np.exp(fade * 0.4 * (fine + coarse) + domain.masonry * slabs)
+            light[outside[side] < 0.18] *= 1.25
             albedo[paved] = (self.colour("paving") * light[..., None])[paved]
             labels[paved] = IDS["pavement"]
-        road = (x > -self.edge[LEFT]) & (x < self.edge[RIGHT])
-        track = np.cos((x - self.edge[RIGHT]) * 2 * math.pi / 1.75)  # worn by wheels
-        patches = tiles(x + 0.4 * coarse, z, 2.3, 9.0)
+
+        # Step 3: the asphalt: worn by wheels, with repairs, cracks and gutters
+        track = np.cos((x - self.edge[RIGHT]) * 2 * math.pi / 1.75)
         light = np.exp(fade * (0.5 * fine + 0.45 * coarse + 0.2 * track))
-        light *= np.exp(self.domain.repairs * np.where(patches > 0.6, 0.8, -0.3 * (patches < -0.8)))
-        light[np.abs(grain(5 * x, 3 * z) + 0.3 * fine) < 0.1 * self.domain.repairs] *= 0.6  # cracks
+        patches = tiles(x + 0.4 * coarse, z, 2.3, 9.0)
+        light *= np.exp(domain.repairs * np.where(patches > 0.6, 0.8, -0.3 * (patches < -0.8)))
+        light[np.abs(grain(5 * x, 3 * z) + 0.3 * fine) < 0.1 * domain.repairs] *= 0.6
         for side in SIDES:
-            light[np.abs(side * x - self.edge[side] + 0.15) < 0.12] *= 0.6  # the gutter
+            light[np.abs(outside[side] + 0.15) < 0.12] *= 0.6
         asphalt = self.colour("asphalt") * light[..., None]
-        worn = coarse < self.rng.uniform(-2.2, -0.8)
-        asphalt[self.markings(x, z) & ~worn] = self.rng.uniform(0.45, 0.75)
+
+        # Step 4: lane lines, edge lines and sometimes a zebra crossing, worn away in places
+        worn, white = coarse < rng.uniform(-2.2, -0.8), rng.uniform(0.45, 0.75)
+        painted = np.zeros(x.shape, bool)
+        total = self.edge[LEFT] + self.edge[RIGHT]
+        lanes = max(2, round(total / 3.4))
+        for lane in range(1, lanes):
+            dash = (z + 9) % 6 < 2.5 if rng.random() < 0.8 else z > 0
+            painted |= (np.abs(x + self.edge[LEFT] - lane * total / lanes) < 0.07) & dash
+        for side in SIDES:
+            if rng.random() < 0.5:
+                painted |= np.abs(outside[side] + 0.4) < 0.06
+        near = rng.uniform(6, 80)
+        painted |= (z > near) & (z < near + 3) & (near < 20) & (x % 1.0 < 0.5)
+        asphalt[painted & ~worn] = white
+        road = (outside[LEFT] < 0) & (outside[RIGHT] < 0)
         albedo[road], labels[road] = asphalt[road], IDS["road"]
+
+        # Step 5: sun, cast shadows and the shadows of leaves
         soft = self.shade.filter(ImageFilter.GaussianBlur(0.006 * self.width))
-        dark = np.asarray(soft, np.float32)[rows] / 255
-        leaves = self.domain.dapple * min(1.0, 2 * self.light.sun) * self.speckle(x, z)
-        dark = np.maximum(dark, leaves)[..., None]  # [h,W,1]
+        leaves = domain.dapple * min(1.0, 2 * self.light.sun) * self.speckle(x, z)
+        dark = np.maximum(np.asarray(soft, np.float32)[rows] / 255, leaves)[..., None]  # [h,W,1]
         light = (self.light.ambient + 0.8 * self.sun * (1 - dark)) * (1 - 0.35 * dark)
         self.pixels[rows], self.labels[rows] = self.expose(albedo * light, z[..., None]), labels
 
     def speckle(self, u: np.ndarray, v: np.ndarray) -> np.ndarray:
         """Where leaves shade a surface, at positions in m. -> bool, of the shape of u and v"""
         return grain(1.1 * u + self.end, 1.1 * v) + 0.8 * grain(7 * u, 7 * v + self.end) > 0.5
-
-    def markings(self, x: np.ndarray, z: np.ndarray) -> np.ndarray:
-        """Lane lines, edge lines and sometimes a zebra crossing. -> bool [h,W]"""
-        rng, total = self.rng, self.edge[LEFT] + self.edge[RIGHT]
-        lanes = max(2, round(total / 3.4))
-        painted = np.zeros(x.shape, bool)
-        for lane in range(1, lanes):
-            dash = (z + 9) % 6 < 2.5 if rng.random() < 0.8 else z > 0
-            painted |= (np.abs(x + self.edge[LEFT] - lane * total / lanes) < 0.07) & dash
-        for side in SIDES:
-            if rng.random() < 0.5:
-                painted |= np.abs(side * x - self.edge[side] + 0.4) < 0.06
-        near = rng.uniform(6, 80)
-        return painted | ((z > near) & (z < near + 3) & (near < 20) & (x % 1.0 < 0.5))
 
     def paint_row(self, offset: float, side: int, plots: list[Plot]) -> None:
         """The plots of a row, in the order of the list."""
@@ -459,12 +459,10 @@ class Scene:
         elif plot.label == "rail":
             opaque = solid & ((y > 0.35) | (u % 2.0 < 0.12))
         colour = plot.colour * light[..., None]
-        if plot.label == "building":
-            self.paint_facade(plot, colour, u, y)
-        return colour, solid, opaque
+        if plot.label != "building":
+            return colour, solid, opaque
 
-    def paint_facade(self, plot: Plot, colour: np.ndarray, u: np.ndarray, y: np.ndarray) -> None:
-        """Windows, shop front, cornice and roof, painted into colour [h,C,3]."""
+        # The facade: windows, cornice, roof and shop front.
         shop = plot.phase % 1 < 0.4
         base = 3.4 if shop else 0.0
         eave = plot.height - (1.8 if plot.phase > 120 else 0.0)
@@ -484,12 +482,14 @@ class Scene:
             display = (y > 0.5) & (y < 2.5) & (u % 4 > 0.4)
             colour[display] = 0.7 * glass[display]
             colour[(y > 2.6) & (y < 3.3)] = plot.colour[::-1] * (2 * plot.glass) ** 3
+        return colour, solid, opaque
 
 
 # ---- Vehicles -----------------------------------------------------------------------------------
 # Lengths in m. The windows begin at the belt. The cabin starts and stops at shares of the length
 # from the rear, and each of its ends recedes by the taper towards the roof.
-VEHICLES = read_records("""
+VEHICLES = read_records(
+    read_table("""
     name   length  width  height  belt  cabin       taper
     car    4.3     1.78   1.48    0.90  0.02, 0.68  0.45
     van    4.9     1.9    2.1     1.15  0.02, 0.85  0.3
@@ -497,61 +497,56 @@ VEHICLES = read_records("""
     bus    11      2.55   3.1     1.4   0.0, 1.0    0.05
     train  24      2.65   3.6     1.6   0.0, 1.0    0.2
 """)
+)
+GREYS = [(0.75, 0.75, 0.76), (0.10, 0.10, 0.11), (0.35, 0.36, 0.38), (0.55, 0.56, 0.58)]
 PAINTS = {
-    "car": read_colours(
-        "0.75 0.75 0.76, 0.10 0.10 0.11, 0.35 0.36 0.38, 0.55 0.56 0.58, "
-        "0.45 0.08 0.08, 0.10 0.16 0.35, 0.85 0.85 0.83, 0.14 0.22 0.18"
-    ),
-    "truck": read_colours("0.85 0.85 0.83, 0.25 0.35 0.55, 0.60 0.45 0.25"),
-    "bus": read_colours("0.75 0.15 0.12, 0.80 0.75 0.65, 0.15 0.30 0.60"),
-    "train": read_colours("0.85 0.65 0.15, 0.80 0.80 0.78, 0.20 0.45 0.35"),
+    "car": [*GREYS, (0.45, 0.08, 0.08), (0.10, 0.16, 0.35), (0.85, 0.85, 0.83), (0.14, 0.22, 0.18)],
+    "truck": [(0.85, 0.85, 0.83), (0.25, 0.35, 0.55), (0.60, 0.45, 0.25)],
+    "bus": [(0.75, 0.15, 0.12), (0.80, 0.75, 0.65), (0.15, 0.30, 0.60)],
+    "train": [(0.85, 0.65, 0.15), (0.80, 0.80, 0.78), (0.20, 0.45, 0.35)],
 }
 EUROPEAN_PAINTS = {
-    "car": read_colours("0.62 0.63 0.65, 0.06 0.06 0.07, 0.22 0.23 0.25, 0.30 0.34 0.42"),
-    "truck": read_colours("0.30 0.42 0.35, 0.62 0.60 0.56, 0.70 0.30 0.15"),
-    "bus": read_colours("0.78 0.74 0.66, 0.36 0.46 0.40, 0.60 0.20 0.16"),
-    "train": read_colours("0.80 0.68 0.30, 0.40 0.44 0.52, 0.30 0.30 0.32"),
+    "car": [(0.62, 0.63, 0.65), (0.06, 0.06, 0.07), (0.22, 0.23, 0.25), (0.30, 0.34, 0.42)],
+    "truck": [(0.30, 0.42, 0.35), (0.62, 0.60, 0.56), (0.70, 0.30, 0.15)],
+    "bus": [(0.78, 0.74, 0.66), (0.36, 0.46, 0.40), (0.60, 0.20, 0.16)],
+    "train": [(0.80, 0.68, 0.30), (0.40, 0.44, 0.52), (0.30, 0.30, 0.32)],
 }
 # An upright box: its rear and its front along the vehicle, from the middle; its width, bottom and
 # top; by how much the rear and the front recede towards the top. All in m.
 Box = tuple[float, float, float, float, float, float]
 
 
-def visible_faces(scene: Scene, thing: Thing, box: Box) -> Iterator[tuple[str, Callable, float]]:
-    """The faces of a box that the camera sees: the name, a map from s, t in 0..1 on the face to px
-    (s along it, t up), the cosine between its normal and the sun."""
+def visible_faces(scene: Scene, thing: Thing, box: Box) -> Iterator[tuple[str, np.ndarray, float]]:
+    """The faces of a box that the camera sees: the name, the corners, the cosine between its normal
+    and the sun. corners [2,2,3]: the lower and the upper edge, the two ends of each, x y z in m."""
     rear, front, width, bottom, top, taper = box
     cosine, sine = math.cos(thing.yaw), math.sin(thing.yaw)
-
-    def corner(k: int, t: float) -> tuple[float, float]:
-        """x, z on an edge (rear left, rear right, front right, front left), at height t."""
-        along = rear + taper * t if k in (0, 1) else front - taper * t
-        across = (0.5 if k in (1, 2) else -0.5) * (width - 0.7 * taper * t)
-        return thing.x + cosine * across + sine * along, thing.z - sine * across + cosine * along
-
+    corners = np.empty((2, 4, 3))  # below and above: rear left, rear right, front right, front left
+    for level, (y, inset) in enumerate(((bottom, 0), (top, taper))):
+        back, ahead, half = rear + inset, front - inset, 0.5 * (width - 0.7 * inset)
+        for k, (u, v) in enumerate(((back, -half), (back, half), (ahead, half), (ahead, -half))):
+            x, z = thing.x + cosine * v + sine * u, thing.z - sine * v + cosine * u
+            corners[level, k] = x, y, z
     if top < scene.eye and thing.z > 1 - rear:
-        roof = {}
-        for k, place in enumerate(((0, 0), (1, 0), (1, 1), (0, 1))):
-            x, z = corner(k, 1)
-            roof[place] = scene.project(x, top, z)
-        yield "top", lambda s, t: roof[s, t], 0.9
+        yield "top", corners[1, [[0, 1], [3, 2]]], 0.9
     for k, name in enumerate(("rear", "right", "front", "left")):
-        (ax, az), (bx, bz) = corner(k, 0), corner((k + 1) % 4, 0)
+        face = corners[:, [k, (k + 1) % 4]]
+        (ax, _, az), (bx, _, bz) = face[0]
         nx, nz = bz - az, ax - bx  # outward normal
-        if min(az, bz) < 0.8 or (ax + scene.bend * az * az) * nx + az * nz >= 0:
-            continue
-
-        def at(s: float, t: float, k: int = k) -> tuple[float, float]:
-            (px, pz), (qx, qz) = corner(k, t), corner((k + 1) % 4, t)
-            y = bottom + t * (top - bottom)
-            return scene.project(px + s * (qx - px), y, pz + s * (qz - pz))
-
-        yield name, at, (0.8 * scene.sun_side * nx - 0.4 * nz) / math.hypot(nx, nz)
+        if min(az, bz) > 0.8 and (ax + scene.bend * az * az) * nx + az * nz < 0:
+            yield name, face, (0.8 * scene.sun_side * nx - 0.4 * nz) / math.hypot(nx, nz)
 
 
-def quad(at: Callable, s0: float, s1: float, t0: float, t1: float) -> list:
-    """A rectangle on a face of a box, in px."""
-    return [at(s0, t0), at(s1, t0), at(s1, t1), at(s0, t1)]
+def on_face(scene: Scene, face: np.ndarray, s: list[float], t: list[float]) -> list:
+    """Points on a face, s in 0..1 along it and t in 0..1 up, in px."""
+    s, t = np.array(s)[:, None], np.array(t)[:, None]  # [n,1]
+    start, stop = (face[0, end] + t * (face[1, end] - face[0, end]) for end in (0, 1))  # [n,3]
+    return [scene.project(*point) for point in (start + s * (stop - start)).tolist()]
+
+
+def quad(scene: Scene, face: np.ndarray, s0: float, s1: float, t0: float, t1: float) -> list:
+    """A rectangle on a face, in px."""
+    return on_face(scene, face, [s0, s1, s1, s0], [t0, t0, t1, t1])
 
 
 def paint_vehicle(scene: Scene, thing: Thing) -> None:
@@ -584,40 +579,41 @@ def paint_vehicle(scene: Scene, thing: Thing) -> None:
         order = ["axles", "body", *(("cabin", "cargo") if drives_away else ("cargo", "cabin"))]
     for part in order:
         box, colour = parts[part]
-        for face, at, facing in visible_faces(scene, thing, box):
-            scene.fill(quad(at, 0, 1, 0, 1), scene.shaded(colour, thing, facing), label)
-            if face == "top":
+        for name, face, facing in visible_faces(scene, thing, box):
+            scene.fill(quad(scene, face, 0, 1, 0, 1), scene.shaded(colour, thing, facing), label)
+            if name == "top":
                 continue
-            if part == "cabin" and not (label == "truck" and face == "rear"):
-                count = panes if face in ("left", "right") else 1
+            if part == "cabin" and not (label == "truck" and name == "rear"):
+                tint = scene.shaded(glass, thing, facing)
+                count = panes if name in ("left", "right") else 1
                 for n in range(count):
-                    pane = quad(at, (n + 0.07) / count, (n + 0.93) / count, 0.06, 0.82)
-                    scene.fill(pane, scene.shaded(glass, thing, facing))
+                    s0, s1 = (n + 0.07) / count, (n + 0.93) / count
+                    scene.fill(quad(scene, face, s0, s1, 0.06, 0.82), tint)
             elif part == "cargo":
-                scene.fill(quad(at, 0.48, 0.5, 0, 1), scene.shaded(0.4 * load, thing, facing))
+                seam = scene.shaded(0.4 * load, thing, facing)
+                scene.fill(quad(scene, face, 0.48, 0.5, 0, 1), seam)
             elif part == "body":
-                scene.fill(quad(at, 0, 1, 0, 0.25), scene.shaded(0.4 * paint, thing, facing))
-                if face in lamps:
-                    lamp = scene.shaded(lamps[face], thing, 0.8)
-                    scene.fill(quad(at, 0.02, 0.02 + 0.16, 0.55, 0.85), lamp)
-                    scene.fill(quad(at, 0.82, 0.82 + 0.16, 0.55, 0.85), lamp)
+                sill = scene.shaded(0.4 * paint, thing, facing)
+                scene.fill(quad(scene, face, 0, 1, 0, 0.25), sill)
+                if name in lamps:
+                    lamp = scene.shaded(lamps[name], thing, 0.8)
+                    scene.fill(quad(scene, face, 0.02, 0.18, 0.55, 0.85), lamp)
+                    scene.fill(quad(scene, face, 0.82, 0.98, 0.55, 0.85), lamp)
                     plate = scene.shaded((0.6, 0.58, 0.4), thing)
-                    scene.fill(quad(at, 0.36, 0.64, 0.3, 0.5), plate)
+                    scene.fill(quad(scene, face, 0.36, 0.64, 0.3, 0.5), plate)
                 else:
-                    paint_wheels(scene, thing, at, body)
+                    paint_wheels(scene, thing, face, body)
 
 
-def paint_wheels(scene: Scene, thing: Thing, at: Callable, body: SimpleNamespace) -> None:
+def paint_wheels(scene: Scene, thing: Thing, face: np.ndarray, body: SimpleNamespace) -> None:
     """Two tyres with rims on the side of a body that reaches from 0.25 m up to its belt."""
-    radius = 0.32 if body.length < 6 else 0.45
-    for s in (0.18, 0.82):
+    radius, angles = 0.32 if body.length < 6 else 0.45, np.arange(12) * math.pi / 6
+    for middle in (0.18, 0.82):
         for r, grey in ((radius, 0.01), (0.55 * radius, 0.15)):
-            ring = []
-            for angle in np.arange(12) * math.pi / 6:
-                y = radius + r * math.sin(angle)
-                along = s + r * math.cos(angle) / body.length
-                ring.append(at(along, (y - 0.25) / (body.belt - 0.25)))
-            scene.fill(ring, scene.shaded((grey,) * 3, thing), thing.label)
+            s = middle + r * np.cos(angles) / body.length
+            t = (radius + r * np.sin(angles) - 0.25) / (body.belt - 0.25)
+            tint = scene.shaded((grey,) * 3, thing)
+            scene.fill(on_face(scene, face, s, t), tint, thing.label)
 
 
 # ---- Other things -------------------------------------------------------------------------------
@@ -648,12 +644,10 @@ FIGURES = """
 STROKES: dict[str, list[list[str]]] = {}
 for figure, *cells in read_table(FIGURES):
     STROKES.setdefault(figure, []).extend(cell.split() for cell in cells)
-CLOTHES = read_colours(
-    "0.08 0.08 0.10, 0.15 0.18 0.30, 0.40 0.40 0.40, 0.50 0.12 0.10, 0.75 0.74 0.70, "
-    "0.20 0.25 0.18, 0.35 0.25 0.18"
-)
-SIGN_BORDERS = read_colours("0.70 0.05 0.05, 0.05 0.2 0.6, 0.9 0.9 0.9, 0.85 0.7 0.1")
-SIGN_INSIDES = read_colours("0.9 0.9 0.9, 0.9 0.9 0.9, 0.05 0.2 0.6, 0.9 0.9 0.9")
+CLOTHES = [(0.08, 0.08, 0.10), (0.15, 0.18, 0.30), (0.40, 0.40, 0.40), (0.50, 0.12, 0.10)]
+CLOTHES += [(0.75, 0.74, 0.70), (0.20, 0.25, 0.18), (0.35, 0.25, 0.18)]
+SIGN_BORDERS = [(0.70, 0.05, 0.05), (0.05, 0.2, 0.6), (0.9, 0.9, 0.9), (0.85, 0.7, 0.1)]
+SIGN_INSIDES = [(0.9, 0.9, 0.9), (0.9, 0.9, 0.9), (0.05, 0.2, 0.6), (0.9, 0.9, 0.9)]
 
 
 def paint_figure(scene: Scene, thing: Thing) -> None:
@@ -752,41 +746,38 @@ def make_plots(scene: Scene, built: float, green: float, tall: float = 1.0) -> l
     return plots
 
 
-def make_barrier(scene: Scene, label: str, side: int, start: float) -> Row:
-    """A hedge, wall, fence or guard rail in front of the plots, as a row of its own."""
-    rng = scene.rng
-    heights = {"fence": 1.5, "wall": 1.9, "vegetation": 1.4}  # m
-    height = heights.get(label, 0.8) * rng.uniform(0.75, 1.3)
-    colours = {
-        "fence": linear((0.4,) * 3) * rng.uniform(0.2, 2),
-        "wall": 0.8 * scene.colour("facades"),
-        "vegetation": scene.colour("leaves"),
-    }
-    colour = colours.get(label, linear((0.7,) * 3))
-    stop, bay = start + rng.uniform(12, 40), rng.uniform(1.5, 4)
-    phase = rng.uniform(0, 256)
-    plot = Plot(label, start, stop, height, colour, bay, glass=0.5, storey=3, phase=phase)
-    return scene.front(side) - 0.2, side, [plot]
-
-
 def make_rows(scene: Scene, near: list[str]) -> list[Row]:
-    """The rows of plots at the far end and on both sides, far to near. Barriers and grass that are
-    among the labels `near` come on one side."""
-    built, rng = scene.domain.built, scene.rng
-    rows = [(scene.end, 0, make_plots(scene, built, green=1.0, tall=1.3))]
+    """The rows of plots at the far end and on both sides, far to near. Barriers (hedge, wall, fence
+    or guard rail) and grass that are among the labels `near` come on one side."""
+    domain, rng = scene.domain, scene.rng
+    rows = [(scene.end, 0, make_plots(scene, domain.built, green=1.0, tall=1.3))]
     chosen_side = rng.choice(SIDES)
     if "terrain" in near:
+        scene.front[chosen_side] += 4 - 0.7 * scene.pavement[chosen_side]
         scene.pavement[chosen_side] *= 0.3
-        scene.verge[chosen_side] += 4
+    near_barriers = [label for label in near if label in ("fence", "wall", "rail")]
+    heights = {"fence": 1.5, "wall": 1.9, "vegetation": 1.4, "rail": 0.8, "static": 0.8}  # m
     for side in SIDES:
-        rows.append((scene.front(side) + 9, side, make_plots(scene, 0.5 * built, green=1.0)))
-        rows.append((scene.front(side) + 2, side, make_plots(scene, built, green=0.5)))
-        barriers = [label for label in near if label in ("fence", "wall", "rail")]
-        if barriers and side == chosen_side:
-            rows.append(make_barrier(scene, barriers[0], side, rng.uniform(2, 5)))
+        front = scene.front[side]
+        rows.append((front + 9, side, make_plots(scene, 0.5 * domain.built, green=1.0)))
+        rows.append((front + 2, side, make_plots(scene, domain.built, green=0.5)))
+        if near_barriers and side == chosen_side:
+            label, start = near_barriers[0], rng.uniform(2, 5)
         elif rng.random() < 0.3:
-            label = rng.choice(scene.domain.barriers)
-            rows.append(make_barrier(scene, label, side, rng.uniform(0, 20)))
+            label, start = rng.choice(domain.barriers), rng.uniform(0, 20)
+        else:
+            continue
+        height = heights[label] * rng.uniform(0.75, 1.3)
+        colours = {
+            "fence": linear((0.4,) * 3) * rng.uniform(0.2, 2),
+            "wall": 0.8 * scene.colour("facades"),
+            "vegetation": scene.colour("leaves"),
+        }
+        colour = colours.get(label, linear((0.7,) * 3))
+        stop, bay = start + rng.uniform(12, 40), rng.uniform(1.5, 4)
+        phase = rng.uniform(0, 256)
+        plot = Plot(label, start, stop, height, colour, bay, glass=0.5, storey=3, phase=phase)
+        rows.append((front - 0.2, side, [plot]))
     return rows
 
 
@@ -801,7 +792,7 @@ def make_things(scene: Scene, near: list[str]) -> Iterator[Thing]:
 
     def off_road(side: int, share: float) -> float:
         """x between the kerb (share 0) and the plots (share 1)."""
-        kerb, plots = scene.edge[side] + 0.3, scene.front(side) - 0.3
+        kerb, plots = scene.edge[side] + 0.3, scene.front[side] - 0.3
         return side * (kerb + share * (plots - kerb))
 
     for side in SIDES:
@@ -809,37 +800,37 @@ def make_things(scene: Scene, near: list[str]) -> Iterator[Thing]:
         for k in range(rng.poisson(domain.parked)):
             z = 5 + 5.6 * k + rng.uniform(0, 2) + 20 * rng.random() ** 2
             x, yaw = side * (scene.edge[side] - 1.1), ahead + rng.normal(0, 0.05)
-            yield Thing(x, z, yaw, "car", paint_vehicle)
+            yield Thing(x, z, yaw, "car")
         for _ in range(rng.poisson(domain.traffic / 2)):
             x, z = side * rng.uniform(0.2, 0.6) * scene.edge[side], depth(8, 70)
-            yield Thing(x, z, ahead + rng.normal(0, 0.05), "car", paint_vehicle)
+            yield Thing(x, z, ahead + rng.normal(0, 0.05), "car")
         for _ in range(rng.poisson(domain.people / 2)):
             x, z = off_road(side, rng.random()), depth(5, 22)
-            yield Thing(x, z, rng.uniform(0, 1), "person", paint_figure)
+            yield Thing(x, z, rng.uniform(0, 1), "person")
         for _ in range(rng.poisson(domain.trees / 2)):
             x, z = off_road(side, rng.uniform(0.4, 1.8)), depth(8, 80)
-            yield Thing(x, z, 0, "tree", paint_tree)
+            yield Thing(x, z, 0, "tree")
         for _ in range(rng.poisson(domain.poles / 2)):
             label = ("pole", "pole", "sign", "light")[rng.integers(4)]
-            yield Thing(off_road(side, 0.1), depth(5, 25), ahead + math.pi, label, paint_figure)
+            yield Thing(off_road(side, 0.1), depth(5, 25), ahead + math.pi, label)
     for label in near:
         side = rng.choice(SIDES)
         ahead, across = math.pi * (side == LEFT), rng.random() < 0.15
         if label in ("truck", "bus", "train", "van"):
             z = rng.uniform(5, 12) + (2 if across else VEHICLES[label].length / 2)
             yaw = math.pi / 2 * side if across else ahead + rng.normal(0, 0.1)
-            yield Thing(side * 0.5 * scene.edge[side], z, yaw, label, paint_vehicle)
+            yield Thing(side * 0.5 * scene.edge[side], z, yaw, label)
         elif label in ("rider", "motorcycle"):
             motorcycle = label == "motorcycle" or rng.random() < 0.3
             yaw = rng.choice((0, math.pi)) + rng.uniform(-1.2, 1.2)
             x, z = side * rng.uniform(0.2, 0.9) * scene.edge[side], rng.uniform(4.5, 8)
             for part in ("motorcycle" if motorcycle else "bicycle", "rider"):
-                yield Thing(x, z, yaw, part, paint_figure)
+                yield Thing(x, z, yaw, part)
         elif label in ("person", "bicycle", "light", "sign", "pole"):
             for _ in range(rng.integers(2, 5)):
                 yaw = rng.uniform(-0.8, 0.8)
                 x, z = off_road(side, 0.5 * rng.random()), rng.uniform(4.5, 9)
-                yield Thing(x, z, yaw, label, paint_figure)
+                yield Thing(x, z, yaw, label)
 
 
 def cast_shadows(scene: Scene, rows: list[Row], things: list[Thing]) -> list[Thing]:
@@ -852,14 +843,13 @@ def cast_shadows(scene: Scene, rows: list[Row], things: list[Thing]) -> list[Thi
             z0, z1 = max(plot.start, 1), plot.stop
             corners = ((offset, z0), (tip, z0 + 1), (tip, z1 + 1), (offset, z1))
             pen.polygon([scene.project(side * x, 0, z) for x, z in corners], strength)
-    lit_things = []
+    shade_of_plots, lit_things = scene.shade.copy(), []
     for thing in things:
-        px, py = scene.project(thing.x, 0, thing.z)
+        x, z, yaw, label, _ = thing
+        px, py = scene.project(x, 0, z)
         if 0 <= px < scene.width and 0 <= py < scene.height:
-            shadow = scene.shade.getpixel((int(px), int(py))) / 255
-            thing = thing._replace(sunlit=1 - shadow)
+            thing = thing._replace(sunlit=1 - shade_of_plots.getpixel((int(px), int(py))) / 255)
         lit_things.append(thing)
-    for x, z, yaw, label, *_ in things:
         long, wide, high = 0.3, 0.35, 1.5  # half its length and width, its height, m
         if label in VEHICLES:
             long, wide = VEHICLES[label].length / 2, VEHICLES[label].width / 2 + 0.1
@@ -875,30 +865,35 @@ def cast_shadows(scene: Scene, rows: list[Row], things: list[Thing]) -> list[Thi
     return lit_things
 
 
-def render(domain: Domain, seed: int, index: int, size: tuple[int, int]) -> tuple[Image.Image, ...]:
-    """One scene -> image (RGB) and labels (L, the ids of LABELS), both of the size H, W."""
-    scene = Scene(domain, np.random.default_rng([seed, domain.number, index]), size)
+def render(domain: Domain, seed: int, index: int) -> tuple[Image.Image, Image.Image]:
+    """One scene -> image (RGB) and labels (L, the ids of LABELS)."""
+    # Step 1: what is in the street
+    rng = np.random.default_rng([seed, domain.number, index])
+    scene = Scene(domain, rng)
     labels = domain.near.split()
     near = [labels[(5 * index + k) % len(labels)] for k in range(5)]
     rows = make_rows(scene, near)
     things = sorted(make_things(scene, near), key=lambda thing: -thing.z)  # far to near
     things = cast_shadows(scene, rows, things)
+
+    # Step 2: it is painted from back to front
     scene.paint_background(rows)
     for thing in things:
-        thing.paint(scene, thing)
+        if thing.label in VEHICLES:
+            paint_vehicle(scene, thing)
+        elif thing.label == "tree":
+            paint_tree(scene, thing)
+        else:
+            paint_figure(scene, thing)
     if domain.bonnet:
         arc = ((0, 1), (0, 0.97), (0.25, 0.93), (0.5, 0.915), (0.75, 0.93), (1, 0.97), (1, 1))
         scene.fill([(scene.width * x, scene.height * y) for x, y in arc], (28, 30, 31), "ego")
     labels = np.ascontiguousarray(np.asarray(scene.label_image)[1::2, 1::2])
-    return develop(scene), Image.fromarray(labels)
 
-
-def develop(scene: Scene) -> Image.Image:
-    """The camera: resampling, blur, colour, vignette, noise, compression."""
-    domain, rng = scene.domain, scene.rng
+    # Step 3: the camera: resampling, blur, colour, vignette, noise, compression
     image = scene.image.reduce(2).filter(ImageFilter.GaussianBlur(domain.blur))
     x = np.asarray(image, np.float32) / 255  # [H,W,3]
-    h, w = x.shape[:2]
+    h, w = domain.size
     grey = x.mean(axis=2, keepdims=True)
     gain = np.array(domain.tint) * np.exp(rng.normal(0, domain.balance, 3))
     x = (grey + domain.saturation * (x - grey)) * gain.astype(np.float32)
@@ -911,58 +906,61 @@ def develop(scene: Scene) -> Image.Image:
         buffer = io.BytesIO()
         image.save(buffer, "JPEG", quality=domain.jpeg)
         image = Image.open(buffer).convert("RGB")
-    return image
+    return image, Image.fromarray(labels)
 
 
 # ---- Files --------------------------------------------------------------------------------------
-# An image and its label map to be written: domain, seed, index of the scene in its dataset, size
-# (H, W in px), and the two files.
-Pair = tuple[Domain, int, int, tuple[int, int], Path, Path]
+# An image and its label map to be written: domain, seed, index of the scene in its dataset, and the
+# two files.
+Pair = tuple[Domain, int, int, Path, Path]
 
 
 def list_pairs(root: Path, seed: int, scale: float) -> Iterator[Pair]:
     """Every pair of files of the four datasets; scale shrinks their numbers."""
-    domain = DOMAINS["vkitti2"]
-    foggy = Domain(**{**vars(domain), "haze": (0.02, 0.03)})
-    frames = max(2, round(80 * scale))
+    domain, frames = DOMAINS["vkitti2"], max(2, round(80 * scale))
+    foggy = Domain(**vars(domain) | {"haze": (0.02, 0.03)})
     for k, name in enumerate(("01", "02", "06", "18", "20")):
         for n in range(frames):
-            variants = {"clone": domain, "fog": foggy} if n < 8 else {"clone": domain}
-            for variant, look in variants.items():
+            for variant, look in (("clone", domain), ("fog", foggy)):
                 folder = root / f"vkitti2/Scene{name}/{variant}/frames"
                 image = folder / f"rgb/Camera_0/rgb_{n:05}.jpg"
                 label = folder / f"classSegmentation/Camera_0/classgt_{n:05}.png"
-                yield look, seed, k * frames + n, domain.size, image, label
+                if variant == "clone" or n < 8:
+                    yield look, seed, k * frames + n, image, label
 
     domain, folder = DOMAINS["kitti"], root / "kitti/training"
+    h, w = domain.size
     for k in range(2 * max(6, round(100 * scale))):
-        h, w = domain.size
-        if k % 10 >= 7:  # KITTI's images are not all of one size
-            h, w = h - k % 10 + 6, w - k % 10 + 5
+        # KITTI's images are not all of one size.
+        size = (h - k % 10 + 6, w - k % 10 + 5) if k % 10 >= 7 else (h, w)
         image, label = folder / f"image_2/{k:06}_10.png", folder / f"semantic/{k:06}_10.png"
-        yield domain, seed, k, (h, w), image, label
+        yield Domain(**vars(domain) | {"size": size}), seed, k, image, label
 
     domain, folder = DOMAINS["gta5"], root / "gta5"
     for k in range(max(6, round(400 * scale))):
         image, label = folder / f"images/{k + 1:05}.png", folder / f"labels/{k + 1:05}.png"
-        yield domain, seed, k, domain.size, image, label
+        yield domain, seed, k, image, label
 
     domain, folder, index = DOMAINS["cityscapes"], root / "cityscapes", 0
-    cities = {"train/adorf": 100, "train/beheim": 100, "train/cestadt": 100}
-    cities |= {"val/dehain": 50, "val/efurt": 50}
-    for city, count in cities.items():
+    for split, city, count in (
+        ("train", "adorf", 100),
+        ("train", "beheim", 100),
+        ("train", "cestadt", 100),
+        ("val", "dehain", 50),
+        ("val", "efurt", 50),
+    ):
         for k in range(max(3, round(count * scale))):
-            stem = f"{city}/{Path(city).name}_{k:06}_000019"
+            stem = f"{split}/{city}/{city}_{k:06}_000019"
             image = folder / f"leftImg8bit/{stem}_leftImg8bit.png"
             label = folder / f"gtFine/{stem}_gtFine_labelIds.png"
-            yield domain, seed, index, domain.size, image, label
+            yield domain, seed, index, image, label
             index += 1
 
 
 def write_pair(pair: Pair) -> None:
     """Renders one pair and writes it in its dataset's format."""
-    domain, seed, index, size, image_path, label_path = pair
-    image, labels = render(domain, seed, index, size)
+    domain, seed, index, image_path, label_path = pair
+    image, labels = render(domain, seed, index)
     image_path.parent.mkdir(parents=True, exist_ok=True)
     label_path.parent.mkdir(parents=True, exist_ok=True)
     if domain.name == "vkitti2":
