@@ -9,8 +9,6 @@ segmentation network trains on scenes that are rendered anew for every update.
 
     python metasim.py                                            (attributes by MMD, no label used)
 
-    python metasim.py --attributes prior                         (control: the grammar's own scenes)
-
     python metasim.py --task-reward                              (REINFORCE on 16 labelled photos)
 
     python metasim.py digits --experiment bigmnist               (the paper's experiment on digits)
@@ -20,11 +18,8 @@ source_only reaches 45. `python metasim.py digits --help` lists the flags of the
 """
 
 import copy
-import functools
-import inspect
 import math
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -63,8 +58,8 @@ class Args(common.Args):
     match_lr: float = 2e-3
     """Learning rate of these updates. The paper's code: 1e-3."""
     match_batch: int | None = None
-    """Scenes in an update by MMD. Default: 32, for images of more than 256x512 px 8, since a scene
-    of 512x1024 px needs 0.5 GB. The paper's code: 50."""
+    """Scenes in an update by MMD. Default: 32; above 256x512 px 8, since a scene of 512x1024 px
+    needs 0.5 GB. The paper's code: 50."""
     match_photos: int = 128
     """Photos in an update by MMD. The paper's code: 200."""
     lambda_content: float = 1.0
@@ -157,12 +152,8 @@ class Grammar:
             rows += [row + [(0.0, 0.0, 0.0)] * (most - len(row))] * count
         # Each [V,M]. The scale is 0 where there is no attribute.
         self.mean, std, self.scale = torch.tensor(rows).unbind(dim=2)
-        self.prior_std = std / self.scale.where(self.scale > 0, 1)
+        self.prior_std = std / self.scale.where(self.scale > 0, 1)  # in scales
         self.mutable = self.scale > 0
-
-    def sample(self, count: int, rng: torch.Generator) -> Tensor:
-        """Attributes from the prior. -> [count,V,M] on the CPU, in scales from the mean."""
-        return torch.randn(count, *self.mean.shape, generator=rng) * self.prior_std
 
     def read(self, values: Tensor) -> dict[str, Tensor]:
         """Attributes by name, in their units. [B,V,M] -> [B,number of such nodes] each."""
@@ -176,10 +167,8 @@ class Grammar:
 
 
 # ---- Material: source images, and objects that are cut out of them ------------------------------
-OBJECTS = (
-    *("pole", "traffic light", "traffic sign", "person", "rider", "car", "truck", "bus"),
-    *("train", "motorcycle", "bicycle"),
-)
+OBJECTS = ("pole", "traffic light", "traffic sign", "person", "rider", "car", "truck", "bus")
+OBJECTS += ("train", "motorcycle", "bicycle")
 GROUND = ("road", "sidewalk", "terrain")
 # The classes of each surface
 SURFACES = ("road", "sidewalk"), ("vegetation", "terrain"), ("building", "wall", "fence"), ("sky",)
@@ -197,13 +186,11 @@ def horizons(labels: np.ndarray, names: Sequence[str]) -> Tensor:
 
 
 def cut_out(split: Split, count: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """About `count` connected regions of the object classes, in equal parts of all classes.
-
-    At most MAX_READ images are read. An image gives at most one object of a class, and only one
-    that is not cut off at the sides or below. -> RGBA (colours times alpha) at its own resolution
-    in a corner of a canvas, uint8 [A,4,h,w]; classes int64 [A]; boxes [A,4]: centre x, centre y
-    below the horizon, half width, half height, in half widths and half heights of the image.
-    """
+    """About `count` connected regions of the object classes, in equal parts of all classes. At most
+    MAX_READ images are read. An image gives at most one object of a class, and only one that is not
+    cut off at the sides or below. -> RGBA (colours times alpha) in a corner of a canvas, uint8
+    [A,4,h,w]; classes int64 [A]; boxes [A,4]: centre x, centre y below the horizon, half width,
+    half height, in half widths and half heights of the image."""
     height, width = split.images.shape[1:3]
     names, rng = split.dataset.classes, np.random.default_rng(common.seed_of(seed, "cut_out"))
     missing = {c: math.ceil(count / len(OBJECTS)) for c, n in enumerate(names) if n in OBJECTS}
@@ -221,21 +208,16 @@ def cut_out(split: Split, count: int, seed: int) -> tuple[Tensor, Tensor, Tensor
             whole = left > 0 and right < width and bottom < height and right - left <= width // 2
             if mask.sum() < MIN_AREA * height * width or not whole:
                 continue
-            rgba = np.zeros((height, width // 2, 4), np.uint8)
-            corner = rgba[: bottom - top, : right - left]
-            corner[..., :3], corner[..., 3] = split.images[n][top:bottom, left:right], 255
-            corner[~mask[top:bottom, left:right]] = 0
+            rgba = np.dstack([split.images[n], np.full_like(labels, 255)]) * mask[..., None]
+            pictures.append(np.roll(rgba, (-top, -left), axis=(0, 1))[:, : width // 2])
+            classes.append(c)
             horizon = float(horizons(labels[None], names))
             centre = (left + right) / width - 1, (top + bottom) / height - 1 - horizon
-            pictures.append(rgba)
-            classes.append(c)
             boxes.append([*centre, (right - left) / width, (bottom - top) / height])
             missing[c] -= 1
-    if not pictures:  # one that is never used
-        pictures, classes = [np.zeros((height, width // 2, 4), np.uint8)], [0]
-        boxes.append([0.0, 0.0, 0.1, 0.1])
-    rgba = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
-    return rgba, torch.tensor(classes), torch.tensor(boxes)
+    rgba = np.array(pictures, np.uint8).reshape(-1, height, width // 2, 4)  # A is 0 at times
+    rgba = torch.from_numpy(rgba).permute(0, 3, 1, 2).contiguous()
+    return rgba, torch.tensor(classes).long(), torch.tensor(boxes).view(-1, 4)
 
 
 # ---- Differentiable renderer --------------------------------------------------------------------
@@ -272,19 +254,6 @@ def retone(images: Tensor, target: Tensor) -> Tensor:
     return mean + contrast * grey + saturation * (difference - grey)
 
 
-def photometry(image: Tensor, depth: Tensor, white: Tensor, v: dict[str, Tensor]) -> Tensor:
-    """Haze, tone, blur and sensor noise, in this order.
-
-    image [B,3,H,W]; depth [B,1,H,W] over that of the horizon; white: noise N(0,1) [B,3,H,W];
-    v: the scene's attributes [B,1] each -> [B,3,H,W] in [0,1].
-    """
-    haze, airlight, share, noise = (v[name][..., None, None] for name in WEATHER)
-    image = torch.lerp(2**airlight, image, torch.exp(-haze * depth))  # Koschmieder's law
-    image = retone(image, torch.cat([v[name] for name in TONE], dim=1))
-    image = torch.lerp(image, blur(image), share)
-    return (image + 2**noise * white).clamp(0, 1)
-
-
 class RoadScenes:
     """Road scenes over the source images, of which a batch reads only its own."""
 
@@ -292,7 +261,7 @@ class RoadScenes:
         self.split, self.device, self.size = split, device, args.size
         self.names = split.dataset.classes
         self.rgba, self.kinds, self.box = cut_out(split, args.cut_outs, args.seed)
-        self.objects = args.objects if self.rgba.any() else 0
+        self.objects = args.objects if len(self.kinds) else 0
         kinds = [({**TONE, **WEATHER}, 1), (CAMERA, 1), (SURFACE, len(SURFACES))]
         self.grammar = Grammar([*kinds, (OBJECT, self.objects)])
         # Nodes that are empty, scene, camera, the surfaces; then the objects by their train ids
@@ -306,15 +275,15 @@ class RoadScenes:
         source = torch.randint(len(self.split), (count,), generator=rng)
         limit = torch.randint(self.objects + 1, (count, 1), generator=rng)
         present = torch.arange(self.objects) < limit  # [B,K]
-        asset = torch.randint(len(self.kinds), present.shape, generator=rng)
+        asset = torch.randint(max(1, len(self.kinds)), present.shape, generator=rng)
 
         # Horizon and tone of the source images, from at most 256 of their columns
         every, grammar, tones = max(1, self.size[1] // 256), self.grammar, len(TONE)
-        horizon = horizons(self.split.labels[source.numpy(), ::every, ::every], self.names)
-        images = self.split.images[source.numpy(), ::every, ::every]
-        measured = tone(common.to_tensor(images, torch.device("cpu")))
+        pixels = np.s_[source.numpy(), ::every, ::every]
+        horizon = horizons(self.split.labels[pixels], self.names)
+        measured = tone(common.to_tensor(self.split.images[pixels], torch.device("cpu")))
         measured = (measured - grammar.mean[0, :tones]) / grammar.scale[0, :tones]
-        values = grammar.sample(count, rng)
+        values = torch.randn(count, *grammar.mean.shape, generator=rng) * grammar.prior_std
         values[:, 0, :tones] += measured.clamp(-6, 6)  # an image of a single colour is far outside
         classes = torch.arange(1, 1 + FIRST).expand(count, FIRST)
         classes = torch.cat([classes, (1 + FIRST + self.kinds[asset]) * present], dim=1)
@@ -389,15 +358,20 @@ class RoadScenes:
             labels = torch.where(alpha > share, classes[rows, k][:, None, None], labels)
             share = torch.maximum(alpha, share)
 
-        # Step 4: air, lens and sensor. The image's lower edge is at 1/7 of the horizon's depth.
+        # Step 4: haze, by Koschmieder's law. The lower edge is at 1/7 of the horizon's depth.
+        haze, airlight, blurring, noise = (v[name][..., None, None] for name in WEATHER)
         horizon = horizon[..., None]  # [B,1,1]
         below = ((grid[..., 1] - horizon) / (1 - horizon)).clamp(min=0)
         depth = 1 / (1 + 6 * below)[:, None]  # [B,1,H,W]
-        white = []
-        for seed in graphs.seed.tolist():
-            rng = torch.Generator(self.device).manual_seed(seed)
-            white.append(torch.randn(3, height, width, generator=rng, device=self.device))
-        return photometry(image, depth, torch.stack(white).to(values), v), labels
+        image = torch.lerp(2**airlight, image, torch.exp(-haze * depth))
+
+        # Step 5: exposure, lens and sensor
+        image = retone(image, torch.cat([v[name] for name in TONE], dim=1))
+        image = torch.lerp(image, blur(image), blurring)
+        rngs = [torch.Generator(self.device).manual_seed(seed) for seed in graphs.seed.tolist()]
+        white = [torch.randn(3, *self.size, generator=rng, device=self.device) for rng in rngs]
+        image = image + 2**noise * torch.stack(white).to(values)
+        return image.clamp(0, 1), labels
 
 
 # ---- Distribution transformer -------------------------------------------------------------------
@@ -432,13 +406,8 @@ class Transformer(nn.Module):
         self.num_classes, mutable = world.num_classes, world.grammar.mutable.float()
         self.register_buffer("mutable", mutable, persistent=False)  # [V,M]
         nodes, outputs = mutable.shape
-        widths = [
-            nodes + world.num_classes + world.num_fixed + outputs,
-            width,
-            width,
-            width,
-            outputs,
-        ]
+        inputs = nodes + world.num_classes + world.num_fixed + outputs
+        widths = [inputs, width, width, width, outputs]
         self.layers = nn.ModuleList(map(GraphLayer, widths[:-1], widths[1:]))
         for weight in self.layers[-1].parameters():
             nn.init.zeros_(weight)
@@ -468,32 +437,16 @@ def render_graphs(
 BANDWIDTHS = (0.5, 1.0, 2.0, 4.0)  # of the kernels, as multiples of the median distance
 
 
-def mmd2(x: Tensor, y: Tensor, bandwidths: Sequence[float] = BANDWIDTHS) -> Tensor:
+def mmd2(x: Tensor, y: Tensor) -> Tensor:
     """Unbiased estimate of the squared MMD (Gretton et al., JMLR 2012, eq. 3), the mean over the
     kernels exp(-d^2 / (2 b^2)). [n,D], [m,D] -> scalar, below 0 at times."""
-
-    def kernel(a: Tensor, b: Tensor) -> Tensor:
-        squared = a.square().sum(dim=1)[:, None] + b.square().sum(dim=1) - 2 * a @ b.T  # [n,m]
-        return sum(torch.exp(-squared / (2 * s**2)) for s in bandwidths) / len(bandwidths)
-
-    (n, m), xx, yy = (len(x), len(y)), kernel(x, x), kernel(y, y)
+    kernels = []
+    for a, b in ((x, x), (y, y), (x, y)):
+        squared = a.square().sum(dim=1)[:, None] + b.square().sum(dim=1) - 2 * a @ b.T
+        kernels.append(sum(torch.exp(-squared / (2 * s**2)) for s in BANDWIDTHS) / len(BANDWIDTHS))
+    (n, m), (xx, yy, xy) = (len(x), len(y)), kernels  # [n,n], [m,m], [n,m]
     within = (xx.sum() - xx.trace()) / (n * (n - 1)) + (yy.sum() - yy.trace()) / (m * (m - 1))
-    return within - 2 * kernel(x, y).mean()
-
-
-def measure(images: Tensor) -> Tensor:
-    """Tone, and what reflects haze, blur and noise, of images. [B,3,H,W] -> [B,8]."""
-    luma = images.mean(dim=1, keepdim=True)  # [B,1,H,W]
-    # The darkest value of a patch near the horizon is near 0 in clear air (He et al., CVPR 2009).
-    dark = -F.max_pool2d(-images.amin(dim=1, keepdim=True), 5, stride=1, padding=2)
-    dark = dark[:, :, images.shape[2] // 3 : images.shape[2] * 6 // 10].mean(dim=(1, 2, 3))
-    one = luma.diff(dim=3).square().mean(dim=(1, 2, 3)).clamp(min=1e-7)
-    two = (luma[..., 2:] - luma[..., :-2]).square().mean(dim=(1, 2, 3)).clamp(min=1e-7)
-    # A mask to which planes and straight edges give nothing (Immerkaer, CVIU 1996).
-    mask = torch.tensor([[[[1.0, -2, 1], [-2, 4, -2], [1, -2, 1]]]]).to(luma)
-    noise = F.conv2d(luma, mask).abs().mean(dim=(1, 2, 3)) * math.sqrt(math.pi / 2) / 6
-    others = torch.stack([dark, two / one, noise.clamp(min=1e-4).log2()], dim=1)
-    return torch.cat([tone(images), others], dim=1)
+    return within - 2 * xy.mean()
 
 
 def band_statistics(x: Tensor, bands: int) -> Tensor:
@@ -503,9 +456,10 @@ def band_statistics(x: Tensor, bands: int) -> Tensor:
 
 
 def scene_features(net: Network, images: Tensor) -> list[Tensor]:
-    """Features of images [B,3,H,W]. -> tone and texture: `measure` [B,8], colours [B,24], the first
-    features of a tiny network [B,384]; content, by its prediction: layout [B,32C], colours of the
-    classes [B,3C]."""
+    """Five groups of features of images [B,3,H,W], with a tiny network. Tone and texture: simple
+    measurements [B,8], colours [B,24], features of the first layers [B,384]. Content: where the
+    classes are [B,32C], and their colours [B,3C]."""
+    # Step 1: the network's first layers, and its prediction at a quarter of the resolution
     body = net.body
     x4 = body.down4(body.stem((images - net.mean) / net.std))  # [B,32,H/4,W/4]
     x8 = body.down8(x4)
@@ -513,12 +467,27 @@ def scene_features(net: Network, images: Tensor) -> list[Tensor]:
     y = body.up8(torch.cat([common.upsample(body.down16(x8), x8.shape[2:]), x8], dim=1))
     y = body.up4(torch.cat([common.upsample(y, x4.shape[2:]), x4], dim=1))
     share = body.head(y).softmax(dim=1)  # [B,C,H/4,W/4] of the classes
+
+    # Step 2: content. A class that is hardly there counts as having the colour of the whole image.
     layout = F.adaptive_avg_pool2d(share, (8, 4)).flatten(1)
-    # A class that is hardly there counts as having the colour of the whole image.
     colours = F.avg_pool2d(images, 4).flatten(2)  # [B,3,HW/16]
     share = share.flatten(2) + 0.01
     colours = share @ colours.mT / share.sum(dim=2, keepdim=True)  # [B,C,3]
-    return [measure(images), band_statistics(images, 4), deep, layout, colours.flatten(1)]
+
+    # Step 3: haze. In clear air a patch near the horizon has a dark pixel (He et al., CVPR 2009).
+    luma = images.mean(dim=1, keepdim=True)  # [B,1,H,W]
+    dark = -F.max_pool2d(-images.amin(dim=1, keepdim=True), 5, stride=1, padding=2)
+    dark = dark[:, :, images.shape[2] // 3 : images.shape[2] * 6 // 10].mean(dim=(1, 2, 3))
+
+    # Step 4: blur, by differences over one and two pixels; and noise, by a mask to which planes and
+    # straight edges give nothing (Immerkaer, CVIU 1996)
+    one = luma.diff(dim=3).square().mean(dim=(1, 2, 3)).clamp(min=1e-7)
+    two = (luma[..., 2:] - luma[..., :-2]).square().mean(dim=(1, 2, 3)).clamp(min=1e-7)
+    mask = torch.tensor([[[[1.0, -2, 1], [-2, 4, -2], [1, -2, 1]]]]).to(luma)
+    noise = F.conv2d(luma, mask).abs().mean(dim=(1, 2, 3)) * math.sqrt(math.pi / 2) / 6
+    measured = torch.stack([dark, two / one, noise.clamp(min=1e-4).log2()], dim=1)
+    measured = torch.cat([tone(images), measured], dim=1)
+    return [measured, band_statistics(images, 4), deep, layout, colours.flatten(1)]
 
 
 class Features:
@@ -547,14 +516,10 @@ class Features:
         groups = [(x - m) / s for x, (m, s) in zip(self.groups(images), self.scaling, strict=True)]
         if common.world_size() > 1:
             groups = [torch.cat(all_gather(x)) for x in groups]
-        pairs = zip(groups, self.photos, strict=True)
-        return torch.stack([mmd2(x, y[chosen]) for x, y in pairs])
+        return torch.stack([mmd2(x, y[chosen]) for x, y in zip(groups, self.photos, strict=True)])
 
 
 # ---- The stages of road scenes ------------------------------------------------------------------
-MAX_PHOTOS = 256  # whose features are compared
-
-
 def gradient_step(optimizer: torch.optim.Optimizer, loss: Tensor, lr: float) -> None:
     common.set_lr(optimizer, lr)
     optimizer.zero_grad()
@@ -562,11 +527,9 @@ def gradient_step(optimizer: torch.optim.Optimizer, loss: Tensor, lr: float) -> 
     optimizer.step()
 
 
-def train_on_scenes(
-    run: Run, args: Args, roads: RoadScenes, transformer: Any, net: Network, stage: str
-) -> None:
-    """Like `common.train`, with new scenes in every batch. The network of the features, in the
-    stage of this name, sees random augmentations, so that it is of use on photos too."""
+def train(run: Run, args: Args, roads: RoadScenes, transformer: Any, net: Any, stage: str) -> None:
+    """Like `common.train`, with new scenes in every batch. The network of the stage "features" sees
+    random augmentations, so that it is of use on photos too."""
     final = stage == "train"
     steps = args.steps if final else args.feature_steps
     optimizer, model = common.make_optimizer(net, args.lr), common.parallel(net.train())
@@ -586,23 +549,32 @@ def train_on_scenes(
             run.evaluate(net, step)
 
 
+def reinforce_loss(samples: Tensor, mean: Tensor, sigma: float, rewards: Tensor) -> Tensor:
+    """Its gradient is an unbiased estimate of -grad E[reward]. The baseline of a reward is the mean
+    of the others, which does not depend on the sample itself. samples [S,...] from
+    N(mean, sigma^2), mean [...], rewards [S] -> scalar."""
+    baseline = (rewards.sum() - rewards) / (len(rewards) - 1)
+    squared = (samples.detach() - mean).square().flatten(1).sum(dim=1)  # [S]
+    log_probability = -squared / (2 * sigma**2)  # up to a constant
+    return -((rewards - baseline).detach() * log_probability).mean()
+
+
 def learn_attributes(run: Run, args: Args, roads: RoadScenes, photos: Split) -> Transformer:
     """The transformer after all stages."""
     device, seed, transformer = run.device, args.seed, Transformer(roads).to(run.device)
     net = Network("tiny", len(run.classes)).to(device, memory_format=torch.channels_last)
 
     # Stage 1: the network whose features are compared learns to segment the prior's scenes
-    train_on_scenes(run, args, roads, None, net, "features")
+    train(run, args, roads, None, net, "features")
     net.eval().requires_grad_(False)
     for buffer in net.buffers():  # each process has batch statistics of its own
         buffer.copy_(common.mean_over_processes(buffer))
     draws = (roads.sample(8, common.generator(seed, "prior", batch)) for batch in range(32))
     scenes = (render_graphs(roads, None, graphs)[0] for graphs in draws)
-    chosen = datasets.spaced(len(photos), MAX_PHOTOS)
+    chosen = datasets.spaced(len(photos), 256)
     chunks = np.array_split(chosen, math.ceil(len(chosen) / 8))
     real = (common.to_tensor(photos.images[chunk], device) for chunk in chunks)
-    groups = functools.partial(scene_features, net)
-    features = Features(groups, scenes, real, min_std=(0, 0, 0, 1, 1))
+    features = Features(lambda x: scene_features(net, x), scenes, real, min_std=(0, 0, 0, 1, 1))
     weights = torch.tensor([1, 1, 1, args.lambda_content, args.lambda_content], device=device)
 
     # Stage 2: the MMD falls; its gradient comes through the renderer
@@ -621,73 +593,42 @@ def learn_attributes(run: Run, args: Args, roads: RoadScenes, photos: Split) -> 
         gradient_step(optimizer, loss, lr)
         run.log(step, mmd_loss=weights @ mmd, mmd_content=mmd[3:].sum(), change=change, lr=lr)
 
-    if args.task_reward:
-        maximise_reward(run, args, roads, transformer, net)
-    return transformer
-
-
-def reinforce_loss(samples: Tensor, mean: Tensor, sigma: float, rewards: Tensor) -> Tensor:
-    """Its gradient is an unbiased estimate of -grad E[reward].
-
-    samples [S,...] from N(mean, sigma^2), mean [...], rewards [S] -> scalar. The baseline of a
-    reward is the mean of the others, which does not depend on the sample itself.
-    """
-    baseline = (rewards.sum() - rewards) / (len(rewards) - 1)
-    squared = (samples.detach() - mean).square().flatten(1).sum(dim=1)  # [S]
-    log_probability = -squared / (2 * sigma**2)  # up to a constant
-    return -((rewards - baseline).detach() * log_probability).mean()
-
-
-def maximise_reward(run: Run, args: Args, roads: RoadScenes, transformer: Any, net: Any) -> None:
-    """REINFORCE, stage 3. The reward of a set of scenes is the mIoU on the labelled photos, as a
-    share, of a copy of `net` that is trained on the set. The paper adds noise to each attribute of
-    each scene, which hardly changes the mean of a set. Here all scenes of a set share their noise.
-    """
-    few, model = datasets.load(args, "target_few"), common.parallel(transformer)
-    truth = torch.from_numpy(np.array(few.labels)).to(run.device)  # [N,H,W]
+    # Stage 3: REINFORCE. The reward of a set of scenes is the mIoU on the labelled photos, as a
+    # share, of a copy of `net` that is trained on the set. The paper adds noise to each attribute
+    # of each scene, which hardly changes the mean of a set. Here the scenes of a set share it.
+    if not args.task_reward:
+        return transformer
+    few = datasets.load(args, "target_few")
+    truth = torch.from_numpy(np.array(few.labels)).to(device)  # [N,H,W]
     optimizer, steps = torch.optim.Adam(transformer.parameters()), args.reward_rounds
     for step in run.steps("reward", steps, transformer=transformer, optimizer=optimizer):
-        # Step 1: sets of scenes whose attributes are all shifted by the same noise
-        rng, rewards = common.generator(args.seed, "reward", step), []
+        # Step 1: the noise of each set
+        rng, rewards = common.generator(seed, "reward", step), []
         mean = model(roads.sample(256, rng)).mean(dim=0)  # [V,M]
         noise = torch.randn(args.reward_samples, *mean.shape, generator=rng).to(mean)
         noise = args.reward_sigma * noise * transformer.mutable  # [S,V,M]
 
-        # Step 2: their rewards. All sets have the same graphs, only the attributes differ.
+        # Step 2: the rewards. All sets have the same graphs, only the attributes differ.
         for shift in noise:
             task_net = copy.deepcopy(net).train().requires_grad_(True)
             task_model = common.parallel(task_net)
             task_optimizer = common.make_optimizer(task_net, args.lr / 4)
             for i in range(args.reward_steps):
-                graphs = roads.sample(args.batch_size, common.generator(args.seed, "set", step, i))
+                graphs = roads.sample(args.batch_size, common.generator(seed, "set", step, i))
                 images, labels = render_graphs(roads, transformer, graphs.share(), shift)
                 with run.autocast():
                     loss = common.segmentation_loss(task_model(images, aux=True), labels)
                 gradient_step(task_optimizer, loss, args.lr / 4)
-            prediction = common.predict(task_net.eval(), few.images, run.device).argmax(dim=1)
+            prediction = common.predict(task_net.eval(), few.images, device).argmax(dim=1)
             confusion = common.confusion_matrices(prediction, truth, len(run.classes)).sum(dim=0)
             rewards.append(common.scores(confusion.cpu().numpy())["mIoU"] / 100)
 
         # Step 3: the transformer
-        rewards = common.mean_over_processes(torch.tensor(rewards, device=run.device))  # [S]
+        rewards = common.mean_over_processes(torch.tensor(rewards, device=device))  # [S]
         loss = reinforce_loss(mean + noise, mean, args.reward_sigma, rewards)
         gradient_step(optimizer, loss, args.reward_lr)
         run.log(step, reward=rewards.mean(), reward_std=rewards.std())
-
-
-def write_set(run: Run, args: Args, roads: RoadScenes, transformer: nn.Module | None) -> None:
-    """Scenes in set/ of the run folder, for --init of another method."""
-    folder, shape, names = run.out / "set", (args.scenes, *args.size), []
-    images = datasets.create_array(folder / "images.npy", (*shape, 3))
-    labels = datasets.create_array(folder / "labels.npy", shape)
-    for start in datasets.show_progress(range(0, args.scenes, 8), "writing set/"):
-        stop = min(start + 8, args.scenes)
-        graphs = roads.sample(stop - start, common.generator(args.seed, "scenes", start))
-        names += [roads.split.names[n] for n in graphs.picture[:, 0]]
-        x, y = render_graphs(roads, transformer, graphs)
-        images[start:stop], labels[start:stop] = common.to_uint8(x), y.byte().cpu()
-    images.flush()
-    datasets.save_set(folder, roads.split, labels, names)
+    return transformer
 
 
 def run(args: Args) -> Result:
@@ -723,9 +664,21 @@ def run(args: Args) -> Result:
     if args.task_reward:
         rewards = args.reward_rounds * args.reward_samples
         updates += f", {rewards * args.reward_steps} of the task network"
-    train_on_scenes(run, args, roads, transformer, net, "train")
+    train(run, args, roads, transformer, net, "train")
+
+    # The set, for --init of another method
     if args.scenes and common.rank() == 0:
-        write_set(run, args, roads, transformer)
+        images = datasets.create_array(run.out / "set/images.npy", (args.scenes, *args.size, 3))
+        labels, names = np.empty(images.shape[:3], np.uint8), []
+        for start in datasets.show_progress(range(0, args.scenes, 8), "writing set/"):
+            rng = common.generator(args.seed, "scenes", start)
+            graphs = roads.sample(min(8, args.scenes - start), rng)
+            names += [roads.split.names[n] for n in graphs.picture[:, 0]]
+            x, y = render_graphs(roads, transformer, graphs)
+            images[start : start + 8] = common.to_uint8(x)
+            labels[start : start + 8] = y.byte().cpu()
+        images.flush()
+        datasets.save_set(run.out / "set", roads.split, labels, names)
     if learned and common.rank() == 0:
         draw_scenes(run, roads, transformer, photos, net)
     return run.finish(net, args.labelled if args.task_reward else 0, other_updates=updates)
@@ -764,36 +717,32 @@ DIGITS = 6000  # pictures, a third each for the scenes, the target and the test
 TYPEFACES = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSerif", "STIXGeneral", "cmr10", "cmss10")
 
 
-def typeset_digits(count: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Digits in matplotlib's typefaces, of several sizes. -> like `load_digits`."""
+def load_digits(data: str, seed: int) -> tuple[Tensor, Tensor, str]:
+    """Random training digits of MNIST below `data`. Where that is 'mini': digits in matplotlib's
+    typefaces, of several sizes.
+    -> pictures [DIGITS,1,28,28] in [0,1], digits int64 [DIGITS], "MNIST" or "typeset"."""
     from matplotlib import get_data_path
+    from torchvision.datasets import MNIST
+
+    rng = common.generator(seed, "digits")
+    if data != "mini":
+        try:
+            mnist = MNIST(data, train=True, download=False)
+        except (RuntimeError, ValueError, AssertionError, EOFError) as error:
+            raise UserError(f"{data}/MNIST/raw: expected torchvision's files ({error})") from error
+        order = torch.randperm(len(mnist), generator=rng)[:DIGITS]
+        return mnist.data[order, None] / 255, mnist.targets[order], "MNIST"
 
     files = [f"{get_data_path()}/fonts/ttf/{name}.ttf" for name in TYPEFACES]
     fonts = [ImageFont.truetype(file, size) for file in files for size in (18, 20, 22, 24)]
-    digits = torch.randint(10, (count,), generator=rng)
-    faces = torch.randint(len(fonts), (count,), generator=rng)
-    pictures = torch.empty(count, 1, 28, 28)
+    digits = torch.randint(10, (DIGITS,), generator=rng)
+    faces = torch.randint(len(fonts), (DIGITS,), generator=rng)
+    pictures = torch.empty(DIGITS, 1, 28, 28)
     for n, (digit, face) in enumerate(zip(digits.tolist(), faces.tolist(), strict=True)):
         picture = Image.new("L", (28, 28))
         ImageDraw.Draw(picture).text((14, 14), str(digit), 255, fonts[face], anchor="mm")
         pictures[n, 0] = torch.from_numpy(np.array(picture)) / 255
-    return pictures, digits
-
-
-def load_digits(data: str, seed: int) -> tuple[Tensor, Tensor, str]:
-    """Random training digits of MNIST below `data`, or typeset ones where that is 'mini'.
-    -> pictures [DIGITS,1,28,28] in [0,1], digits int64 [DIGITS], "MNIST" or "typeset"."""
-    from torchvision.datasets import MNIST
-
-    rng = common.generator(seed, "digits")
-    if data == "mini":
-        return *typeset_digits(DIGITS, rng), "typeset"
-    try:
-        mnist = MNIST(data, train=True, download=False)
-    except (RuntimeError, ValueError, AssertionError, EOFError) as error:
-        raise UserError(f"{data}/MNIST/raw: expected torchvision's files ({error})") from error
-    order = torch.randperm(len(mnist), generator=rng)[:DIGITS]
-    return mnist.data[order, None] / 255, mnist.targets[order], "MNIST"
+    return pictures, digits, "typeset"
 
 
 class DigitScenes:
@@ -807,7 +756,7 @@ class DigitScenes:
 
     def sample(self, count: int, rng: torch.Generator, at_target: bool = False) -> Graphs:
         """Scene graphs from the prior, or with exactly the target's attributes, on the CPU."""
-        values = self.grammar.sample(count, rng)
+        values = torch.randn(count, 2, len(self.target), generator=rng) * self.grammar.prior_std
         if at_target:
             target = [(x - DIGIT[n].mean) / DIGIT[n].scale for n, x in self.target.items()]
             values[:, 1] = torch.tensor(target)
@@ -842,38 +791,15 @@ def blurred_pixels(images: Tensor) -> list[Tensor]:
     return groups
 
 
-def digit_accuracy(
-    world: DigitScenes, transformer: Any, images: Tensor, truth: Tensor, args: DigitsArgs
-) -> float:
-    """Test accuracy, in %, of a classifier that is trained on the world's scenes."""
-    torch.manual_seed(common.seed_of(args.seed, "task"))
-    convolutions = [common.conv(1, 16, stride=2), common.conv(16, 32, stride=2)]
-    head = [common.conv(32, 32), nn.Flatten(), nn.Linear(2 * world.size**2, 10)]
-    net, steps = nn.Sequential(*convolutions, *head).to(world.device), args.steps * 4 // 10
-    optimizer = torch.optim.AdamW(net.parameters())
-    for step in range(1, steps + 1):
-        graphs = world.sample(16, common.generator(args.seed, "task", step))
-        x, y = render_graphs(world, transformer, graphs)
-        loss = F.cross_entropy(net(x), y)
-        gradient_step(optimizer, loss, common.learning_rate(2e-3, step, steps))
-    with torch.no_grad():
-        return 100 * (net.eval()(images).argmax(dim=1) == truth).float().mean().item()
-
-
 def run_digits(args: DigitsArgs) -> None:
     """Meta-Sim's experiments on digits: learns how the digits of a target are turned and placed.
-
     Writes result.json, with the accuracy of a classifier that is trained on the scenes before and
-    after, and figures/digits.png: scenes before and after, and images of the target. An earlier
-    result in the folder is replaced. What has no flag here is as in the row of the table.
-    """
-    start_time, seed = time.perf_counter(), args.seed
-    auto = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(auto if args.device == "auto" else args.device)
+    after, and figures/digits.png: scenes before and after, and images of the target."""
+    seed, device = args.seed, torch.device(common.join_processes(args.device))
     out = args.out or Path("runs/digits") / f"{args.experiment}-seed{seed}"
-    pictures, digits, kind = load_digits(args.data, seed)
 
-    # Three disjoint sets of pictures: the simulator's, the unlabelled target's, the test's
+    # Step 1: three disjoint sets of pictures: the simulator's, the unlabelled target's, the test's
+    pictures, digits, kind = load_digits(args.data, seed)
     parts = zip(pictures.chunk(3), digits.chunk(3), strict=True)
     world, other, test = (DigitScenes(args.experiment, *part, device) for part in parts)
     draw = other.sample(1000, common.generator(seed, "target"), at_target=True)
@@ -882,39 +808,52 @@ def run_digits(args: DigitsArgs) -> None:
     images, truth = render_graphs(test, None, draw)
     draw = world.sample(1000, common.generator(seed, "scenes"))
     prior, _ = render_graphs(world, None, draw)
-    before = digit_accuracy(world, None, images, truth, args)
     # Pixels near the edge hardly vary over the prior's scenes, but must not count for more.
     features = Features(blurred_pixels, [prior[:256]], [photos], min_std=(1, 1, 1, 1))
 
+    # Step 2: the transformer with the lowest MMD of several
     candidates = []
     for start in range(args.starts):
         torch.manual_seed(common.seed_of(seed, "start", start))
-        transformer = Transformer(world).to(device)
-        optimizer = torch.optim.Adam(transformer.parameters(), weight_decay=1e-5)
+        candidate = Transformer(world).to(device)
+        optimizer = torch.optim.Adam(candidate.parameters(), weight_decay=1e-5)
         for step in datasets.show_progress(range(1, args.steps + 1), f"start {start}"):
             rng = common.generator(seed, "match", step)
             graphs = world.sample(32, rng)
-            x, _ = world.render(graphs, transformer(graphs))
+            x, _ = world.render(graphs, candidate(graphs))
             chosen = torch.randperm(len(photos), generator=rng)[: Args.match_photos].to(device)
             loss = features.mmd(x, chosen).sum()
             gradient_step(optimizer, loss, common.learning_rate(args.lr, step, args.steps))
-        learned, _ = render_graphs(world, transformer, draw)
-        mmd = features.mmd(learned, slice(None)).sum().item()
+        scenes, _ = render_graphs(world, candidate, draw)
+        mmd = features.mmd(scenes, slice(None)).sum().item()
         print(f"start {start}: MMD^2 {mmd:.5f}", flush=True)
-        candidates.append((mmd, transformer))
-    _, transformer = min(candidates, key=lambda candidate: candidate[0])
-    after = digit_accuracy(world, transformer, images, truth, args)
+        candidates.append((mmd, candidate, scenes))
+    _, transformer, learned = min(candidates, key=lambda item: item[0])
 
-    with torch.no_grad():
-        attributes, target = world.grammar.read(transformer(draw)), world.target
+    # Step 3: test accuracy, in %, of a classifier that is trained on scenes before, and after
+    accuracies, steps = [], args.steps * 4 // 10
+    for rewrite in (None, transformer):
+        torch.manual_seed(common.seed_of(seed, "task"))
+        layers = [common.conv(1, 16, stride=2), common.conv(16, 32, stride=2), common.conv(32, 32)]
+        net = nn.Sequential(*layers, nn.Flatten(), nn.Linear(2 * world.size**2, 10)).to(device)
+        optimizer = torch.optim.AdamW(net.parameters())
+        for step in range(1, steps + 1):
+            graphs = world.sample(16, common.generator(seed, "task", step))
+            x, y = render_graphs(world, rewrite, graphs)
+            loss = F.cross_entropy(net(x), y)
+            gradient_step(optimizer, loss, common.learning_rate(2e-3, step, steps))
+        correct = net.eval()(images).argmax(dim=1) == truth
+        accuracies.append(100 * correct.float().mean().item())
+
+    # Step 4: the result, with learned angles around that of the target
+    before, after = accuracies
+    attributes, target = world.grammar.read(transformer(draw)), world.target
     attributes["yaw"] = (attributes["yaw"] - target["yaw"] + 180) % 360 + target["yaw"] - 180
     result = {**asdict(args), "pictures": kind, "target": target}
     result |= {"accuracy_before": before, "accuracy_after": after}
     result["learned_mean"] = {name: x.mean().item() for name, x in attributes.items()}
     result["learned_std"] = {name: x.std().item() for name, x in attributes.items()}
-    result["seconds"] = time.perf_counter() - start_time
     datasets.write_json(out / "result.json", result)
-    learned, _ = render_graphs(world, transformer, draw)
     rows = [np.concatenate(common.to_uint8(x[:16]), axis=1) for x in (prior, learned, photos)]
     with datasets.replacing(out / "figures/digits.png") as temporary:
         Image.fromarray(np.concatenate(rows)[..., 0]).save(temporary, format="png")
@@ -925,53 +864,48 @@ def run_digits(args: DigitsArgs) -> None:
 
 # ---- Figures ------------------------------------------------------------------------------------
 def draw_scenes(run: Run, roads: RoadScenes, transformer: Any, photos: Split, net: Any) -> None:
-    """scenes.png: the same graphs before and after, and photos; content.png: where the classes lie
-    in the scenes before and after, and in photos as `net` predicts."""
-    folder, labels, columns = run.out / "figures", {}, {}
+    """scenes.png: some graphs before and after, and photos. content.png: where the photos' six
+    commonest classes lie in scenes before and after, and in photos as `net` predicts. The distance
+    is the total variation between the shares of the classes at a pixel, averaged over pixels."""
+    # Step 1: scenes.png
+    folder, columns, labels = run.out / "figures", {}, {}
     for title, rewrite in (("prior", None), ("learned", transformer)):
         maps = []
         for batch in range(32):
             graphs = roads.sample(8, common.generator(run.args.seed, "figures", batch))
             images, y = render_graphs(roads, rewrite, graphs)
             maps.append(y.byte().cpu())
-            if batch == 0:
-                columns[title] = list(common.to_uint8(images[:6]))
-                columns[f"labels, {title}"] = list(maps[0][:6].numpy())
+        columns[title] = list(common.to_uint8(images[:6]))
+        columns[f"labels, {title}"] = list(maps[-1][:6].numpy())
         labels[title] = torch.cat(maps)  # [256,H,W]
     columns["photo"] = list(photos.images[datasets.spaced(len(photos), 6)])
     common.draw_sheet(folder / "scenes.png", columns, run.classes)
 
+    # Step 2: the share of each class at each pixel
     batches = [photos.images[i : i + 1] for i in datasets.spaced(len(photos), 256)]
     maps = [common.predict(net.eval(), batch, run.device).argmax(dim=1) for batch in batches]
     labels["photos, predicted"] = torch.cat(maps).byte().cpu()
-    draw_content(folder / "content.png", labels, run.classes)
+    shares, classes = {}, range(len(run.classes))
+    for title, y in labels.items():
+        shares[title] = torch.stack([(y == c).float().mean(dim=0) for c in classes])  # [C,H,W]
 
-
-def draw_content(path: Path, labels: dict[str, Tensor], classes: Sequence[str]) -> None:
-    """Heat maps of where the six commonest classes of the photos lie. labels: [N,H,W] by title, the
-    photos' last. The distance from the photos is the total variation between the shares of the
-    classes at a pixel, averaged over the pixels."""
-    shares = {  # [C,H,W]
-        title: torch.stack([(y == c).float().mean(dim=0) for c in range(len(classes))])
-        for title, y in labels.items()
-    }
-    photos = [*shares.values()][-1]
-    shown = photos.mean(dim=(1, 2)).argsort(descending=True)[:6].tolist()
+    # Step 3: content.png
+    photo_share = shares["photos, predicted"]
+    shown = photo_share.mean(dim=(1, 2)).argsort(descending=True)[:6].tolist()
     figure = common.new_figure(2.4 * len(shown), 1.6 * len(shares))
     axes = figure.subplots(len(shares), len(shown), squeeze=False)
     for i, (title, share) in enumerate(shares.items()):
-        distance = (share - photos).abs().sum(dim=0).mean() / 2
+        distance = (share - photo_share).abs().sum(dim=0).mean() / 2
         axes[i, 0].set_ylabel(f"{title}\ndistance {distance:.3f}", fontsize=8)
         for axis, c in zip(axes[i], shown, strict=True):
-            axis.imshow(share[c].numpy(), vmin=0, vmax=photos[c].max().item(), cmap="magma")
-            axis.set(xticks=[], yticks=[])
-            axis.set_title(classes[c] if i == 0 else "", fontsize=9)
-    common.save_figure(figure, path)
+            axis.imshow(share[c].numpy(), vmin=0, vmax=photo_share[c].max().item(), cmap="magma")
+            axis.set(xticks=[], yticks=[], title=run.classes[c] if i == 0 else "")
+    common.save_figure(figure, folder / "content.png")
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["digits"]:
         del sys.argv[1]
-        common.main(DigitsArgs, run_digits, inspect.getdoc(run_digits))
+        common.main(DigitsArgs, run_digits, run_digits.__doc__)
     else:
         common.main(Args, run, __doc__)

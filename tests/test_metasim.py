@@ -170,12 +170,13 @@ def test_a_scene_equals_plain_compositing(
     roads: metasim.RoadScenes, monkeypatch: pytest.MonkeyPatch
 ):
     """Each object by itself, in pixels, the farthest first; cameras that see beyond the image."""
-    monkeypatch.setattr(metasim, "photometry", lambda image, *_: image)
+    monkeypatch.setattr(metasim, "retone", lambda image, _: image)
     graphs = roads.sample(12, common.generator(3))
     assets = torch.randint(len(roads.rgba), (12, 2), generator=common.generator(5))
     assets[9, 1], assets[10:] = -1, -1
     place(roads, graphs, assets)
     values = 2 * graphs.values.double()  # far from the prior's mean
+    values[:, 0] = neutral(roads, graphs)[:, 0]
     values[:, 2:FIRST] = 0  # surfaces as they are
     values[:, FIRST:, 1] = torch.linspace(-1, 1, 24).view(12, 2)  # distance: both orders occur
     values[::2, FIRST:, 1] *= -1
@@ -208,7 +209,7 @@ def test_a_scene_equals_plain_compositing(
             picture = colour + (1 - alpha[..., None]) * picture
             layers = [(label, share * (1 - alpha)) for label, share in layers]
             layers.append((np.full((h, w), c), alpha))
-        np.testing.assert_allclose(images[n].permute(1, 2, 0), picture, atol=1e-6)
+        np.testing.assert_allclose(images[n].permute(1, 2, 0), picture.clip(0, 1), atol=1e-6)
         kinds, shares = map(np.stack, zip(*layers, strict=True))
         clear = np.sort(shares, axis=0)[-1] > 0.5 + 1e-6
         expected = np.take_along_axis(kinds, shares.argmax(axis=0)[None], axis=0)[0]
@@ -221,7 +222,7 @@ def test_a_surface_changes_its_own_pixels_and_no_label(
     roads: metasim.RoadScenes, monkeypatch: pytest.MonkeyPatch
 ):
     """Brighter, warmer, greener by exact gains, and twice what the blur removes."""
-    monkeypatch.setattr(metasim, "photometry", lambda image, *_: image)
+    monkeypatch.setattr(metasim, "retone", lambda image, _: image)
     graphs = roads.sample(6, common.generator(7))
     place(roads, graphs, torch.full((6, 2), -1))
     values = neutral(roads, graphs)
@@ -235,7 +236,7 @@ def test_a_surface_changes_its_own_pixels_and_no_label(
         change = torch.tensor([0.2, 0.4, 0.1, 1.0])
         changed[:, 2 + s, :4] += change / roads.grammar.scale[2 + s, :4]
         after, same = roads.render(graphs, changed)
-        expected = gains * (2 * before - metasim.blur(before))
+        expected = (gains * (2 * before - metasim.blur(before))).clamp(0, 1)
         torch.testing.assert_close(after, torch.where(own, expected, before))
         assert torch.equal(labels, same)
 
@@ -248,16 +249,25 @@ def test_retone_gives_a_nearly_grey_image_its_tone():
     torch.testing.assert_close(metasim.tone(toned), target, atol=1e-4, rtol=1e-4)
 
 
-def test_haze_follows_koschmieder(monkeypatch: pytest.MonkeyPatch):
+def test_haze_follows_koschmieder(roads: metasim.RoadScenes, monkeypatch: pytest.MonkeyPatch):
     """What is at the depth d keeps exp(-haze d) of its light and gets the rest from the air."""
     monkeypatch.setattr(metasim, "retone", lambda image, _: image)
-    image, depth = 0.2 + 0.6 * torch.rand(1, 3, 4, 6), torch.rand(1, 1, 4, 6)
-    v = dict.fromkeys((*metasim.TONE, "blur"), torch.zeros(1, 1))
-    v |= {"haze": torch.tensor([[0.7]]), "airlight": torch.tensor([[-0.5]])}
-    v["noise"], white = torch.tensor([[-5.0]]), torch.rand(1, 3, 4, 6)
-    hazy, clear = metasim.photometry(image, depth, white, v), torch.exp(-0.7 * depth)
+    graphs = roads.sample(3, common.generator(2))
+    place(roads, graphs, torch.full((3, 2), -1))
+    values = neutral(roads, graphs)
+    image, _ = roads.render(graphs, values)
+    physical = torch.tensor([0.7, -0.5, 0.0, -5.0])  # haze, airlight, blur, noise
+    values[:, 0, 5:9] = (physical - roads.grammar.mean[0, 5:9]) / roads.grammar.scale[0, 5:9]
+    hazy, _ = roads.render(graphs, values)
+    height, width = roads.size
+    row = (torch.arange(height) + 0.5).view(1, 1, height, 1) / height * 2 - 1
+    horizon = graphs.fixed[:, 0, 0].view(3, 1, 1, 1)
+    depth = 1 / (1 + 6 * ((row - horizon) / (1 - horizon)).clamp(min=0))
+    rngs = [torch.Generator().manual_seed(seed) for seed in graphs.seed.tolist()]
+    white = torch.stack([torch.randn(3, height, width, generator=rng) for rng in rngs])
+    clear = torch.exp(-0.7 * depth)
     expected = image * clear + (1 - clear) * 2**-0.5 + white / 32
-    torch.testing.assert_close(hazy, expected)
+    torch.testing.assert_close(hazy, expected.clamp(0, 1))
 
 
 # ---- Distribution transformer -------------------------------------------------------------------
@@ -298,16 +308,15 @@ def test_content_features_see_where_classes_are(monkeypatch: pytest.MonkeyPatch)
 # ---- Maximum mean discrepancy -------------------------------------------------------------------
 def test_mmd_equals_a_double_loop():
     x, y = torch.randn(5, 3, dtype=torch.float64), torch.randn(7, 3, dtype=torch.float64) + 0.5
-    bandwidths = (0.5, 2.0)
 
     def kernel(a: torch.Tensor, b: torch.Tensor) -> float:
         d2 = sum((float(p) - float(q)) ** 2 for p, q in zip(a, b, strict=True))
-        return sum(math.exp(-d2 / (2 * s * s)) for s in bandwidths) / 2
+        return sum(math.exp(-d2 / (2 * s * s)) for s in metasim.BANDWIDTHS) / 4
 
     within = sum(kernel(x[i], x[j]) for i in range(5) for j in range(5) if i != j) / 20
     within += sum(kernel(y[i], y[j]) for i in range(7) for j in range(7) if i != j) / 42
     between = sum(kernel(a, b) for a in x for b in y) / 35
-    assert metasim.mmd2(x, y, bandwidths).item() == pytest.approx(within - 2 * between, abs=1e-12)
+    assert metasim.mmd2(x, y).item() == pytest.approx(within - 2 * between, abs=1e-12)
 
 
 # ---- REINFORCE ----------------------------------------------------------------------------------
@@ -329,7 +338,8 @@ def test_reinforce_is_unbiased_where_the_answer_is_known():
 
 # ---- Digits -------------------------------------------------------------------------------------
 def test_digits_turn_counter_clockwise_and_go_where_they_are_told(monkeypatch: pytest.MonkeyPatch):
-    pictures, digits = metasim.typeset_digits(20, common.generator(0))
+    monkeypatch.setattr(metasim, "DIGITS", 20)
+    pictures, digits, _ = metasim.load_digits("mini", 0)
     assert pictures.shape == (20, 1, 28, 28) and set(digits.tolist()) <= set(range(10))
     images = []
     for target in ({"yaw": 0, "x": 32, "y": 32}, {"yaw": 90, "x": 16, "y": 48}):
