@@ -6,7 +6,7 @@
 
     python benchmark.py --data /datasets                 (real data; see the README for its layout)
 
-Every row is a command of its own (--print-jobs lists them): one that fails costs no other row. A
+Every row is a command of its own (--print-jobs lists them). If one fails, the others still run. A
 finished row is not run again unless its arguments or its data change, or --force is given.
 """
 
@@ -53,7 +53,8 @@ SET_METHODS = ("datarater", "metasim", "diffusion_bridge")  # these write a trai
 @dataclass(frozen=True)
 class Args(common.SharedArgs):
     benchmarks: tuple[Literal["vkitti2kitti", "gta52cityscapes", "own"], ...] = tuple(BENCHMARKS)
-    """Benchmarks to run. own: your own data below --data; see baseline.py --help."""
+    """Benchmarks to run. own: your own data, see baseline.py --help. Without target labels, name
+    the --methods that need none."""
     methods: tuple[str, ...] = (*BASELINES, *METHODS)
     """Rows of the table. reward_opt@600 is reward_opt with 600 updates."""
     combine: tuple[str, ...] = ()
@@ -197,7 +198,7 @@ def run_rows(rows: list[Row], args: Args, results: dict[Key, Result]) -> None:
     futures, seconds, running = {}, [], []
 
     def task(row: Row) -> Result:
-        # Rows come after those that they start from, so no thread waits for one that has not begun.
+        # The row that it starts from was submitted before it, so this cannot wait for ever.
         parent = futures[row.parent].result() if row.parent else None
         if parent and parent.error:
             return Result(*row.key, "failed", f"{parent.method} failed")
@@ -233,7 +234,7 @@ def run_rows(rows: list[Row], args: Args, results: dict[Key, Result]) -> None:
 
 
 def combined(result: Result, parent: Result) -> Result:
-    """A combination costs what its parts cost together."""
+    """The result of a combination with the costs of both of its parts."""
     made_set = parent.method.rpartition("+")[2].partition("@")[0] in SET_METHODS
     return replace(
         result,
@@ -373,7 +374,7 @@ def method_table(methods: Methods, folders: dict[Key, Path], labelled: bool) -> 
             cells["target labels"] = "/".join(dict.fromkeys(str(r.target_labels) for r in rows))
         for name in ["few_label"] if labelled else ["source_only", "color_transfer"]:
             known = name != method and {name, method} <= mious.keys()
-            difference = interval_of(folders, rows, finished[name]) if known else None
+            difference = interval_of(folders, scored[method], scored[name]) if known else None
             text = "{:+.1f} [{:.1f}, {:.1f}]".format(*difference) if difference else ""
             cells[f"over {name}"] = text
         if rows:
@@ -415,7 +416,7 @@ def notes(results: list[Result], folders: dict[Key, Path]) -> list[str]:
         rows = [r for r in results if r.benchmark == benchmark and not r.error]
         absent = {name for r in rows for name, value in r.iou.items() if value is None}
         if any(r.miou is None for r in rows):
-            lines.append(f"{benchmark}: no test photo has a label, so there is no score.")
+            lines.append(f"{benchmark}: a row without a score was run without test labels.")
         elif absent:
             names = ", ".join(sorted(absent))
             lines.append(f"{benchmark}: no test photo contains {names}; left out of the mean.")
@@ -473,7 +474,7 @@ def write_tables(results: list[Result], folders: dict[Key, Path], out: Path) -> 
         rows = [names, ["---", *["---:"] * (len(names) - 1)], *rows]
         text += [f"## {title}\n", *(f"| {' | '.join(row)} |" for row in rows), ""]
     with datasets.replacing(out / "results.md") as temporary:
-        temporary.write_text("\n".join(text) + "\n\n".join(below) + "\n", encoding="utf-8")
+        temporary.write_text("\n".join([*text, "\n\n".join(below), ""]), encoding="utf-8")
 
 
 # ---- Figures ------------------------------------------------------------------------------------
@@ -598,7 +599,7 @@ def main(args: Args) -> None:
         run_rows(rows, args, results)
         folders = {key: args.out / key[0] / key[1] / f"seed{key[2]}" for key in results}
         for key, folder in list(folders.items()):  # another run may have taken its place
-            if common.read_json(folder / "result.json").get("miou") != results[key].miou:
+            if common.read_json(folder / "result.json").get("miou", "") != results[key].miou:
                 del folders[key]
     ordered = write_results(results, args.out)
     write_tables(ordered, folders, args.out)

@@ -455,9 +455,10 @@ PRESETS: dict[str, dict[str, Any]] = {  # defaults that go with the data at hand
 @dataclass(frozen=True)
 class SharedArgs:
     data: str = "mini"
-    """Folder that holds vkitti2/ and kitti/, or gta5/ and cityscapes/; 'mini': the miniature."""
+    """Folder of vkitti2/ and kitti/, gta5/ and cityscapes/, or own data; mini: the miniature."""
     steps: int | None = None
-    """Updates of the network. Default: 2,000 for the miniature, else 20,000 and 40,000."""
+    """Updates of the network. Default: 2,000 for the miniature (and sources less than 512 px wide,
+    as in all flags below), 40,000 for real gta52cityscapes, else 20,000."""
     batch_size: int | None = None
     """Images an update, over all processes. Default: 8; 16 for real vkitti2kitti and own."""
     size: tuple[int, int] | None = None
@@ -468,7 +469,8 @@ class SharedArgs:
     lr: float | None = None
     """Initial learning rate of AdamW. Default: 0.01 for the miniature, else 0.001."""
     pretrained: bool | None = None
-    """Backbone of torchvision's ImageNet weights. Default: on for real data, but tiny has none."""
+    """ImageNet weights of the backbone, which then learns at a tenth of --lr. Default: on for real
+    data, but tiny has none."""
     labelled: int = 16
     """Labelled target photos that a method may use, evenly spaced in the target's training part."""
     amp: bool = True
@@ -508,7 +510,6 @@ def resolve(args: Any, method: str) -> Any:
     args = replace(args, device=join_processes(args.device))  # before rank 0 writes the miniature
     source = datasets.get_benchmark(args.benchmark, args.data).source
     datasets.files_of.cache_clear()
-    datasets.fingerprint.cache_clear()
     pairs, unlabelled = datasets.files_of(source, datasets.dataset_root(args.data, source), "train")
     with datasets.open_image(
         [*[image for image, _ in pairs], *unlabelled][0], decode=False
@@ -603,6 +604,8 @@ def configuration(args: Any, method: str) -> dict[str, Any]:
         file = args.init / "set.json" if args.init.is_dir() else args.init
         config["init"] = datasets.sha256(file)[:16]
     source, target = datasets.get_benchmark(args.benchmark, args.data)
+    if args.pretrained:
+        config["backbone_lr"] = BACKBONE_LR
     config["label_maps"] = zlib.crc32(repr((source, target)).encode())
     splits = {"source": (source, "train"), "target": (target, "train"), "test": (target, "test")}
     for name, (dataset, split) in splits.items():
@@ -717,7 +720,9 @@ class Run:
 
     def network(self) -> Network:
         """A new segmentation network on the device, with the weights of --init where given."""
-        net = Network(self.args.net, len(self.classes), self.args.pretrained)
+        pretrained = self.args.pretrained and not self.args.checkpoint
+        net = Network(self.args.net, len(self.classes), pretrained)
+        net.pretrained = self.args.pretrained  # the rate of the backbone stays that of the recipe
         if self.args.checkpoint:
             load_weights(net, self.args.checkpoint)
         if world_size() > 1 and self.device.type == "cuda":  # it refuses CPUs
@@ -863,14 +868,16 @@ def segmentation_loss(outputs: Sequence[Tensor], labels: Tensor) -> Tensor:
     return (losses[0] + AUX_WEIGHT * sum(losses[1:])) / valid
 
 
+BACKBONE_LR = 0.1  # of a backbone with ImageNet weights, as a multiple of --lr
+
+
 def make_optimizer(net: Network, lr: float) -> torch.optim.AdamW:
-    """AdamW; a backbone with ImageNet weights learns at a tenth of the rate of the rest."""
-    pretrained = set(net.body.backbone.parameters()) if net.pretrained else set()
-    groups = [
-        {"params": [p for p in net.parameters() if p in pretrained], "scale": 0.1},
-        {"params": [p for p in net.parameters() if p not in pretrained], "scale": 1.0},
-    ]
-    groups = [group for group in groups if group["params"]]
+    """AdamW; a backbone with ImageNet weights learns at BACKBONE_LR times the rate of the rest."""
+    backbone = list(net.body.backbone.parameters()) if net.pretrained else []
+    others = set(net.parameters()) - set(backbone)
+    groups = [{"params": [p for p in net.parameters() if p in others], "scale": 1.0}]
+    if backbone:
+        groups.append({"params": backbone, "scale": BACKBONE_LR})
     return torch.optim.AdamW(groups, lr=lr, weight_decay=0.01, fused=True)
 
 

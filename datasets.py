@@ -1,7 +1,7 @@
 """The four datasets and own data: files, labels, and who may use which of them.
 
-Methods use this through common.py. Letters in shape comments: N images of a split, H x W height
-and width in pixels. Images are RGB, labels are train ids 0..C-1 or 255 for "ignored".
+Letters in shape comments: N images of a split, H x W height and width in pixels, C classes. Images
+are RGB, labels are train ids 0..C-1 or 255 for "ignored".
 """
 
 import colorsys
@@ -17,7 +17,7 @@ import time
 import unicodedata
 import uuid
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +32,7 @@ from rich.progress import track
 import miniature
 
 IGNORE = 255  # the train id of pixels that count nowhere
-UNKNOWN = 254  # in a lookup table: a value that no valid label file holds
+UNKNOWN = 254  # in a lookup table: stands for values that are not in the label map
 COLOUR_WEIGHTS = np.array([1 << 16, 1 << 8, 1])  # of a colour as one number
 
 
@@ -129,18 +129,22 @@ def get_benchmark(name: str, data: str) -> Benchmark:
     """The source and the target of --benchmark. Those of 'own' are source/ and target/ in `data`.
 
     Their file classes.json maps a class, or "ignore", to its values in label files: an id, or ids
-    and colours. UserError where it does not.
+    and colours. UserError where the file is missing or wrong.
     """
     if name != "own":
         return BENCHMARKS[name]
+    if data == "mini":
+        raise UserError("own: --data must name the folder of your own data")
     path, values = Path(data) / "classes.json", {}
     try:
         for class_name, value in json.loads(path.read_text(encoding="utf-8-sig")).items():
             for v in value if isinstance(value, list) else [value]:
-                numbers, key = (v, tuple(v)) if isinstance(v, list) else ([v], v)
-                valid = len(numbers) in (1, 3) and all(n in range(256) for n in numbers)
+                is_colour = isinstance(v, list)
+                numbers, key = (v, tuple(v)) if is_colour else ([v], v)
+                valid = len(numbers) == (3 if is_colour else 1)
+                valid = valid and all(type(n) is int and 0 <= n < 256 for n in numbers)
                 if not valid or key in values:
-                    raise ValueError(f"{v} of {class_name} is no id or colour, or is given twice")
+                    raise ValueError(f"{v!r} of {class_name} is no id or colour, or is given twice")
                 values[key] = None if class_name == "ignore" else class_name
         classes = tuple(dict.fromkeys(filter(None, values.values())))
         if not classes:
@@ -164,7 +168,7 @@ def label_table(dataset: Dataset, colours: bool = False) -> np.ndarray:
 
 
 def palette(classes: Sequence[str]) -> np.ndarray:
-    """Colours of the train ids, Cityscapes' where it has the class; else black. uint8 [256,3]."""
+    """Cityscapes' colours of the classes, other hues for others; the rest black. uint8 [256,3]."""
     colours = np.zeros((256, 3), np.uint8)
     for i, name in enumerate(classes):
         other = colorsys.hsv_to_rgb(0.618 * i % 1, 0.7, 0.9)  # steps of the golden ratio
@@ -186,13 +190,13 @@ def note(line: str) -> None:
 
 
 def is_foreign(path: str) -> bool:
-    """Whether a file is no image of a set: ._a.png, @eaDir/a.png, thumbs/a.png, a.txt, say."""
+    """Whether a file is not part of a dataset, as ._a.png, @eaDir/a.png, thumbs/a.png and a.txt."""
     known = path.lower().endswith((".png", ".jpg", ".jpeg"))
     return not known or any(part[0] in ".@" or "thumb" in part.lower() for part in path.split("/"))
 
 
 def find_images(root: Path, pattern: str) -> tuple[dict[str, str], list[str]]:
-    """Images that match below `root`, or one folder deeper where there are none, and other files.
+    """Images that match below `root`, or if none does one folder deeper, and other files.
 
     -> {path as in the pattern, in Unicode's form NFC: path below root}, and paths of the others.
     """
@@ -215,7 +219,7 @@ def find_images(root: Path, pattern: str) -> tuple[dict[str, str], list[str]]:
 def list_files(dataset: Dataset, root: Path, split: str) -> tuple[list, list[Path]]:
     """Pairs (image, label) and images without a label of a split, train or test, sorted by path.
 
-    A source is all train. Test may be empty; UserError where there is no image to train on.
+    All images of a source are "train". UserError where there is no image to train on.
     """
     pattern = dataset.images.format(split="train" if split == "train" else "val")
     images, others = find_images(root, pattern)
@@ -238,8 +242,7 @@ def list_files(dataset: Dataset, root: Path, split: str) -> tuple[list, list[Pat
     return pairs, unlabelled
 
 
-# A run lists its folders once, and reads each file's fingerprint once: common.resolve, with which
-# it begins, forgets what an earlier run in this process has seen.
+# A run lists its folders once. It begins with common.resolve, which clears this cache.
 files_of = functools.cache(list_files)
 
 
@@ -291,6 +294,7 @@ def read_label(path: Path, dataset: Dataset, image: Path | None = None) -> np.nd
         value = int(values[unknown][0])
         name = f"colour {value >> 16, value >> 8 & 255, value & 255}" if colours else f"id {value}"
         cause = "are these train ids" if value == 255 else "was the file compressed or recoloured"
+        cause = "is it missing in classes.json" if dataset.name in ("source", "target") else cause
         where = f"in the label map of {dataset.name} ({unknown.sum()} such pixels)"
         raise UserError(f"{path}: {name} is not {where}; {cause}?")
     if image is not None:
@@ -368,8 +372,8 @@ def create_array(path: Path, shape: tuple[int, ...]) -> np.ndarray:
 
 # ---- Cache: every file is decoded and resized once ----------------------------------------------
 @functools.cache
-def fingerprint(path: Path) -> tuple[str, int, int, int]:
-    """Name, size, and checksums of the first and the last 4 KiB of a file.
+def fingerprint(path: Path, changed: int) -> tuple[str, int, int, int]:
+    """Name, size, and checksums of the first and last 4 KiB, of a file changed at that time.
 
     A PNG ends with a checksum of all its pixels. More would take minutes for 25,000 frames.
     """
@@ -382,8 +386,12 @@ def fingerprint(path: Path) -> tuple[str, int, int, int]:
 
 def digest(files: Sequence[Path]) -> str:
     """A hash of the files' names and content, the same wherever they lie."""
+
+    def read(paths: Sequence[Path]) -> list:
+        return [fingerprint(path, path.stat().st_ctime_ns) for path in paths]
+
     with ThreadPoolExecutor(16) as pool:  # a network file system answers many at a time
-        prints = list(pool.map(fingerprint, files))
+        prints = list(pool.map(read, [files[i::16] for i in range(16)]))
     return hashlib.sha256(repr(prints).encode()).hexdigest()[:16]
 
 
@@ -391,7 +399,7 @@ def cached(cache: Path, name: str, files: Sequence[Path], shape: tuple[int, ...]
     """`read(i)` for each of the files, as one memory-mapped array. uint8 [N,*shape].
 
     The file's name says what its content depends on: `name`, which stands for the way of reading,
-    the shape, and the files' content. Two processes that build it at once both rename a whole file.
+    the shape, and the files' content. Two processes may build it at once: both rename whole files.
     """
     path = cache / f"{name}-{'x'.join(map(str, shape))}-{digest(files)}.npy"
     if rank() == 0 and not path.exists():
@@ -408,7 +416,7 @@ def cached(cache: Path, name: str, files: Sequence[Path], shape: tuple[int, ...]
     return np.load(path, mmap_mode="r")
 
 
-def show_progress(steps: Sequence[int], title: str) -> Iterable[int]:
+def show_progress(steps: Collection[Any], title: str) -> Iterable[Any]:
     """The steps, with a bar and the time left on a terminal."""
     hidden = not sys.stderr.isatty() or rank() > 0
     return track(steps, title, console=Console(stderr=True), transient=True, disable=hidden)
@@ -509,7 +517,7 @@ def save_set(folder: Path, split: Split, labels: np.ndarray, names: Sequence[str
 
 
 def load_set(folder: Path, dataset: Dataset, size: Sequence[int]) -> Split:
-    """What `save_set` wrote; UserError where it is of another dataset or size, or is none."""
+    """What `save_set` wrote; UserError for another dataset or size, or another folder."""
     try:
         record = json.loads((folder / "set.json").read_text())
         images, labels = (np.load(folder / f"{n}.npy", mmap_mode="r") for n in ("images", "labels"))

@@ -47,7 +47,7 @@ def run(args: Args) -> None:
     pairs, unlabelled = datasets.list_files(dataset, dataset_root(args.data, dataset), args.split)
     print(f"{len(pairs):,} pairs, {len(unlabelled):,} images without a label")
     if not pairs:
-        raise UserError(f"{unlabelled[0]}: has no label, and no other image has one")
+        raise UserError(f"{dataset.name}: the {args.split} part has no labelled image")
     pixels, images = np.zeros(256, np.int64), np.zeros(256, np.int64)
     for image, label in show_progress(pairs, "reading"):
         counts = np.bincount(read_label(label, dataset, image).ravel(), minlength=256)

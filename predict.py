@@ -3,7 +3,7 @@
     python predict.py --checkpoint runs/.../checkpoint.pt --photos photos --out labelled
 
 It writes label maps, their colours, and overlays. The ids are Cityscapes' label ids, or train ids
-of own classes: OUT/classes.json says which, in the form that --benchmark own reads.
+of own classes; OUT/classes.json lists them. --benchmark own can read that file.
 """
 
 from dataclasses import dataclass
@@ -47,9 +47,10 @@ def run(args: Args) -> None:
     ids = {name: i if own else CITYSCAPES_IDS[name] for i, name in enumerate(classes)}
     photos, others = datasets.find_images(args.photos, "**/*")
     outputs = {Path(name).with_suffix(".png"): name for name in sorted(photos.values())}
-    if not photos or len(outputs) < len(photos):
-        problem = "no JPG or PNG file, or two that differ in the suffix alone"
-        raise UserError(f"{args.photos}: {problem}")
+    if not photos:
+        raise UserError(f"{args.photos}: no JPG or PNG file")
+    if len(outputs) < len(photos):
+        raise UserError(f"{args.photos}: two photos have the same name but for the suffix")
     if args.out.resolve().is_relative_to(args.photos.resolve()):
         raise UserError(f"--out {args.out}: lies in the folder of the photos")
     write_json(args.out / "classes.json", ids)

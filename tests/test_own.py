@@ -98,7 +98,7 @@ def test_a_run_on_own_data_and_its_network_on_own_photos(own: common.Args, capsy
         np.testing.assert_array_equal(colours, datasets.palette([*names])[labels])
         np.testing.assert_array_equal(overlay, datasets.read_image(path) // 2 + colours // 2)
     Path("photos/day 0/0.jpg").touch()
-    with pytest.raises(datasets.UserError, match="two that differ in the suffix alone"):
+    with pytest.raises(datasets.UserError, match="the same name but for the suffix"):
         predict.run(predict.Args(checkpoint, Path("photos"), Path("out"), "cpu"))
 
 
@@ -128,7 +128,10 @@ def refused(args: common.Args, message: str) -> None:
         ("{}", "names no class"),
         ('{"ignore": 0}', "names no class"),
         ('{"road": 256}', "256 of road is no id or colour"),
-        ('{"road": "7"}', "7 of road is no id or colour"),
+        ('{"road": "7"}', "'7' of road is no id or colour"),
+        ('{"road": 1.0}', "1.0 of road is no id or colour"),
+        ('{"road": true}', "True of road is no id or colour"),
+        ('{"road": [[1]]}', r"\[1\] of road is no id or colour"),
         ('{"road": 7.5}', "7.5 of road is no id or colour"),
         ('{"road": [[1, 2]]}', r"\[1, 2\] of road is no id or colour"),
         ('{"road": 7, "car": [7]}', "7 of car is no id or colour, or is given twice"),
@@ -171,6 +174,6 @@ def test_the_benchmark_of_own_data(own: common.Args, capsys, labels: bool):
     assert [row["miou"] is None for row in rows] == ([False] * 3 if labels else [True] * 3)
     assert [row["error"] is None for row in rows] == [True, True, labels]
     output = capsys.readouterr().out
-    assert ("no test photo has a label" in output) != labels
+    assert ("without test labels" in output) != labels
     assert labels or "0 labelled training photos" in output.replace("\n", " ")
     assert Path("runs/figures/own.png").exists() and Path("runs/results.md").exists()
