@@ -342,8 +342,7 @@ class Network(nn.Module):
         return outputs if aux else outputs[0]
 
 
-# ---- Several processes (torchrun) ---------------------------------------------------------------
-# Each process trains on its share of every batch; rank 0 alone writes files.
+# ---- Several processes (torchrun): each trains on its share of every batch -----------------------
 def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
@@ -434,11 +433,10 @@ def evaluate(net: nn.Module, split: Split, device: torch.device) -> np.ndarray:
         logits = predict(net, split.images[start : start + batch], device)  # [B,C,H,W]
         for i, image_logits in enumerate(logits, start):
             image, label = split.test_files[i]
-            truth = torch.from_numpy(datasets.read_label(label, split.dataset, image))[
-                None
-            ]  # [1,h,w]
+            truth = torch.from_numpy(datasets.read_label(label, split.dataset, image))
+            truth = to_device(truth[None], device)  # [1,h,w]
             prediction = upsample(image_logits[None], truth.shape[1:]).argmax(dim=1)
-            matrices[i] = confusion_matrices(prediction, to_device(truth, device), c)[0]
+            matrices[i] = confusion_matrices(prediction, truth, c)[0]
     net.train(training)
     return matrices.cpu().numpy()
 
@@ -681,7 +679,7 @@ class Run:
         if args.init and args.init.resolve().is_relative_to(self.out.resolve()):
             raise UserError(f"--init {args.init}: lies in the run folder; give another --out")
         config = configuration(args, method)
-        barrier()  # until all have seen that there is no result
+        barrier()  # no process writes before all have seen that there is no result
         if rank() == 0:
             self.prepare_folder(config)
         barrier()
@@ -725,7 +723,7 @@ class Run:
         net.pretrained = self.args.pretrained  # the rate of the backbone stays that of the recipe
         if self.args.checkpoint:
             load_weights(net, self.args.checkpoint)
-        if world_size() > 1 and self.device.type == "cuda":  # it refuses CPUs
+        if world_size() > 1 and self.device.type == "cuda":  # SyncBatchNorm refuses CPUs
             net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
         net.to(self.device, memory_format=torch.channels_last)
         if self.args.compile:
@@ -874,10 +872,9 @@ BACKBONE_LR = 0.1  # of a backbone with ImageNet weights, as a multiple of --lr
 def make_optimizer(net: Network, lr: float) -> torch.optim.AdamW:
     """AdamW; a backbone with ImageNet weights learns at BACKBONE_LR times the rate of the rest."""
     backbone = list(net.body.backbone.parameters()) if net.pretrained else []
-    others = set(net.parameters()) - set(backbone)
-    groups = [{"params": [p for p in net.parameters() if p in others], "scale": 1.0}]
-    if backbone:
-        groups.append({"params": backbone, "scale": BACKBONE_LR})
+    others = [p for p in net.parameters() if p not in set(backbone)]
+    groups = [{"params": others, "scale": 1.0}, {"params": backbone, "scale": BACKBONE_LR}]
+    groups = groups if net.pretrained else groups[:1]
     return torch.optim.AdamW(groups, lr=lr, weight_decay=0.01, fused=True)
 
 
