@@ -6,13 +6,12 @@
 
     python tests/bench.py --growth                      (draws docs/cost_growth.png)
 
-    python tests/bench.py --memory                      (peak memory of a short run of each row)
-
-It is no test: run it by hand, on a machine that does nothing else. The ratio is the speed of the
-figure over that of its yardstick: the median over the rounds, of which each times both once.
+It is no test: run it by hand, on a machine that does nothing else. A line has the seconds of the
+figure, and its speed over that of its yardstick: medians over the rounds, each of which times both.
 """
 
 import contextlib
+import math
 import os
 import subprocess
 import sys
@@ -23,15 +22,13 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 import benchmark
@@ -52,11 +49,9 @@ class Args:
     """Lines to measure: training input_pipeline evaluation meta_gradient reward diffusion start_up.
     Default: all."""
     growth: bool = False
-    """Instead of the table: how cost grows with batch size, image size and number of images."""
-    memory: bool = False
-    """Instead of the table: peak memory of a run of 20 steps of each row."""
+    """Instead of the lines: how cost grows with batch size, image size and number of images."""
     out: Path | None = None
-    """Write the table as JSON too."""
+    """Write the lines as JSON too."""
     data: str = "mini"
     """Folder of the datasets, or 'mini'."""
     benchmark: Literal["vkitti2kitti", "gta52cityscapes"] = "gta52cityscapes"
@@ -65,18 +60,11 @@ class Args:
     """auto, cpu, cuda."""
     rounds: int = 5
     """Rounds of every measurement."""
+    steps: int = 200
+    """Updates of the training that is timed; of that of the U-Net, a fifth of them."""
 
 
 # ---- Measuring ----------------------------------------------------------------------------------
-class Row(NamedTuple):
-    """A line of the table: `figure` has `ratio` times the speed of `yardstick`, or its memory."""
-
-    figure: str
-    yardstick: str
-    ratio: float
-    least: float | None = None  # what the ratio should be
-
-
 def measure(args: Args, *functions: Callable[[], Any]) -> np.ndarray:
     """Seconds of each function in each round; they take turns. -> [rounds,functions]."""
     seconds = np.zeros((args.rounds + 1, len(functions)))
@@ -91,10 +79,13 @@ def measure(args: Args, *functions: Callable[[], Any]) -> np.ndarray:
     return seconds[1:]
 
 
-def compare(args: Args, function: Callable, yardstick: Callable) -> tuple[float, float]:
-    """-> seconds of a function; its speed over that of the yardstick. Medians."""
-    seconds = measure(args, function, yardstick)
-    return median(seconds[:, 0]), median(seconds[:, 1] / seconds[:, 0])
+def compare(
+    args: Args, figure: str, function: Callable, yardstick: str, other: Callable, least: float
+) -> dict[str, Any]:
+    """A line of the output. other: the yardstick's function; least: what the ratio should be."""
+    seconds = measure(args, function, other)
+    speed = {"seconds": median(seconds[:, 0]), "ratio": median(seconds[:, 1] / seconds[:, 0])}
+    return {"figure": figure, **speed, "yardstick": yardstick, "least": least}
 
 
 def tensor_memory(device: torch.device, function: Callable[[], Any]) -> float:
@@ -122,57 +113,63 @@ def start_run(args: Args, folder: Path, module: Any = common) -> Run:
         return Run(method_args, module.__name__, stages=1)
 
 
+def first_batch(run: Run, role: datasets.Role) -> tuple[Tensor, Tensor]:
+    """Images [B,3,H,W] and labels [B,H,W] on the device."""
+    return common.Loader(datasets.load(run.args, role), run.args.batch_size, run.device, "bench")(0)
+
+
 def forget(run: Run) -> None:
     """Deletes the checkpoints, so that a stage is trained again."""
     for path in run.out.glob("stage_*.pt"):
         path.unlink()
 
 
-def training_step(run: Run, net: common.Network, images: Tensor, labels: Tensor) -> None:
-    """Forward and backward pass on a batch that is on the device already."""
+def training_step(
+    run: Run, net: common.Network, images: Tensor, labels: Tensor, objective: Callable | None = None
+) -> None:
+    """Both passes of the cross-entropy, to which a function of logits and labels may be added."""
     net.train()
     with run.autocast():
-        loss = common.segmentation_loss(net(images, aux=True), labels)
+        outputs = net(images, aux=True)
+        loss = common.segmentation_loss(outputs, labels)
+    if objective:
+        loss = loss + objective(outputs[0], labels)
     net.zero_grad()
     loss.backward()
 
 
-# ---- The lines of the table ---------------------------------------------------------------------
-def training(args: Args, folder: Path, steps: int = 200) -> Iterator[Row]:
+# ---- The lines ----------------------------------------------------------------------------------
+def training(args: Args, folder: Path) -> Iterator[dict]:
     """The recipe with loader, zoom and flip, schedule, log and checkpoints against a bare loop."""
     run = start_run(args, folder)
     source, net = datasets.load(run.args, "source"), run.network()
-    images, labels = common.Loader(source, run.args.batch_size, run.device, "bench")(0)
-    optimizer = common.make_optimizer(net, run.args.lr)
+    batch, optimizer = first_batch(run, "source"), common.make_optimizer(net, run.args.lr)
 
     def recipe() -> None:
         forget(run)
-        common.train(run, net, source, steps, "train", evaluated=False)
+        common.train(run, net, source, args.steps, "train", evaluated=False)
 
     def bare_loop() -> None:
-        for _ in range(steps):
-            training_step(run, net, images, labels)
+        for _ in range(args.steps):
+            training_step(run, net, *batch)
             optimizer.step()
 
-    seconds, ratio = compare(args, recipe, bare_loop)
-    rate = steps * run.args.batch_size / seconds
-    yield Row(f"training, {rate:.0f} images/s", "bare loop", ratio, least=0.92)
+    yield compare(args, "training", recipe, "bare loop", bare_loop, least=0.92)
 
 
 def read_pairs(pairs: Sequence, dataset: datasets.Dataset, size: tuple) -> tuple[Tensor, Tensor]:
     """A batch of image and label files, opened and resized. -> [B,3,H,W], [B,H,W]."""
     images = np.stack([datasets.read_image(image, size) for image, _ in pairs])
     labels = [datasets.resize_label(datasets.read_label(y, dataset), size) for _, y in pairs]
-    images = torch.from_numpy(images).permute(0, 3, 1, 2) / 255
-    return images, torch.from_numpy(np.stack(labels)).long()
+    return common.to_tensor(images, torch.device("cpu")), torch.tensor(np.stack(labels)).long()
 
 
-def input_pipeline(args: Args, folder: Path) -> Iterator[Row]:
+def input_pipeline(args: Args, folder: Path) -> Iterator[dict]:
     """Caching against decoding the images one by one; then the loader against torch's DataLoader
     over the files."""
     run = start_run(args, folder)
     dataset = datasets.BENCHMARKS[args.benchmark].source
-    pairs = datasets.list_files(dataset, datasets.dataset_root(args.data, dataset), "train")[0]
+    pairs, _ = datasets.list_files(dataset, datasets.dataset_root(args.data, dataset), "train")
     size, batch_size, cores = run.args.size, run.args.batch_size, os.cpu_count()
     images = [image for image, _ in pairs]
     read = partial(datasets.read_image, size=size)
@@ -182,23 +179,22 @@ def input_pipeline(args: Args, folder: Path) -> Iterator[Row]:
             path.unlink()
         datasets.cached(folder, "bench", images, (*size, 3), lambda i: read(images[i]))
 
-    _, ratio = compare(args, build_cache, lambda: [read(image) for image in images])
-    yield Row(f"caching, {cores} cores", "decoding one by one", ratio, least=1.8)
+    figure, decode = f"caching, {cores} cores", lambda: [read(image) for image in images]
+    yield compare(args, figure, build_cache, "decoding one by one", decode, least=1.8)
 
     loader = common.Loader(datasets.load(run.args, "source"), batch_size, run.device, "bench")
     collate = partial(read_pairs, dataset=dataset, size=size)
     options = {"num_workers": cores, "persistent_workers": True, "collate_fn": collate}
     data_loader = torch.utils.data.DataLoader(pairs, batch_size, shuffle=True, **options)
 
-    def ten_epochs() -> None:  # one is over before it can be timed
-        for step in range(10 * len(pairs) // batch_size):
+    def epoch() -> None:
+        for step in range(len(pairs) // batch_size):
             loader(step)
 
-    _, ratio = compare(args, ten_epochs, lambda: list(data_loader))
-    yield Row("input after the first epoch", "DataLoader", 10 * ratio, least=20)
+    yield compare(args, "cached batches", epoch, "DataLoader", lambda: [*data_loader], least=20)
 
 
-def evaluation(args: Args, folder: Path) -> Iterator[Row]:
+def evaluation(args: Args, folder: Path) -> Iterator[dict]:
     """With reading and comparing labels, against forward passes, F.interpolate and argmax alone."""
     run = start_run(args, folder)
     net, test = run.network().eval(), run.test
@@ -211,75 +207,60 @@ def evaluation(args: Args, folder: Path) -> Iterator[Row]:
             for image_logits, size in zip(logits, sizes[start:], strict=False):
                 F.interpolate(image_logits[None], size=size, mode="bilinear").argmax(dim=1)
 
-    _, ratio = compare(args, lambda: common.evaluate(net, test, run.device), plain)
-    yield Row("evaluation", "interpolate, argmax", ratio, least=0.8)
+    function = partial(common.evaluate, net, test, run.device)
+    yield compare(args, "evaluation", function, "interpolate, argmax", plain, least=0.8)
 
 
-def meta_gradient(args: Args, folder: Path) -> Iterator[Row]:
-    """DataRater's mixed mode against reverse mode, which keeps the graph of all T updates."""
+def meta_gradient(args: Args, folder: Path) -> Iterator[dict]:
+    """DataRater's mixed mode against reverse mode, which keeps the graph of all updates."""
     run = start_run(args, folder, datarater)
-    settings = datarater.with_lengths(run.args)
-    source, few = (datasets.load(settings, role) for role in ("source", "target_few"))
-    count = settings.inner_batch * len(settings.augmentations)  # images in an inner batch
-    loader = common.Loader(source, count, run.device, "bench")
-    photos = common.Loader(few, settings.batch_size, run.device, "bench")(0)
-    member = datarater.new_inner_network(run)
+    net = common.Network(run.args.net, len(run.classes))
+    member = datarater.InnerNetwork(net, run.autocast).to(run.device)
+    batch, photos = first_batch(run, "source"), first_batch(run, "target_train")
 
-    def unroll(batches: list, weights: Tensor) -> None:
-        weights = weights.clone().requires_grad_()
+    def unroll(member: Any, batches: list, weights: Tensor, photos: tuple, lr: float) -> None:
         theta, momentum = member.theta().requires_grad_(), member.momentum
         for batch, w in zip(batches, weights, strict=True):
             loss = w @ member.losses(theta, *batch)
             (gradient,) = torch.autograd.grad(loss, theta, create_graph=True)
-            theta, momentum = datarater.sgd(theta, momentum, gradient, settings)
+            theta, momentum = datarater.adam(theta, momentum, gradient, member.scale, lr)
         torch.autograd.grad(member.losses(theta, *photos).mean(), weights)
 
-    for updates in (2, 16):
-        batches = [loader(t) for t in range(updates)]
-        weights = torch.full((updates, count), 1 / count, device=run.device)
-        mixed = partial(datarater.mixed, member, batches, weights, photos, settings)
-        yardstick, name = partial(unroll, batches, weights), f"meta-gradient, T={updates}"
-        yield Row(name, "create_graph", compare(args, mixed, yardstick)[1], least=0.9)
-        memory = [tensor_memory(run.device, function) for function in (mixed, yardstick)]
-        yield Row(f"its memory, {memory[0]:.0f} MB", "create_graph", memory[0] / memory[1])
+    weights = torch.ones(2, len(batch[0]), device=run.device, requires_grad=True)
+    given = (member, [batch] * 2, weights, photos, run.args.inner_lr)
+    mixed, reverse = partial(datarater.mixed, *given), partial(unroll, *given)
+    yield compare(args, "meta-gradient", mixed, "create_graph", reverse, least=0.9)
 
 
-def reward(args: Args, folder: Path) -> Iterator[Row]:
+def reward(args: Args, folder: Path) -> Iterator[dict]:
     """The reward's gradient, with the cross-entropy that anchors it, against that alone."""
     run = start_run(args, folder, reward_opt)
-    net, few = run.network(), datasets.load(run.args, "target_few")
-    images, labels = common.Loader(few, run.args.batch_size, run.device, "bench")(0)
-    rng = common.generator("bench")
+    net, rng = run.network(), common.generator("bench")
 
-    def reward_step() -> None:
-        net.train()
-        with run.autocast():
-            outputs = net(images, aux=True)
-        loss, _ = reward_opt.iou_objective(outputs[0], labels, rng)
-        loss = run.args.weight * loss + common.segmentation_loss(outputs, labels)
-        net.zero_grad()
-        loss.backward()
+    def objective(logits: Tensor, labels: Tensor) -> Tensor:
+        return run.args.weight * reward_opt.iou_objective(logits, labels, rng)[0]
 
-    _, ratio = compare(args, reward_step, partial(training_step, run, net, images, labels))
-    yield Row("step with the reward", "cross-entropy step", ratio, least=0.4)
+    plain = partial(training_step, run, net, *first_batch(run, "target_train"))
+    rewarded = partial(plain, objective)
+    yield compare(args, "step with the reward", rewarded, "plain step", plain, least=0.4)
 
 
-def diffusion(args: Args, folder: Path, steps: int = 40) -> Iterator[Row]:
+def diffusion(args: Args, folder: Path) -> Iterator[dict]:
     """Training of the U-Net, with loaders, noise and average, against the bare U-Net."""
-    run = start_run(args, folder, diffusion_bridge)
-    source, photos = (datasets.load(run.args, role) for role in ("source", "target_train"))
-    config = {"patch": run.args.patch, "width": run.args.width}
-    config |= {"classes": list(run.classes), "size": list(run.args.size)}
+    run, steps = start_run(args, folder, diffusion_bridge), math.ceil(args.steps / 5)
+    settings = diffusion_bridge.fill_in(replace(run.args, unet_steps=steps))
+    source, photos = (datasets.load(settings, role) for role in ("source", "target_train"))
+    config = {**vars(settings), "classes": run.classes}
     bridge = diffusion_bridge.Bridge(config, len(photos)).to(run.device)
-    optimizer = torch.optim.AdamW(bridge.unet.parameters(), lr=run.args.unet_lr, fused=True)
-    images, labels = common.Loader(source, run.args.batch_size, run.device, "bench")(0)
-    x, maps = bridge.encode(images), bridge.class_maps(labels)
-    angle, domain = x.new_ones(len(x)), torch.zeros(len(x), dtype=torch.long, device=run.device)
-    statistics = diffusion_bridge.appearance(images)
+    optimizer = torch.optim.AdamW(bridge.unet.parameters(), lr=settings.unet_lr, fused=True)
+    images, labels = first_batch(run, "source")
+    x, statistics = bridge.encode(images), diffusion_bridge.appearance(images)
+    maps = diffusion_bridge.class_shares(labels, len(run.classes), x.shape[2:])
+    angle, domain = x.new_ones(len(x)), labels.new_zeros(len(x))
 
     def method() -> None:
         forget(run)
-        diffusion_bridge.train_unet(run, bridge, source, photos, steps)
+        diffusion_bridge.train_unet(run, settings, bridge, source, photos)
 
     def bare_loop() -> None:
         for _ in range(steps):
@@ -289,18 +270,15 @@ def diffusion(args: Args, folder: Path, steps: int = 40) -> Iterator[Row]:
             loss.backward()
             optimizer.step()
 
-    seconds, ratio = compare(args, method, bare_loop)
-    rate = steps * len(x) / seconds
-    yield Row(f"diffusion training, {rate:.0f} images/s", "bare loop", ratio, least=0.9)
+    yield compare(args, "training of the U-Net", method, "bare loop", bare_loop, least=0.9)
 
 
-def start_up(args: Args, folder: Path) -> Iterator[Row]:
+def start_up(args: Args, folder: Path) -> Iterator[dict]:
     command = partial(subprocess.run, check=True, stdout=subprocess.DEVNULL)
-    yardstick = partial(command, [sys.executable, "-c", "import torch, torchvision"])
+    libraries = partial(command, [sys.executable, "-c", "import torch, torchvision"])
     for method in benchmark.METHODS:
         show_help = partial(command, [sys.executable, str(ROOT / f"{method}.py"), "--help"])
-        _, ratio = compare(args, show_help, yardstick)
-        yield Row(f"{method}.py --help", "import torch, torchvision", ratio, least=0.67)
+        yield compare(args, f"{method}.py --help", show_help, "libraries", libraries, least=0.67)
 
 
 LINES = (training, input_pipeline, evaluation, meta_gradient, reward, diffusion, start_up)
@@ -310,7 +288,7 @@ LINES = (training, input_pipeline, evaluation, meta_gradient, reward, diffusion,
 def growth(args: Args, folder: Path) -> None:
     """docs/cost_growth.png: time and memory, with exponents over the three largest amounts."""
     run = start_run(args, folder)
-    net, source, size = run.network(), datasets.load(run.args, "source"), run.args.size
+    net, source, test = run.network(), datasets.load(run.args, "source"), run.test
 
     def step(batch_size: int, height: int) -> Callable[[], Any]:
         images = torch.rand(batch_size, 3, height, 2 * height, device=run.device)
@@ -322,12 +300,12 @@ def growth(args: Args, folder: Path) -> None:
         return lambda: [loader(k)[0].shape for k in range(n // 4)]
 
     def evaluate(n: int) -> Callable[[], Any]:
-        split = replace(run.test, names=run.test.names[:n], images=run.test.images[:n])
-        return lambda: common.evaluate(net, split, run.device)
+        first = {name: getattr(test, name)[:n] for name in ("names", "images", "test_files")}
+        return partial(common.evaluate, net, replace(test, **first), run.device)
 
     batches, heights, counts = (2, 4, 8, 16, 32), (32, 64, 128, 256), (12, 25, 50, 100)
     curves = {  # what grows: what is done, and the function for each amount
-        "batch size": ("training step", {n: step(n, size[0]) for n in batches}),
+        "batch size": ("training step", {n: step(n, run.args.size[0]) for n in batches}),
         "image size (px)": ("training step", {2 * h * h: step(4, h) for h in heights}),
         "source images": ("epoch of batches", {4 * n: epoch(4 * n) for n in counts}),
         "test photos": ("evaluation", {n: evaluate(n) for n in counts}),
@@ -350,48 +328,19 @@ def growth(args: Args, folder: Path) -> None:
     common.save_figure(figure, ROOT / "docs/cost_growth.png")
 
 
-# ---- Peak memory of the rows --------------------------------------------------------------------
-# Before the redesign (commit 6df5b70), measured in the same way at the default stage lengths.
-OLD_MB = (892, 911, 894, 916, 885, 1051, 1070, 971, 904, 1134)
-
-
-def memory(args: Args, folder: Path) -> None:
-    """Most resident memory of each row's process on the CPU."""
-    table = Table("row", "MB", "before, MB", "ratio")
-    rows = (*benchmark.BASELINES, *benchmark.METHODS)
-    for row, old_mb in zip(rows, OLD_MB, strict=True):
-        own_script = ["baseline.py", "--row", row]
-        script = own_script if row in benchmark.BASELINES else [f"{row}.py"]
-        command = [sys.executable, str(ROOT / script[0]), *script[1:], "--steps", "20"]
-        command += ["--data", args.data, "--device", "cpu", "--out", str(folder / row)]
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        _, status, usage = os.wait4(process.pid, 0)
-        if status:
-            raise UserError(f"{' '.join(command)}: failed")
-        mb = usage.ru_maxrss / 1024  # Linux counts in KB
-        table.add_row(row, f"{mb:.0f}", f"{old_mb}", f"{mb / old_mb:.2f}")
-        print(f"{row}: {mb:.0f} MB, before {old_mb} MB", file=sys.stderr)
-    Console().print(table)
-
-
-# ---- The table ----------------------------------------------------------------------------------
+# ---- Command line -------------------------------------------------------------------------------
 def main(args: Args) -> None:
-    lines = {line.__name__: line for line in LINES}
-    if set(args.only) - lines.keys():
+    lines, rows = {line.__name__: line for line in LINES}, []
+    if not lines.keys() >= {*args.only}:
         raise UserError(f"--only {' '.join(args.only)}: expected names of {' '.join(lines)}")
-    table, rows = Table("figure", "yardstick", "speed", "expected", "met"), []
-    with tempfile.TemporaryDirectory() as temporary:
-        if args.growth or args.memory:
-            return (growth if args.growth else memory)(args, Path(temporary))
+    with tempfile.TemporaryDirectory() as folder:
+        if args.growth:
+            return growth(args, Path(folder))
         for name in args.only or lines:
-            for row in lines[name](args, Path(temporary)):
-                rows.append(row._asdict())
-                expected = "" if row.least is None else f">= {row.least:g}"
-                met = "" if row.least is None else "yes" if row.ratio >= row.least else "no"
-                cells = (row.figure, row.yardstick, f"{row.ratio:.2f}", expected, met)
-                table.add_row(*cells)
-                print(*cells, sep=", ", file=sys.stderr, flush=True)
-    Console().print(table)
+            for row in lines[name](args, Path(folder)):
+                speed = "{figure}: {seconds:.3g} s, {ratio:.2f} x {yardstick}".format(**row)
+                print(f"{speed}, expected {row['least']:g} or more", flush=True)
+                rows.append(row)
     if args.out:
         datasets.write_json(args.out, {"threads": torch.get_num_threads(), "rows": rows})
 

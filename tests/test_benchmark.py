@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import bench
 import numpy as np
 import pytest
 import torch
@@ -379,6 +380,30 @@ def test_help_fits_a_terminal_and_writes_nothing(tmp_path: Path):
         assert process.returncode == 0 and "usage:" in output, name
         assert max(len(line) for line in output.splitlines() if line[:1] in "│╭") <= 80, name
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # on a single core
+def test_every_measurement_of_bench_runs(mini: Path, monkeypatch: pytest.MonkeyPatch):
+    """bench.py is run by hand, so nothing else would notice that it calls what is gone."""
+    # --help takes seconds for each method, and has a test of its own.
+    names = tuple(line.__name__ for line in bench.LINES if line is not bench.start_up)
+    out = Path("bench.json")
+    args = bench.Args(names, out=out, data=str(mini), device="cpu", rounds=1, steps=1)
+    bench.main(args)
+    assert len(json.loads(out.read_text())["rows"]) == len(names) + 1  # two input pipelines
+    megabytes = bench.tensor_memory(torch.device("cpu"), lambda: torch.ones(2**18))
+    assert 1 <= megabytes < 1.1
+
+    def smallest(args: bench.Args, *functions: Any) -> np.ndarray:
+        functions[0]()  # the first point of each curve
+        return np.ones((1, len(functions)))
+
+    drawn: list[Path] = []
+    monkeypatch.setattr(common, "save_figure", lambda figure, path: drawn.append(path))
+    monkeypatch.setattr(bench, "measure", smallest)
+    monkeypatch.setattr(bench, "tensor_memory", lambda *_: 1.0)
+    bench.main(dataclasses.replace(args, growth=True))
+    assert drawn == [ROOT / "docs/cost_growth.png"]
 
 
 @pytest.mark.parametrize("name", [*SCRIPTS, "common.py"])
