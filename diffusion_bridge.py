@@ -769,6 +769,8 @@ def write_pair(
         "output_sha256": None,
     }
     if left_out:
+        for name in (pair.name, pair.mask_name):  # those of an earlier version of the input
+            (out / name).unlink(missing_ok=True)
         return record
     picture = Image.fromarray(new)
     with datasets.open_image(pair.image, False) as old:  # decoded for its alpha alone
@@ -814,6 +816,8 @@ def translate_folder(args: TranslateArgs) -> None:
             raise UserError(f"{flag} {folder}: no such folder")
         if out.is_relative_to(folder) or folder.is_relative_to(out):
             raise UserError(f"--output-dir {out}: inside, around or equal to {flag} {folder}")
+    if mask_dir == inputs:
+        raise UserError(f"--mask-dir {mask_dir}: the same folder as --input-dir")
     device = torch.device(common.join_processes("auto"))
     bridge = load_bridge(args.checkpoint, device)
     classes = bridge.config["classes"]
@@ -826,8 +830,13 @@ def translate_folder(args: TranslateArgs) -> None:
     for _, group in groupby(pairs, key=lambda pair: pair.size):
         group = list(group)
         batches += [group[i : i + args.batch_size] for i in range(0, len(group), args.batch_size)]
+    records = []  # a file for each batch, whose name changes with the files of the batch
+    for batch in batches:
+        files = [path.stat() for pair in batch for path in (pair.image, pair.mask)]
+        stamp = [(pair.name, pair.mask_name) for pair in batch], [f.st_mtime_ns for f in files]
+        records.append(out / f".records/{common.seed_of(repr(stamp)):014x}.json")
 
-    # Step 2: a new output folder, or one of the same settings
+    # Step 2: a new output folder, or one of the same settings and of no other images
     settings = {**asdict(args), "checkpoint": datasets.sha256(args.checkpoint)}
     for name in ("input_dir", "mask_dir", "output_dir", "config"):
         del settings[name]  # which change no byte of an image
@@ -837,26 +846,30 @@ def translate_folder(args: TranslateArgs) -> None:
         for name, value in settings.items():
             if before.get(name) != value:
                 raise UserError(f"{out}: begun with another {name}; give another --output-dir")
+        names = [name for pair in pairs for name in (pair.name, pair.mask_name)]
+        names = {unicodedata.normalize("NFC", name) for name in names}
+        for path in sorted(out.rglob("*")):
+            name = unicodedata.normalize("NFC", path.relative_to(out).as_posix())
+            if path.is_file() and not datasets.is_foreign(name) and name not in names:
+                raise UserError(f"{path}: of other images or masks; give another --output-dir")
     elif out.exists() and any(path.name[0] != "." for path in out.iterdir()):
         raise UserError(f"{out}: not empty, and no translation; give another --output-dir")
     common.barrier()  # until all have seen what was there
-    if common.rank() == 0 and not metadata.exists():
+    if common.rank() == 0:
         datasets.write_json(metadata, {"complete": False, "settings": settings})
+        for record in filter(Path.exists, records):  # without its files, a record is deleted
+            kept = [i for i in json.loads(record.read_text()) if not i["left_out"]]
+            if not all((out / i[key]).exists() for i in kept for key in ("image", "mask")):
+                record.unlink()
+    common.barrier()
 
     # Step 3: translate what is missing, each process its share of the batches
-    records = []  # a file for each batch, whose name changes with the files of the batch
-    for batch in batches:
-        files = [path.stat() for pair in batch for path in (pair.image, pair.mask)]
-        stamp = [(pair.name, pair.mask_name) for pair in batch], [f.st_mtime_ns for f in files]
-        records.append(out / f".records/{common.seed_of(repr(stamp)):014x}.json")
     own = range(common.rank(), len(batches), common.world_size())
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for number in datasets.show_progress(own, "translating"):
             batch = batches[number]
             if records[number].exists():
-                images = json.loads(records[number].read_text())
-                if all(image["left_out"] or (out / image["image"]).exists() for image in images):
-                    continue
+                continue
             # Decoding and encoding take longer than translating on a GPU, so threads share them.
             old = pool.map(
                 lambda p: np.asarray(datasets.to_rgb(datasets.open_image(p.image))), batch
@@ -874,7 +887,8 @@ def translate_folder(args: TranslateArgs) -> None:
             record = list(pool.map(partial(write_pair, args), batch, new, shares, noise))
             datasets.write_json(records[number], record)
 
-    # Step 4: the process that is last checks up to 1000 images at the size of training
+    # Step 4: the process that is last checks up to 1000 images at the size of training. Several
+    # that end at the same time all do so, and write the same bytes.
     if not all(record.exists() for record in records):
         return
     images = [image for record in records for image in json.loads(record.read_text())]

@@ -367,6 +367,10 @@ def made(tmp_path: Path, trained: tuple, **changes) -> db.TranslateArgs:
     return db.TranslateArgs(**{**fields, **changes})
 
 
+def interrupt(*_) -> None:
+    raise KeyboardInterrupt
+
+
 def content(folder: Path) -> dict[str, str]:
     """Hashes of all files but records, whose names depend on the times of the input's files."""
     files = [p for p in folder.rglob("*") if p.is_file() and ".records" not in p.parts]
@@ -416,9 +420,10 @@ def test_folder_contract(trained: tuple, tmp_path: Path, no_figures, monkeypatch
     monkeypatch.setattr(db.Bridge, "translate", lambda *a: calls.append(1) or translate(*a))
     db.translate_folder(args)
     assert not calls
-    (out / "wide.png").unlink()
-    db.translate_folder(args)
-    assert len(calls) == 1 and content(out) == whole
+    for number, lost in enumerate(("wide.png", "masks/deep.png"), start=1):
+        (out / lost).unlink()
+        db.translate_folder(args)
+        assert len(calls) == number and content(out) == whole
     with pytest.raises(UserError, match="another sample_steps"):
         db.translate_folder(made(tmp_path, trained, sample_steps=3))
     # Two processes write what one does.
@@ -429,6 +434,14 @@ def test_folder_contract(trained: tuple, tmp_path: Path, no_figures, monkeypatch
         monkeypatch.setattr(common, "rank", lambda rank=rank: rank)
         db.translate_folder(ranks)
     assert content(tmp_path / "ranks") == whole
+    # A lost file of the second process: the first one does not call the folder complete.
+    (tmp_path / "ranks/b/grey.png").unlink()
+    complete = []
+    for rank in (0, 1):
+        monkeypatch.setattr(common, "rank", lambda rank=rank: rank)
+        db.translate_folder(ranks)
+        complete.append(json.loads((tmp_path / "ranks/metadata.json").read_text())["complete"])
+    assert complete == [False, True] and content(tmp_path / "ranks") == whole
     assert len(datasets.find_images(out, "**/*")[0]) == 2 * 9  # nothing else looks like an image
     # Threads that decode and encode change nothing.
     monkeypatch.setattr(common, "world_size", lambda: 1)
@@ -460,7 +473,39 @@ def test_stopped_at_any_file_it_ends_the_same(trained, tmp_path: Path, no_figure
         assert content(cut.output_dir) == content(whole.output_dir)
 
 
-def test_labels_of_the_masks_and_the_filter(trained: tuple, tmp_path: Path, no_figures):
+def test_a_finished_folder_continues_with_more_images_but_not_with_others(
+    trained: tuple, tmp_path: Path, no_figures, monkeypatch
+):
+    images, masks = write(tmp_path)
+    args, out = made(tmp_path, trained), tmp_path / "out"
+    (images / "wide.png").rename(tmp_path / "wide.png")
+    db.translate_folder(args)
+    (tmp_path / "wide.png").rename(images / "wide.png")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(db.Bridge, "translate", interrupt)
+        db.translate_folder(args)
+    assert not json.loads((out / "metadata.json").read_text())["complete"]
+    db.translate_folder(args)
+    assert json.loads((out / "metadata.json").read_text())["complete"]
+    whole = content(out)
+    # Both folders may move.
+    (tmp_path / "moved").mkdir()
+    for folder in (images, masks):
+        folder.rename(tmp_path / "moved" / folder.name)
+    moved = {"input_dir": tmp_path / "moved/in", "mask_dir": tmp_path / "moved/masks"}
+    with monkeypatch.context() as patch:
+        patch.setattr(db.Bridge, "translate", interrupt)
+        db.translate_folder(made(tmp_path, trained, **moved))
+    assert content(out) == whole
+    (tmp_path / "moved/in/wide.png").rename(tmp_path / "moved/in/other.png")
+    (tmp_path / "moved/masks/wide.png").rename(tmp_path / "moved/masks/other.png")
+    fails("out/masks/wide.png: of other images or masks", made(tmp_path, trained, **moved))
+    assert content(out) == whole
+
+
+def test_labels_of_the_masks_and_the_filter(
+    trained: tuple, tmp_path: Path, no_figures, monkeypatch
+):
     bridge, source = trained[:2]
     names_of = {name: colour for colour, name in datasets.VKITTI2_COLOURS.items() if name}
     classes = [*bridge.config["classes"], *[None] * 246]
@@ -482,6 +527,13 @@ def test_labels_of_the_masks_and_the_filter(trained: tuple, tmp_path: Path, no_f
     db.translate_folder(made(tmp_path, trained, min_agreement=1.1, output_dir=tmp_path / "none"))
     metadata = json.loads((tmp_path / "none/metadata.json").read_text())
     assert metadata["checks"] == {"left_out": 3} and not list((tmp_path / "none").rglob("*.png"))
+    # An image that has changed and is left out now leaves no file of before.
+    half = made(tmp_path, trained, min_agreement=0.5, batch_size=3, output_dir=tmp_path / "half")
+    for share, count in ((1.0, 6), (0.0, 0)):
+        monkeypatch.setattr(db, "agreement", lambda *_, share=share: np.full(3, share))
+        db.translate_folder(half)
+        assert len(list((tmp_path / "half").rglob("*.png"))) == count
+        os.utime(tmp_path / "in/0.png", (0, 0))
 
 
 # ---- Bad input ----------------------------------------------------------------------------------
@@ -509,6 +561,7 @@ def test_bad_folders(trained: tuple, tmp_path: Path):
     fails("--mask-dir .*in/masks: no such folder", made(tmp_path, trained, mask_dir=None))
     fails("--checkpoint: not given", made(tmp_path, trained, checkpoint=None))
     fails("other classes", made(tmp_path, trained, mask_labels="gta5"))
+    fails("the same folder as --input-dir", made(tmp_path, trained, mask_dir=images))
     (tmp_path / "empty").mkdir()
     fails("no image", made(tmp_path, trained, input_dir=tmp_path / "empty"))
     for output in (images, images / "below", masks / "below", tmp_path):
