@@ -1,10 +1,12 @@
 """Translates synthetic images into the style of photos by diffusion; masks stay as they are.
 
-One denoising U-Net learns both domains. An image is encoded into noise along the probability flow
-of the source and decoded along that of the photos: DDIB (arXiv:2203.08382v4), with v-prediction and
-the cosine schedule (arXiv:2202.00512v2). The commands, each with its own --help:
+One denoising U-Net learns both domains, conditioned on the domain, the share of each class in each
+cell, and five statistics of appearance. The probability flow of the source turns an image almost
+into noise (encoding), and that of the photos turns the noise into an image (decoding). This is DDIB
+(arXiv:2203.08382v4), with the v-prediction and cosine schedule of arXiv:2202.00512v2. The commands,
+each with its own --help:
 
-    python diffusion_bridge.py                      (the benchmark's row: fit, translate, train)
+    python diffusion_bridge.py         (one row of the benchmark: bridge, translation, segmentation)
 
     python diffusion_bridge.py train --out runs/bridge               (writes runs/bridge/bridge.pt)
 
@@ -13,12 +15,14 @@ the cosine schedule (arXiv:2202.00512v2). The commands, each with its own --help
 
 The first takes eleven minutes on one CPU core and reaches 56 mIoU on the miniature, where
 training on the source alone reaches 45. No label of a photo is used. Every translated set is
-checked: kernel distance to the photos by class, edges along the masks' borders, what a reader
-network sees, how much of the change a plain colour map explains, and the deviation of the noise.
+checked: kernel distance to the photos by class, edges along the masks' borders, the classes that a
+small segmentation network (the reader) predicts, how much of the change an affine map of colours
+explains, and the size of the encoded noise.
 
 Letters besides those of common.py: a cell is a patch of pixels, K its channels, h x w the cells of
-an image, S the statistics of appearance. Noise levels are angles a from 0 (the image x) to pi/2
-(the noise e): x_a = cos(a) x + sin(a) e.
+an image, S the statistics of appearance, D the reader's features, P their positions, E the values
+of an embedding, M the images of a second set. Noise levels are angles a from 0 (the image x) to
+pi/2 (the noise e): x_a = cos(a) x + sin(a) e.
 """
 
 import copy
@@ -28,7 +32,6 @@ import os
 import shutil
 import sys
 import tomllib
-import unicodedata
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -36,6 +39,7 @@ from functools import partial
 from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
+from unicodedata import normalize
 
 import numpy as np
 import torch
@@ -50,132 +54,134 @@ from common import Network, Result, Run
 from datasets import Split, UserError
 
 STATISTICS = ("brightness", "contrast", "saturation", "warmth", "haze")
-SOURCE, TARGET = 0, 1  # the domain condition
+SOURCE, TARGET = 0, 1  # numbers of the domains, a condition of the U-Net
 
 
 @dataclass(frozen=True)
 class Args(common.Args):
     bridge: Literal["ddib", "sdedit"] = "ddib"
-    """ddib: encode along the flow of the source, decode along that of the target. sdedit, the
-    control: add noise once, then decode along the flow of the target. SDEdit itself
+    """ddib: encode along the flow of the source, decode along that of the target. sdedit, a
+    baseline for comparison: add noise once, then decode likewise. The original SDEdit
     (arXiv:2108.01073) follows the reverse SDE, with new noise in every step."""
     strength: float = 0.97
-    """Highest noise level, as a share of the way from the image to pure noise."""
+    """Highest noise level: its angle as a share of pi/2. 0 is the image, 1 is pure noise."""
     noise_floor: float = 0.02
-    """Lowest noise level, on the same scale: of the noise that is added to an image before it is
-    encoded, since flat areas have no variation that could become noise. Decoding removes it."""
+    """Lowest noise level, on the same scale. Noise of this level is added before encoding, because
+    a perfectly flat area has nothing that could be turned into noise. Decoding removes it."""
     statistics: Literal["photo", "own"] = "photo"
-    """Appearance to decode with: a random photo's, or, as the control, the image's own. The bridge
-    then changes materials and textures, and the overall colour stays."""
+    """Statistics of appearance for decoding: a random photo's, or, as a baseline for comparison,
+    the image's own. With own, materials and textures change, and the overall colour stays."""
     sample_steps: int | None = None
-    """Evaluations of the U-Net to encode, and again to decode. Default: a tenth of --steps, at
-    least 2 and at most 12."""
+    """Evaluations of the U-Net to encode, and again to decode. Decoding takes one more if
+    --noise-floor is above 0. Default: a tenth of --steps, at least 2 and at most 12."""
     unet_steps: int | None = None
-    """Updates of the U-Net. Default: twice --steps, at large sizes one and a half times."""
+    """Updates of the U-Net. Default: twice --steps, or 1.5 times for large images. Those are images
+    with at least 256 x 256 = 65,536 pixels."""
     reader_steps: int | None = None
-    """Updates of the reader, a small segmentation network that is trained on the source, labels
-    the photos for the U-Net and checks results. Default: half of --steps."""
+    """Updates of the reader. This small segmentation network is trained on the source, labels the
+    photos for the U-Net, and checks results. Default: half of --steps."""
     reader_color: float = 0.5
-    """Share of the reader's images that get the colours of a random photo."""
+    """Share of the reader's training images that get the colours of a random photo."""
     color: float = 0.0
-    """Share of the translated images that get the colours of a random photo, drawn anew in every
-    update of the segmentation network."""
+    """Share of the translated images that get the colours of a random photo when the segmentation
+    network is trained on them. They are drawn anew in every update."""
     width: int | None = None
-    """Channels of the U-Net at its finest level, twice as many at the second, four times as many
-    from the third on. Default: 32, at large sizes 128."""
+    """Channels of the U-Net at its finest level. The second level has twice as many, each further
+    level four times as many. Default: 32, for large images 128."""
     levels: int | None = None
-    """Resolutions of the U-Net, each half of the one before. Default: 3, at large sizes 4."""
+    """Resolutions of the U-Net, each half of the one before. Default: 3, for large images 4."""
     patch: Literal[2, 4, 8] | None = None
-    """Side in pixels of a cell, whose Haar coefficients are the channels that are diffused.
-    Default: 2, at large sizes 4."""
+    """Side of a cell in pixels. Noise is added to the Haar coefficients of the cells, which are the
+    U-Net's channels. Default: 2, for large images 4."""
     whiten: float = 0.5
-    """Each channel is divided by its standard deviation to this power."""
+    """Each channel is divided by its standard deviation to this power: 1 makes all variances 1."""
     unet_lr: float | None = None
-    """Initial learning rate of the U-Net's AdamW. Default: 0.002, at large sizes 0.0005."""
+    """Initial learning rate of the U-Net's AdamW. Default: 0.002, for large images 0.0005."""
     ema: float = 0.05
-    """Averaging window of the U-Net's weights, as a share of its updates: the decay of their EMA
-    is 1 - 1 / (ema * unet_steps). The averaged weights are the ones that translate."""
+    """Averaging window of the U-Net's weights, as a share of its updates. In update t the decay of
+    their EMA is 1 - 1 / (ema * unet_steps), but at most t / (t + 9). The average translates."""
     label_confidence: float = 0.5
-    """Least probability of the labels that the reader gives to photos."""
+    """Confidence threshold of the reader's pseudo-labels of photos: other pixels are ignored."""
 
 
 SMALL = {"width": 32, "levels": 3, "patch": 2, "unet_lr": 2e-3}
 LARGE = {"width": 128, "levels": 4, "patch": 4, "unet_lr": 5e-4}
-LARGE_PIXELS = 256 * 256  # images from here on are large: those of the real datasets, for a GPU
+LARGE_PIXELS = 256 * 256  # images with at least so many are large, as those of the real datasets
 
 
 def fill_in(args: Args) -> Args:
-    """The defaults that depend on --size and --steps."""
+    """Fills in the defaults that depend on --size and --steps."""
     large = math.prod(args.size) >= LARGE_PIXELS
     defaults = {**(LARGE if large else SMALL), "reader_steps": math.ceil(args.steps / 2)}
     defaults["unet_steps"] = math.ceil(args.steps * (1.5 if large else 2))
     defaults["sample_steps"] = max(2, min(12, args.steps // 10))
     args = replace(args, **{k: v for k, v in defaults.items() if getattr(args, k) is None})
     noise_levels(args)  # an error now rather than after the training
-    cell = args.patch * 2 ** (args.levels - 1)
-    if any(side % cell for side in args.size):
-        raise UserError(f"--size {args.size}: --patch and --levels need multiples of {cell}")
+    multiple = args.patch * 2 ** (args.levels - 1)
+    if any(side % multiple for side in args.size):
+        raise UserError(f"--size {args.size}: --patch and --levels need multiples of {multiple}")
     return args
 
 
 @dataclass(frozen=True)
 class TranslateArgs:
     input_dir: Path | None = None
-    """Folder of PNG or JPG images, with any folders in it."""
+    """Folder of PNG or JPG images. It may have subfolders."""
     mask_dir: Path | None = None
-    """Folder of masks, of the same paths but for the suffix. Default: INPUT_DIR/masks."""
+    """Folder of masks, with the paths of the images but for the suffix. Default: INPUT_DIR/masks"""
     output_dir: Path | None = None
-    """Folder to write, with the same paths. The same command continues where it was cut off."""
+    """Folder of the translations. Run an interrupted command again, and it continues."""
     checkpoint: Path | None = None
-    """bridge.pt of a training run."""
+    """The file bridge.pt of the command train."""
     config: Path | None = None
     """TOML or JSON file of these options; flags override it."""
     mask_labels: Literal["none", "vkitti2", "kitti", "gta5", "cityscapes"] = "none"
-    """Whose ids or colours the masks have. none: the reader labels the images instead."""
+    """Dataset whose ids or colours the masks have. none: another; the reader labels the images."""
     bridge: Literal["ddib", "sdedit"] = "ddib"
     """ddib encodes and decodes; sdedit adds noise once and decodes."""
     strength: float = 0.97
-    """Highest noise level, as a share of the way from the image to pure noise."""
+    """Highest noise level: its angle as a share of pi/2. 0 is the image, 1 is pure noise."""
     noise_floor: float = 0.02
-    """Lowest noise level, on the same scale; noise of this level is added before encoding."""
+    """Lowest noise level, on the same scale. Noise of this level is added before encoding."""
     statistics: Literal["photo", "own"] = "photo"
-    """Appearance to decode with: a random photo's, or the image's own."""
+    """Statistics of appearance for decoding: those of a random photo, or the image's own."""
     sample_steps: int = 12
-    """Evaluations of the U-Net to encode, and again to decode."""
+    """Evaluations of the U-Net to encode. Decoding takes one more if --noise-floor is above 0."""
     min_agreement: float = 0.0
-    """Share of an image's pixels on which the reader's result for the translation must equal the
-    mask, or, with --mask-labels none, its result before. Images below it are not written."""
+    """Least share of pixels on which the reader's classes of the translation equal the mask (with
+    --mask-labels none: the reader's classes of the original). Images below it are not written."""
     batch_size: int = 16
     """Images of equal size that are translated together."""
     seed: int = 0
-    """Decides, with an image's path, which photo's statistics it gets, and its noise."""
+    """Decides, together with an image's path, its noise and the photo whose statistics it gets."""
 
 
 # ---- What is diffused, and its conditions -------------------------------------------------------
 def hadamard(x: Tensor) -> Tensor:
-    """For each group of four channels: twice their mean, and twice three signed means. Orthonormal
-    and its own inverse. [B,4K,h,w] -> [B,4K,h,w]."""
-    a, b, c, d = x.unflatten(1, (-1, 4)).unbind(dim=2)  # [B,K,h,w] each
-    bands = (a + b + c + d, a - b + c - d, a + b - c - d, a - b - c + d)
+    """Of each four channels p, q, r, s: twice their mean, and twice three means with signs.
+    Orthonormal, and its own inverse. [B,K,h,w] -> [B,K,h,w]."""
+    p, q, r, s = x.unflatten(1, (-1, 4)).unbind(dim=2)  # [B,K/4,h,w] each
+    bands = (p + q + r + s, p - q + r - s, p + q - r - s, p - q - r + s)
     return torch.stack(bands, dim=2).flatten(1, 2) / 2
 
 
 def class_shares(labels: Tensor, classes: int, size: Sequence[int]) -> Tensor:
-    """Share of each class in each of h x w cells, 0 where ignored. [B,H,W] -> [B,C,h,w]."""
+    """Share of each class in each cell; ignored pixels have no class. [B,H,W] -> [B,C,*size]."""
     train_ids = torch.arange(classes, device=labels.device).view(-1, 1, 1)
     return F.adaptive_avg_pool2d((labels[:, None] == train_ids).float(), tuple(size))
 
 
 def luminance(images: Tensor) -> Tensor:
-    """[B,3,H,W] -> [B,H,W], Rec. 601."""
+    """Luma of Rec. 601. [B,3,H,W] -> [B,H,W]."""
     return 0.299 * images[:, 0] + 0.587 * images[:, 1] + 0.114 * images[:, 2]
 
 
 def appearance(images: Tensor) -> Tensor:
     """Statistics of appearance, in the order of STATISTICS. [B,3,H,W] in [0,1] -> [B,S].
 
-    Haze is the mean of the dark channel: the least of the colours in a neighbourhood, which is
-    near 0 in clear air (He et al., CVPR 2009), here over an eighth of the height.
+    Saturation is the mean of the largest less the smallest of R, G, B. Warmth is that of R less B.
+    Haze is the mean of the dark channel: the least of R, G, B in a square, here of an eighth of the
+    height. It is near 0 in clear air, but for the sky (He et al., CVPR 2009).
     """
     luma, side = luminance(images), max(1, images.shape[2] // 8)
     darkest, brightest = images.amin(dim=1), images.amax(dim=1)  # [B,H,W]
@@ -192,11 +198,11 @@ def appearance(images: Tensor) -> Tensor:
 
 # ---- The U-Net ----------------------------------------------------------------------------------
 class ResidualBlock(nn.Module):
-    """Two convolutions; the second normalisation is scaled and shifted by the embedding."""
+    """Two convolutions. The embedding scales and shifts the output of the second normalisation."""
 
     def __init__(self, i: int, o: int, embedding: int) -> None:
         super().__init__()
-        # Normalisation over the channels of a cell, so that the image's size does not matter.
+        # They normalise over the channels at each position, so the image's size does not matter.
         self.norm1, self.norm2 = (LayerNorm2d(n, elementwise_affine=False) for n in (i, o))
         self.conv1, self.conv2 = nn.Conv2d(i, o, 3, padding=1), nn.Conv2d(o, o, 3, padding=1)
         self.affine = nn.Linear(embedding, 2 * o)
@@ -211,73 +217,77 @@ class ResidualBlock(nn.Module):
 
 
 class UNet(nn.Module):
-    """v = cos(a) e - sin(a) x from x_a, its angle, and conditions.
+    """Predicts the velocity v = cos(a) e - sin(a) x of a noisy image x_a = cos(a) x + sin(a) e.
 
-    x [B,K,h,w], maps [B,C,h,w] shares of the classes in a cell (all 0: not known), angle [B],
-    domain [B] int64, statistics [B,S] -> [B,K,h,w]. h and w are multiples of `stride`.
+    x (this is x_a) [B,K,h,w], maps [B,C,h,w] shares of the classes in each cell (all 0 where the
+    classes are not known), angle (a) [B], domain [B] int64, statistics [B,S] -> v [B,K,h,w].
+    h and w are multiples of `stride`.
     """
 
     def __init__(self, channels: int, classes: int, width: int, levels: int) -> None:
         super().__init__()
-        widths, e = [width * min(4, 2**level) for level in range(levels)], 4 * width
+        widths, dims = [width * min(4, 2**level) for level in range(levels)], 4 * width
         self.stride = 2 ** (levels - 1)
-        self.time = nn.Sequential(nn.Linear(16, e), nn.SiLU(), nn.Linear(e, e))
-        self.domain, self.statistics = nn.Embedding(2, e), nn.Linear(len(STATISTICS), e)
+        self.time = nn.Sequential(nn.Linear(16, dims), nn.SiLU(), nn.Linear(dims, dims))
+        self.domain, self.statistics = nn.Embedding(2, dims), nn.Linear(len(STATISTICS), dims)
         self.register_buffer("mean", torch.zeros(len(STATISTICS)))  # of the statistics
         self.register_buffer("std", torch.ones(len(STATISTICS)))
-        self.enter = nn.Conv2d(channels + classes, width, 3, padding=1)
-        self.down = nn.ModuleList(ResidualBlock(w, w, e) for w in widths)
+        self.enter = nn.Conv2d(channels + classes, width, 3, padding=1)  # the first convolution
+        self.down = nn.ModuleList(ResidualBlock(w, w, dims) for w in widths)
         self.shrink = nn.ModuleList(nn.Conv2d(i, o, 3, 2, padding=1) for i, o in pairwise(widths))
-        self.middle = ResidualBlock(widths[-1], widths[-1], e)
-        self.up = nn.ModuleList(ResidualBlock(i + o, o, e) for o, i in pairwise(widths))
+        self.middle = ResidualBlock(widths[-1], widths[-1], dims)
+        self.up = nn.ModuleList(ResidualBlock(i + o, o, dims) for o, i in pairwise(widths))
         self.norm = LayerNorm2d(width, elementwise_affine=False)
-        self.leave = nn.Conv2d(width, channels, 3, padding=1)
+        self.leave = nn.Conv2d(width, channels, 3, padding=1)  # the last convolution
         nn.init.zeros_(self.leave.weight)
 
     def forward(
         self, x: Tensor, maps: Tensor, angle: Tensor, domain: Tensor, statistics: Tensor
     ) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):  # bfloat16 would blur the angle
-            waves = angle[:, None] * 2.0 ** torch.arange(8, device=angle.device)  # [B,8]
-            e = self.time(torch.cat([waves.sin(), waves.cos()], dim=1))
-            normalised = (statistics - self.mean) / self.std
-            e = F.silu(e + self.domain(domain) + self.statistics(normalised))  # [B,E]
-        y = self.down[0](self.enter(torch.cat([x, maps], dim=1)), e)  # [B,width,h,w]
+            phases = angle[:, None] * 2.0 ** torch.arange(8, device=angle.device)  # [B,8]
+            embedding = self.time(torch.cat([phases.sin(), phases.cos()], dim=1))  # [B,E]
+            normalised = (statistics - self.mean) / self.std  # [B,S]
+            embedding = F.silu(embedding + self.domain(domain) + self.statistics(normalised))
+        y = self.down[0](self.enter(torch.cat([x, maps], dim=1)), embedding)  # [B,width,h,w]
         skips = []
-        for shrink, down in zip(self.shrink, self.down[1:], strict=True):
+        for downsample, down in zip(self.shrink, self.down[1:], strict=True):
             skips.append(y)
-            y = down(shrink(y), e)  # half as high and wide
-        y = self.middle(y, e)
+            y = down(downsample(y), embedding)  # half as high and wide
+        y = self.middle(y, embedding)
         for up, skip in zip(reversed(self.up), reversed(skips), strict=True):
-            y = up(torch.cat([F.interpolate(y, scale_factor=2.0), skip], dim=1), e)
+            y = up(torch.cat([F.interpolate(y, scale_factor=2.0), skip], dim=1), embedding)
         return self.leave(F.silu(self.norm(y))).float()
 
 
 # ---- Sampling -----------------------------------------------------------------------------------
 def flow(velocity: Callable[[Tensor, float], Tensor], x: Tensor, angles: Sequence[float]) -> Tensor:
-    """The probability flow dx/da = v(x, a) along `angles`, rising to encode, falling to decode.
+    """Solves the ODE of the probability flow, dx/da = v(x, a), by one step between neighbouring
+    `angles`. Angles that rise encode (image to noise), angles that fall decode.
 
-    x [B,K,h,w] at the first angle -> at the last. The first step is that of DDIM
-    (arXiv:2202.00512v2, app. D). From then on, we extrapolate image and noise linearly to the
-    middle of the step, so that the solver is of second order.
+    x [B,K,h,w] at the first angle -> x [B,K,h,w] at the last. The first step is that of DDIM
+    (arXiv:2202.00512v2, app. D). The later steps extrapolate image and noise linearly to the
+    midpoint of the step, which makes the solver one of second order.
     """
-    previous, last = None, 0.0
+    previous, last = None, 0.0  # image and noise at the step before, and its angle
     for a, b in pairwise(angles):
         v = velocity(x, a)
         image, noise = math.cos(a) * x - math.sin(a) * v, math.sin(a) * x + math.cos(a) * v
-        present = middle = torch.stack([image, noise])
+        current = midpoint = torch.stack([image, noise])  # [2,B,K,h,w]
         if previous is not None:
-            middle = present + (b - a) / (a - last) / 2 * (present - previous)
-        x = x + (math.cos(b) - math.cos(a)) * middle[0] + (math.sin(b) - math.sin(a)) * middle[1]
-        previous, last = present, a
+            midpoint = current + (b - a) / (a - last) / 2 * (current - previous)
+        image, noise = midpoint
+        x = x + (math.cos(b) - math.cos(a)) * image + (math.sin(b) - math.sin(a)) * noise
+        previous, last = current, a
     return x
 
 
 def noise_levels(args: Args | TranslateArgs) -> list[float]:
-    """Angles from --noise-floor to --strength, whose distances grow from step to step.
+    """Angles from --noise-floor to --strength. The steps between them grow from one to the next.
 
-    What varies by s in the data (little, in a sky) becomes noise or detail at angles near s. Equal
-    steps jump over these angles, and the noise of flat areas then has a deviation far below 1.
+    A structure of standard deviation s is turned into noise (or back) at angles near s. Flat areas
+    such as sky have a small s, so the steps must be small at low angles. With equal steps, the
+    noise of flat areas has a standard deviation far below 1.
     """
     if not 0 <= args.noise_floor < args.strength <= 1 or args.sample_steps < 1:
         raise UserError("expected 0 <= --noise-floor < --strength <= 1 and 1 <= --sample-steps")
@@ -287,7 +297,7 @@ def noise_levels(args: Args | TranslateArgs) -> list[float]:
 
 # ---- The bridge ---------------------------------------------------------------------------------
 class Bridge(nn.Module):
-    """All that a translation needs: U-Net, reader, and statistics of the data.
+    """All that a translation needs: the U-Net, the reader, and statistics of the data.
 
     config: patch, width, levels, classes (names), size, unet_steps. `photo_statistics` [N,S] and
     `photo_features` [N,C,D] are those of the training photos.
@@ -306,17 +316,16 @@ class Bridge(nn.Module):
         self.register_buffer("photo_features", torch.zeros(photos, classes, features))
         self.to(memory_format=torch.channels_last)
 
-    def encode(self, images: Tensor) -> Tensor:
-        """Haar coefficients of patches, normalised; for a side of 4 or 8 repeated on all bands.
-
-        images [B,3,H,W] in [0,1] -> [B,K,h,w] with K = 3 patch^2, h = H / patch, w = W / patch.
-        """
+    def to_cells(self, images: Tensor) -> Tensor:
+        """Normalised Haar coefficients of the cells. Patches of 4 and 8 repeat the transform.
+        [B,3,H,W] in [0,1] -> [B,K,h,w] with K = 3 patch^2, h = H / patch, w = W / patch."""
         x = 2 * images - 1
         for _ in range(int(math.log2(self.config["patch"]))):
             x = hadamard(F.pixel_unshuffle(x, 2))
         return (x - self.mean) / self.scale
 
-    def decode(self, x: Tensor) -> Tensor:
+    def from_cells(self, x: Tensor) -> Tensor:
+        """The inverse of `to_cells`, not clamped. [B,K,h,w] -> images [B,3,H,W]."""
         x = x * self.scale + self.mean
         for _ in range(int(math.log2(self.config["patch"]))):
             x = F.pixel_shuffle(hadamard(x), 2)
@@ -327,19 +336,18 @@ class Bridge(nn.Module):
         self, images: np.ndarray, labels: np.ndarray, names: list[str], args: Args | TranslateArgs
     ) -> tuple[np.ndarray, np.ndarray]:
         """Images of the source, uint8 [B,H,W,3], with labels [B,H,W] -> uint8 [B,H,W,3], and the
-        deviation from 0 of each image's noise [B], which is 1 in a bridge without error.
-
-        What is random depends on --seed and the image's name alone. H and W are any.
-        """
+        root mean square of each image's encoded noise [B]. With ddib and a strength near 1 it is
+        near 1 if the U-Net makes no error. H and W are any. The photo depends on --seed, name and
+        number of photos alone; the noise on --seed, name, size and kind of device."""
         device = self.mean.device
         images = common.to_tensor(images, device)  # [B,3,H,W]
         labels = torch.tensor(labels, dtype=torch.long, device=device)
-        (h, w), patch, stride = images.shape[2:], self.config["patch"], self.unet.stride
-        padding = (0, -w % (stride * patch), 0, -h % (stride * patch))
-        x = self.encode(F.pad(images, padding, mode="replicate"))  # [B,K,h,w]
+        (height, width), multiple = images.shape[2:], self.unet.stride * self.config["patch"]
+        padding = (0, -width % multiple, 0, -height % multiple)
+        x = self.to_cells(F.pad(images, padding, mode="replicate"))  # [B,K,h,w]
         labels = F.pad(labels, padding, value=datasets.IGNORE)
         maps = class_shares(labels, len(self.config["classes"]), x.shape[2:])  # [B,C,h,w]
-        # Each image gets the statistics of a random photo, and noise of its own.
+        # Each image has its own noise, and a random photo, whose statistics it gets by default.
         rngs = [torch.Generator(device).manual_seed(common.seed_of(args.seed, n)) for n in names]
         noise = torch.stack([torch.randn(x.shape[1:], generator=g, device=device) for g in rngs])
         n = len(self.photo_statistics)
@@ -358,17 +366,17 @@ class Bridge(nn.Module):
         if args.bridge == "ddib":  # arXiv:2203.08382v4, algorithm 1
             x = flow(partial(velocity, domain=SOURCE, statistics=source), x, angles)
         deviation = x.square().mean(dim=(1, 2, 3)).sqrt()  # [B]
-        down = angles[::-1] if angles[0] == 0 else [*angles[::-1], 0.0]
-        x = flow(partial(velocity, domain=TARGET, statistics=target), x, down)
-        result = self.decode(x)[:, :, :h, :w].clamp(0, 1)
+        decoding_angles = angles[::-1] if angles[0] == 0 else [*angles[::-1], 0.0]
+        x = flow(partial(velocity, domain=TARGET, statistics=target), x, decoding_angles)
+        result = self.from_cells(x)[:, :, :height, :width].clamp(0, 1)
         return common.to_uint8(result), deviation.float().cpu().numpy()
 
 
 def load_bridge(path: Path, device: torch.device) -> Bridge:
-    """A bridge.pt; UserError for any other file."""
+    """The bridge in a file bridge.pt, in evaluation mode. UserError for any other file."""
     checkpoint = common.read_checkpoint(path)
     if "bridge" not in checkpoint:
-        raise UserError(f"{path}: a checkpoint without a bridge, expected bridge.pt of a training")
+        raise UserError(f"{path}: a checkpoint without a bridge, expected one of the command train")
     bridge = Bridge(checkpoint["config"], len(checkpoint["bridge"]["photo_statistics"]))
     bridge.load_state_dict(checkpoint["bridge"])
     return bridge.to(device).eval().requires_grad_(False)
@@ -376,7 +384,7 @@ def load_bridge(path: Path, device: torch.device) -> Bridge:
 
 # ---- Training -----------------------------------------------------------------------------------
 def recolor(images: Tensor, rng: torch.Generator, photos: Split, share: float) -> Tensor:
-    """A share of the images gets the colours of random photos. [B,3,H,W] -> [B,3,H,W]."""
+    """Gives a share of the images the colours of random photos. [B,3,H,W] -> [B,3,H,W]."""
     recolored = common.photo_style(photos)(images, rng)  # [B,3,H,W]
     chosen = common.draw(rng, len(images), 1, 1, 1) < share
     return torch.where(common.to_device(chosen, images.device), recolored, images)
@@ -389,27 +397,27 @@ def train_bridge(run: Run, args: Args, source: Split, photos: Split) -> Bridge:
     config |= {"classes": list(run.classes), "size": list(args.size)}
     bridge = Bridge(config, len(photos)).to(device)
 
-    # Step 1: the reader is trained on the source in the colours of photos, and labels the photos.
+    # Step 1: the reader is trained on the source, partly in photos' colours, and labels the photos.
     def augment(images: Tensor, rng: torch.Generator) -> Tensor:
         return common.random_augmentation(recolor(images, rng, photos, args.reader_color), rng)
 
     common.train(run, bridge.reader, source, args.reader_steps, "reader", augment, evaluated=False)
     bridge.reader.eval()
-    if common.world_size() > 1:  # each process has measured its own batch statistics
+    if common.world_size() > 1:  # the statistics of batch normalisation differ by process
         for buffer in bridge.reader.buffers():
             torch.distributed.broadcast(buffer, 0)
-    classes, features = read(bridge.reader, photos.images, args.label_confidence)
-    photos = replace(photos, labels=classes)
+    predicted, features = read(bridge.reader, photos.images, args.label_confidence)
+    photos = replace(photos, labels=predicted)
 
     # Step 2: statistics of the photos, and of both domains together.
     bridge.photo_features.copy_(torch.from_numpy(features))
-    values = [appearance(common.to_tensor(image[None], device)) for image in photos.images]
-    bridge.photo_statistics.copy_(torch.cat(values))
+    statistics = [appearance(common.to_tensor(image[None], device)) for image in photos.images]
+    bridge.photo_statistics.copy_(torch.cat(statistics))
     sample = [split.images[:: max(1, len(split) // 100)] for split in (source, photos)]
-    sample = common.to_tensor(np.concatenate(sample), device)  # about 200 images
-    x, values = bridge.encode(sample), appearance(sample)
-    bridge.unet.mean.copy_(values.mean(dim=0))
-    bridge.unet.std.copy_(values.std(dim=0).clamp(min=1e-3))  # where all images are alike
+    sample = common.to_tensor(np.concatenate(sample), device)  # at most 199 of each domain
+    x, statistics = bridge.to_cells(sample), appearance(sample)
+    bridge.unet.mean.copy_(statistics.mean(dim=0))
+    bridge.unet.std.copy_(statistics.std(dim=0).clamp(min=1e-3))  # it would be 0 for equal images
     bridge.mean.copy_(x.mean(dim=(0, 2, 3))[:, None, None])
     bridge.scale.copy_(x.std(dim=(0, 2, 3))[:, None, None].clamp(min=1e-3) ** args.whiten)
 
@@ -421,11 +429,13 @@ def train_bridge(run: Run, args: Args, source: Split, photos: Split) -> Bridge:
 
 
 def train_unet(run: Run, args: Args, bridge: Bridge, source: Split, photos: Split) -> None:
-    """Squared error of v at random angles. It ends with the averaged weights in the bridge."""
-    device, unet, steps, half = run.device, bridge.unet, args.unet_steps, args.batch_size // 2
+    """Trains the U-Net by the squared error of v. At the end it has the averaged weights."""
+    device, unet, steps = run.device, bridge.unet, args.unet_steps
+    source_batch = args.batch_size // 2
     decay = 1 - 1 / max(1, args.ema * steps)
-    source_loader = common.Loader(source, half, device, args.seed, "unet source")
-    photo_loader = common.Loader(photos, args.batch_size - half, device, args.seed, "unet photos")
+    photo_batch = args.batch_size - source_batch
+    source_loader = common.Loader(source, source_batch, device, args.seed, "unet source")
+    photo_loader = common.Loader(photos, photo_batch, device, args.seed, "unet photos")
     average = copy.deepcopy(unet).requires_grad_(False)
     model = common.parallel(unet)
     optimizer = torch.optim.AdamW(unet.parameters(), lr=args.unet_lr, fused=True)
@@ -442,10 +452,11 @@ def train_unet(run: Run, args: Args, bridge: Bridge, source: Split, photos: Spli
 
         # Step 2: what is diffused, and the conditions
         domain = common.to_device(domain, device)
-        x, statistics = bridge.encode(images), appearance(images)  # [B,K,h,w], [B,S]
+        x, statistics = bridge.to_cells(images), appearance(images)  # [B,K,h,w], [B,S]
         maps = class_shares(labels, len(run.classes), x.shape[2:])  # [B,C,h,w]
 
-        # Step 3: noise. Each of B equal parts of the range has one angle: the loss varies less.
+        # Step 3: noise. Stratified: one angle in each of B equal intervals, which lowers the
+        # variance of the loss.
         order = torch.randperm(len(images), generator=rng)
         angle = (order + common.draw(rng, len(images))) / len(images) * math.pi / 2
         angle = common.to_device(angle, device)  # [B]
@@ -472,32 +483,34 @@ def train_unet(run: Run, args: Args, bridge: Bridge, source: Split, photos: Spli
 def read(
     net: Network, images: np.ndarray, threshold: float = 0.0, labels: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """What the reader sees in images, uint8 [N,H,W,3] -> the likeliest classes, uint8 [N,H,W],
-    IGNORE where their probability is below the threshold; and features, float32 [N,C,D]: the mean
-    input of its last layer in the region of each class, NaN where the class covers less than a
-    hundredth of the image. The regions are those of `labels` [N,H,W], or of the classes."""
-    inputs, classes, features, device = [], [], [], next(net.parameters()).device
+    """The reader's predictions and features of images, uint8 [N,H,W,3].
+
+    -> the most probable classes, uint8 [N,H,W], IGNORE where their probability is below the
+    threshold. Then features, float32 [N,C,D]: the input of the last layer, averaged over the region
+    of each class. They are NaN where a class covers less than a hundredth of the image. The regions
+    are those of `labels` [N,H,W] if given, else those of the predicted classes."""
+    inputs, predicted, features, device = [], [], [], next(net.parameters()).device
     hook = net.body.head.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
     for i in range(0, len(images), 16):
         logits = common.predict(net, images[i : i + 16], device)
         confidence, best = logits.softmax(dim=1).max(dim=1)  # [B,H,W] each
         best = torch.where(confidence >= threshold, best, datasets.IGNORE)
-        classes.append(best.byte().cpu().numpy())
+        predicted.append(best.byte().cpu().numpy())
         regions = best if labels is None else torch.from_numpy(labels[i : i + 16]).to(device)
-        x = inputs.pop().float()  # [B,D,h,w]
-        shares = class_shares(regions, net.num_classes, x.shape[2:]).flatten(2)  # [B,C,hw]
+        x = inputs.pop().float()  # [B,D,H/4,W/4]
+        shares = class_shares(regions, net.num_classes, x.shape[2:]).flatten(2)  # [B,C,P]
         mean = shares @ x.flatten(2).mT / shares.sum(dim=2, keepdim=True)  # [B,C,D]
         mean[shares.mean(dim=2) < 0.01] = math.nan
         features.append(mean.cpu().numpy())
     hook.remove()
-    return np.concatenate(classes), np.concatenate(features)
+    return np.concatenate(predicted), np.concatenate(features)
 
 
 def kernel_distance(x: np.ndarray, y: np.ndarray) -> float:
     """KID: the unbiased squared MMD of two sets of features, [N,D] and [M,D], with the kernel
-    (x.y / D + 1)^3 (arXiv:1801.01401). Rows of NaN, of images that lack the class, do not count;
-    NaN where fewer than 8 others are left in a set. The features of the reader have no natural
-    scale: those of `y` get mean 0 and deviation 1."""
+    (x.y / D + 1)^3 (arXiv:1801.01401). Rows of NaN, of images that lack the class, are left out;
+    NaN where a set then has fewer than 8 rows. The features of the reader have no natural scale:
+    one shift and one factor for both sets give `y` mean 0 and, on average, variance 1."""
     x, y = (z[~np.isnan(z[:, 0])] for z in (x, y))
     n, m = len(x), len(y)
     if min(n, m) < 8:
@@ -511,19 +524,19 @@ def kernel_distance(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def affine_share(before: np.ndarray, after: np.ndarray) -> float:
-    """Share of the change that an affine map of each image's colours explains, 1 of a colour
-    transfer. NaN where nothing has changed. uint8 [N,H,W,3] twice.
+    """Share of the squared change that one affine map of each image's colours explains: 1 for such
+    a map, NaN where nothing has changed. uint8 [N,H,W,3] twice.
 
     It is 1 - sum |y - A x - b|^2 / sum |y - x|^2, A and b by least squares in each image.
     """
-    left, change = 0.0, 0.0
+    residual, change = 0.0, 0.0
     for old, new in zip(before, after, strict=True):
         x = old.reshape(-1, 3).astype(np.float64)
         y = new.reshape(-1, 3) - x
         x = np.column_stack([x, np.ones(len(x))])
-        left += np.square(y - x @ np.linalg.lstsq(x, y, rcond=None)[0]).sum()
+        residual += np.square(y - x @ np.linalg.lstsq(x, y, rcond=None)[0]).sum()
         change += np.square(y).sum()
-    return float(1 - left / change) if change else math.nan
+    return float(1 - residual / change) if change else math.nan
 
 
 def borders(labels: np.ndarray) -> np.ndarray:
@@ -550,36 +563,37 @@ def edge_agreement(image: np.ndarray, labels: np.ndarray) -> float:
     return float(wins / (n * m)) if n and m else math.nan
 
 
-def agreement(classes: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Share of valid pixels that are read as labelled, 1 where there is none. [N,H,W] -> [N]."""
+def agreement(predicted: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Share of valid pixels whose predicted class equals the label; 1 for an image without valid
+    pixels. [N,H,W] twice -> [N]."""
     valid = labels != datasets.IGNORE
-    right = ((classes == labels) & valid).sum(axis=(1, 2))
+    right = ((predicted == labels) & valid).sum(axis=(1, 2))
     return np.where(valid.any(axis=(1, 2)), right / np.maximum(valid.sum(axis=(1, 2)), 1), 1.0)
 
 
 CHECKS = {  # what each of them measures, and whether more of it is better
     "kid": ("kernel distance to the photos, features of a small network, not Inception", False),
     "edges": ("image edges along the borders of the masks", True),
-    "agreement": ("pixels that the reader reads as labelled", True),
+    "agreement": ("pixels whose class, as the reader predicts it, equals the mask", True),
 }
-FEW_UPDATES = 500  # of the U-Net; a bridge of fewer adds noise and little else
+FEW_UPDATES = 500  # after fewer updates of the U-Net, the bridge adds noise and does little else
 
 
 def check(
     bridge: Bridge, before: np.ndarray, after: np.ndarray, masks: np.ndarray, labelled: bool
 ) -> dict[str, Any]:
-    """CHECKS of a translated set; None where one cannot be measured. before, after: uint8
-    [N,H,W,3]; masks [N,H,W]: train ids if `labelled`, else any ids."""
+    """CHECKS of a translated set; None where a value cannot be computed, no agreement without
+    labels. before, after: uint8 [N,H,W,3]; masks [N,H,W]: train ids if `labelled`, else any."""
     table, distances, photos = {}, [], bridge.photo_features.cpu().numpy()  # [M,C,D]
     regions = masks if labelled else read(bridge.reader, before)[0]
     for when, images in (("before", before), ("after", after)):
-        classes, features = read(bridge.reader, images, labels=regions)
+        predicted, features = read(bridge.reader, images, labels=regions)
         sets = zip(features.swapaxes(0, 1), photos.swapaxes(0, 1), strict=True)  # of each class
         distances.append([kernel_distance(x, y) for x, y in sets])
         edges = np.array([edge_agreement(i, m) for i, m in zip(images, masks, strict=True)])
         table[f"edges_{when}"] = math.nan if np.isnan(edges).all() else float(np.nanmean(edges))
         if labelled:
-            table[f"agreement_{when}"] = float(agreement(classes, masks).mean())
+            table[f"agreement_{when}"] = float(agreement(predicted, masks).mean())
     pairs = zip(bridge.config["classes"], *distances, strict=True)
     kid = {name: [a, b] for name, a, b in pairs if not math.isnan(a + b)}
     for i, when in enumerate(("before", "after")):
@@ -603,16 +617,17 @@ def verdict(table: dict[str, Any], unet_steps: int) -> list[str]:
         pairs = table["kid_of_classes"].items()
         lines.append("kid: " + ", ".join(f"{name} {b:.1f} -> {a:.1f}" for name, (b, a) in pairs))
     if table["affine_share"] is not None:
-        lines.append(f"{table['affine_share']:.2f} of the change is an affine map of the colours")
-    lines.append(f"deviation of the encoded noise: {table['noise_deviation']:.2f} (1 is right)")
+        lines.append(f"an affine colour map explains {table['affine_share']:.2f} of the change")
+    noise = table["noise_deviation"]
+    lines.append(f"size of the encoded noise: {noise:.2f} (1 is right for ddib near --strength 1)")
     if unet_steps < FEW_UPDATES:
         lines.append(f"{unet_steps} updates of the U-Net are too few: this is no bridge yet")
     return [*lines, f"verdict: {', '.join(results) or 'nothing to compare'}"]
 
 
 def draw_translations(path: Path, columns: dict[str, np.ndarray], masks: np.ndarray) -> None:
-    """Five images of each column, uint8 [N,H,W,3]; then the borders of the masks, [N,H,W] of any
-    ids, over those of "source" and "translated"."""
+    """Draws five images of each column, uint8 [N,H,W,3], and those of "source" and "translated"
+    once more, with the borders of the masks, [N,H,W] of any ids, in yellow."""
     shown = {title: images[datasets.spaced(len(images), 5)] for title, images in columns.items()}
     edges = np.stack([borders(mask) for mask in masks[datasets.spaced(len(masks), 5)]])[..., None]
     yellow = np.array([255, 230, 0], np.uint8)
@@ -632,7 +647,7 @@ def run(args: Args) -> Result:
     # Step 1: the reader and the U-Net
     bridge = train_bridge(run, args, source, photos)
 
-    # Step 2: the source is translated into OUT/set, by each process its share of every batch
+    # Step 2: the source is translated into OUT/set; each process translates a part of every batch
     folder, n = run.out / "set", args.batch_size
     if common.rank() == 0:
         images = datasets.create_array(folder / "images.npy", source.images.shape)
@@ -656,7 +671,7 @@ def run(args: Args) -> Result:
     common.barrier()  # until rank 0 has written the set
     translated = datasets.load_set(folder, source.dataset, args.size)
 
-    # Step 3: checks of up to 1000 images, the noise of a batch of them, and a figure
+    # Step 3: checks of up to 1000 images, the noise of the first batch of them, and a figure
     if common.rank() == 0:
         part = np.arange(0, len(source), math.ceil(len(source) / 1000))
         before, after, labels = source.images[part], translated.images[part], source.labels[part]
@@ -673,12 +688,12 @@ def run(args: Args) -> Result:
     # Step 4: the segmentation network is trained on the translated set
     augment = partial(recolor, photos=photos, share=args.color) if args.color else common.identity
     common.train(run, net, translated, args.steps, "segmenter", augment)
-    other = f"{args.unet_steps} U-Net updates, {args.reader_steps} of the reader"
-    return run.finish(net, 0, other_updates=other)
+    updates = f"{args.unet_steps} U-Net updates, {args.reader_steps} of the reader"
+    return run.finish(net, target_labels=0, other_updates=updates)
 
 
 def train(args: Args) -> None:
-    """The command `train`: reader and U-Net, into OUT/bridge.pt."""
+    """The command `train`: trains reader and U-Net, and writes OUT/bridge.pt."""
     run = Run(args, "diffusion_bridge_train", stages=2)
     source, photos = (datasets.load(run.args, role) for role in ("source", "target_unlabelled"))
     train_bridge(run, fill_in(run.args), source, photos)
@@ -695,18 +710,17 @@ class Pair(NamedTuple):
 
 
 def find_pairs(inputs: Path, mask_dir: Path) -> tuple[list[Pair], int]:
-    """Images with their masks, sorted by size and path, and the number of other files: foreign
-    ones (`datasets.is_foreign`), and masks without an image.
-
-    UserError for an image without a mask, or where masks would overwrite images.
-    """
+    """Images with their masks, sorted by size and path, and the number of files that are ignored:
+    foreign ones (`datasets.is_foreign`), and masks without an image. UserError for an image without
+    a mask, or where masks would overwrite images."""
     both, ignored = [], 0
-    for folder, other in ((inputs, mask_dir), (mask_dir, inputs)):
-        by_stem: dict[str, Path] = {}  # the stem with its folders
+    for folder, other_folder in ((inputs, mask_dir), (mask_dir, inputs)):
+        by_stem: dict[str, Path] = {}  # the path below the folder, without its suffix
         for path in sorted(folder.rglob("*")):
-            if path.is_dir() or (other.is_relative_to(folder) and path.is_relative_to(other)):
+            inside = other_folder.is_relative_to(folder) and path.is_relative_to(other_folder)
+            if path.is_dir() or inside:
                 continue
-            name = unicodedata.normalize("NFC", path.relative_to(folder).as_posix())
+            name = normalize("NFC", path.relative_to(folder).as_posix())
             stem = str(Path(name).with_suffix(""))
             if datasets.is_foreign(name):
                 ignored += 1
@@ -726,11 +740,11 @@ def find_pairs(inputs: Path, mask_dir: Path) -> tuple[list[Pair], int]:
         mask = masks[stem]
         with (
             datasets.open_image(image, False) as picture,
-            datasets.open_image(mask, False) as other,
+            datasets.open_image(mask, False) as mask_picture,
         ):
-            size, mask_size = picture.size, other.size
+            size, mask_size = picture.size, mask_picture.size
         if size != mask_size:
-            raise UserError(f"{mask}: width and height are {mask_size}, of its image {size}")
+            raise UserError(f"{mask}: width and height are {mask_size}, but {size} in its image")
         mask_name = (mask_below / mask.relative_to(mask_dir)).as_posix()
         pairs.append(Pair(image, mask, image.relative_to(inputs).as_posix(), mask_name, size))
     same = {pair.name for pair in pairs} & {pair.mask_name for pair in pairs}
@@ -741,10 +755,8 @@ def find_pairs(inputs: Path, mask_dir: Path) -> tuple[list[Pair], int]:
 
 
 def read_mask(pair: Pair, mask_labels: str) -> np.ndarray:
-    """Train ids where `mask_labels` says how to read them, else a number for each id or colour.
-
-    -> uint8 or int32 [H,W].
-    """
+    """A mask's train ids, uint8 [H,W]. With `mask_labels` "none", int32: one number for each id or
+    colour."""
     if mask_labels != "none":
         return datasets.read_label(pair.mask, datasets.DATASETS[mask_labels], pair.image)
     values = np.atleast_3d(datasets.open_image(pair.mask)).astype(np.int32)  # [H,W,channels]
@@ -754,8 +766,9 @@ def read_mask(pair: Pair, mask_labels: str) -> np.ndarray:
 def write_pair(
     args: TranslateArgs, pair: Pair, new: np.ndarray, share: float, noise: float
 ) -> dict[str, Any]:
-    """Writes a translation, uint8 [H,W,3], in the format of its image (grey, 16 bits and alpha
-    stay), and its mask, unless they agree too little. -> its record."""
+    """Writes a translation, uint8 [H,W,3], in its image's file format, and a copy of the mask, if
+    they agree enough (`share`). Grey, alpha and 16 bits (of 256 levels) stay; palettes become RGB.
+    -> the record of the image."""
     out, left_out = args.output_dir.resolve(), bool(share < args.min_agreement)
     record = {
         "image": pair.name,
@@ -773,7 +786,7 @@ def write_pair(
             (out / name).unlink(missing_ok=True)
         return record
     picture = Image.fromarray(new)
-    with datasets.open_image(pair.image, False) as old:  # decoded for its alpha alone
+    with datasets.open_image(pair.image, False) as old:  # the pixels are read for their alpha alone
         if old.mode in ("1", "L", "LA") or old.mode.startswith("I"):
             picture = picture.convert("L")
         if old.mode.startswith("I"):
@@ -788,11 +801,10 @@ def write_pair(
 
 
 def translate_folder(args: TranslateArgs) -> None:
-    """The command `translate`. The batches depend on the input alone, so an interrupted run, or
-    several processes, give the same bytes. When all files of a batch are there, each of them whole,
-    a record is written to OUTPUT_DIR/.records, and the batch is not translated again.
-    """
-    if args.config:  # the command line once more; its flags come later, and override the file's
+    """The command `translate`. The batches depend on the input and --batch-size alone. So a run
+    that is continued, or has several processes, writes the same bytes on the same machine. A batch
+    with a record in OUTPUT_DIR/.records, whose files exist, is not translated again."""
+    if args.config:  # Parse again: the file's options first, then the flags, which override them.
         import tyro
 
         try:
@@ -830,7 +842,7 @@ def translate_folder(args: TranslateArgs) -> None:
     for _, group in groupby(pairs, key=lambda pair: pair.size):
         group = list(group)
         batches += [group[i : i + args.batch_size] for i in range(0, len(group), args.batch_size)]
-    records = []  # a file for each batch, whose name changes with the files of the batch
+    records = []  # One for each batch. Its name depends on the paths and times of the input files.
     for batch in batches:
         files = [path.stat() for pair in batch for path in (pair.image, pair.mask)]
         stamp = [(pair.name, pair.mask_name) for pair in batch], [f.st_mtime_ns for f in files]
@@ -839,27 +851,26 @@ def translate_folder(args: TranslateArgs) -> None:
     # Step 2: a new output folder, or one of the same settings and of no other images
     settings = {**asdict(args), "checkpoint": datasets.sha256(args.checkpoint)}
     for name in ("input_dir", "mask_dir", "output_dir", "config"):
-        del settings[name]  # which change no byte of an image
+        del settings[name]  # a folder may be moved, and continued from there
     metadata = out / "metadata.json"
     if metadata.exists():
         before = json.loads(metadata.read_text())["settings"]
         for name, value in settings.items():
             if before.get(name) != value:
                 raise UserError(f"{out}: begun with another {name}; give another --output-dir")
-        names = [name for pair in pairs for name in (pair.name, pair.mask_name)]
-        names = {unicodedata.normalize("NFC", name) for name in names}
+        names = {normalize("NFC", name) for pair in pairs for name in (pair.name, pair.mask_name)}
         for path in sorted(out.rglob("*")):
-            name = unicodedata.normalize("NFC", path.relative_to(out).as_posix())
+            name = normalize("NFC", path.relative_to(out).as_posix())
             if path.is_file() and not datasets.is_foreign(name) and name not in names:
                 raise UserError(f"{path}: of other images or masks; give another --output-dir")
     elif out.exists() and any(path.name[0] != "." for path in out.iterdir()):
         raise UserError(f"{out}: not empty, and no translation; give another --output-dir")
-    common.barrier()  # until all have seen what was there
+    common.barrier()  # No process writes before all have looked into the folder.
     if common.rank() == 0:
         datasets.write_json(metadata, {"complete": False, "settings": settings})
-        for record in filter(Path.exists, records):  # without its files, a record is deleted
-            kept = [i for i in json.loads(record.read_text()) if not i["left_out"]]
-            if not all((out / i[key]).exists() for i in kept for key in ("image", "mask")):
+        for record in filter(Path.exists, records):  # one whose files are not all there is deleted
+            written = [i for i in json.loads(record.read_text()) if not i["left_out"]]
+            if not all((out / i[key]).exists() for i in written for key in ("image", "mask")):
                 record.unlink()
     common.barrier()
 
@@ -870,7 +881,7 @@ def translate_folder(args: TranslateArgs) -> None:
             batch = batches[number]
             if records[number].exists():
                 continue
-            # Decoding and encoding take longer than translating on a GPU, so threads share them.
+            # Reading and writing files takes longer than translating on a GPU: threads share it.
             old = pool.map(
                 lambda p: np.asarray(datasets.to_rgb(datasets.open_image(p.image))), batch
             )
@@ -882,8 +893,8 @@ def translate_folder(args: TranslateArgs) -> None:
                 labels = np.stack(list(labels))  # [B,H,W]
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 new, noise = bridge.translate(old, labels, [pair.name for pair in batch], args)
-            classes, _ = read(bridge.reader, new)
-            shares = agreement(classes, labels)
+            predicted, _ = read(bridge.reader, new)
+            shares = agreement(predicted, labels)
             record = list(pool.map(partial(write_pair, args), batch, new, shares, noise))
             datasets.write_json(records[number], record)
 
@@ -895,11 +906,11 @@ def translate_folder(args: TranslateArgs) -> None:
     kept = [p for p, i in zip(pairs, images, strict=True) if not i["left_out"]]
     table = {"left_out": len(pairs) - len(kept)}
     if kept:
-        sample, (h, w) = kept[:: math.ceil(len(kept) / 1000)], bridge.config["size"]
-        before = np.stack([datasets.read_image(pair.image, (h, w)) for pair in sample])
-        after = np.stack([datasets.read_image(out / pair.name, (h, w)) for pair in sample])
-        masks = [Image.fromarray(read_mask(pair, args.mask_labels)) for pair in sample]
-        masks = np.stack([np.asarray(m.resize((w, h), Image.Resampling.NEAREST)) for m in masks])
+        sample, size = kept[:: math.ceil(len(kept) / 1000)], bridge.config["size"]
+        before = np.stack([datasets.read_image(pair.image, size) for pair in sample])
+        after = np.stack([datasets.read_image(out / pair.name, size) for pair in sample])
+        masks = (read_mask(pair, args.mask_labels) for pair in sample)
+        masks = np.stack([datasets.resize_label(mask, size) for mask in masks])
         table["noise_deviation"] = sum(i["noise_deviation"] for i in images) / len(images)
         table |= check(bridge, before, after, masks, args.mask_labels != "none")
         # The figure is not in the folder, so that no loader takes it for an image of the set.
@@ -909,7 +920,7 @@ def translate_folder(args: TranslateArgs) -> None:
     content |= {"complete": True, "commit": common.commit(), "torch": torch.__version__}
     datasets.write_json(metadata, content)
     print(f"{len(kept)} images in {out}, {table['left_out']} left out by --min-agreement")
-    print(f"{ignored} files ignored: not PNG or JPG, of other programs, or masks without an image")
+    print(f"{ignored} files ignored: not PNG or JPG, hidden, thumbnails, or masks without an image")
     if kept:
         print(*verdict(table, bridge.config["unet_steps"]), sep="\n", flush=True)
 
@@ -918,7 +929,7 @@ def translate_folder(args: TranslateArgs) -> None:
 def main() -> None:
     command = sys.argv[1] if len(sys.argv) > 1 else ""
     if command in ("train", "translate"):
-        sys.argv[:2] = [f"{sys.argv[0]} {command}"]  # as --help calls it
+        sys.argv[:2] = [f"{sys.argv[0]} {command}"]  # the name that --help shows
     if command == "translate":
         common.main(TranslateArgs, translate_folder, __doc__)
     else:

@@ -254,7 +254,7 @@ def diffusion(args: Args, folder: Path) -> Iterator[dict]:
     bridge = diffusion_bridge.Bridge(config, len(photos)).to(run.device)
     optimizer = torch.optim.AdamW(bridge.unet.parameters(), lr=settings.unet_lr, fused=True)
     images, labels = first_batch(run, "source")
-    x, statistics = bridge.encode(images), diffusion_bridge.appearance(images)
+    x, statistics = bridge.to_cells(images), diffusion_bridge.appearance(images)
     maps = diffusion_bridge.class_shares(labels, len(run.classes), x.shape[2:])
     angle, domain = x.new_ones(len(x)), labels.new_zeros(len(x))
 

@@ -121,7 +121,7 @@ def test_sdedit_adds_noise_once_and_follows_the_flow_of_the_target(trained: tupl
 
     monkeypatch.setattr(bridge.unet, "forward", velocity)
     images, labels, names = batch(trained, 2)
-    expected = common.to_uint8(bridge.decode(goal.expand(2, -1, 16, 32)).clamp(0, 1))
+    expected = common.to_uint8(bridge.from_cells(goal.expand(2, -1, 16, 32)).clamp(0, 1))
     args = db.TranslateArgs(bridge="sdedit", sample_steps=5)
     result, deviation = bridge.translate(images, labels, names, args)
     np.testing.assert_allclose(result, expected, atol=1)
@@ -140,10 +140,10 @@ def new_bridge(patch: int) -> db.Bridge:
 @pytest.mark.parametrize("patch", [2, 4, 8])
 def test_haar_is_orthonormal_and_inverted(patch: int):
     images, bridge = torch.rand(2, 3, 8, 16), new_bridge(patch)
-    x = bridge.encode(images)
+    x = bridge.to_cells(images)
     assert x.shape == (2, 3 * patch**2, 8 // patch, 16 // patch)
     torch.testing.assert_close(x.square().sum(), (2 * images - 1).square().sum())
-    torch.testing.assert_close(bridge.decode(x), images)
+    torch.testing.assert_close(bridge.from_cells(x), images)
     bands = db.hadamard(torch.tensor([1.0, 2.0, 4.0, 8.0]).view(1, 4, 1, 1))
     assert bands.flatten().tolist() == [7.5, -2.5, -4.5, 1.5]  # mean and differences, times two
 
@@ -275,7 +275,8 @@ def test_verdict_says_what_is_better_and_that_few_updates_are_no_bridge():
     table |= {"kid_of_classes": {"road": [2.0, 1.0]}, "affine_share": 0.7, "noise_deviation": 0.9}
     lines = db.verdict(table, unet_steps=10)
     assert "not Inception" in lines[0] and lines[2] == "kid: road 2.0 -> 1.0"
-    assert lines[3].startswith("0.70 of the change is an affine") and "noise: 0.90" in lines[4]
+    assert lines[3].endswith("explains 0.70 of the change")
+    assert "noise: 0.90 (1 is right for ddib near --strength 1)" in lines[4]
     assert lines[5].startswith("10 updates of the U-Net are too few")
     assert lines[6:] == ["verdict: kid better, edges worse"]
     assert db.verdict(table, unet_steps=1000) == lines[:5] + lines[6:]
@@ -551,7 +552,7 @@ def test_bad_folders(trained: tuple, tmp_path: Path):
     mask.unlink()
     fails(r"in/wide.png: has no mask, --mask-dir needs .*masks/wide\.png", args)
     Image.new("L", (99, 36)).save(mask)
-    fails(r"wide.png: width and height are \(99, 36\), of its image \(100, 36\)", args)
+    fails(r"wide.png: width and height are \(99, 36\), but \(100, 36\) in its image", args)
     mask.write_bytes(b"junk")
     fails("masks/wide.png: cannot be read as an image", args)
     mask.write_bytes(kept)
