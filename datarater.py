@@ -1,32 +1,43 @@
-"""Learns which version of each source image helps on real photos, by meta-gradients.
+"""DataRater learns which candidates of each source image help on real photos, by meta-gradients.
 
-DataRater (arXiv:2505.17895v1), here for choosing among versions (candidates) of an image. Its
-meta-gradients come from mixed-mode differentiation (MixFlow-MG, arXiv:2505.00793v2):
+Candidates are altered copies of an image: blurred, jittered, in the colours of a photo, and so on.
+DataRater (arXiv:2505.17895v1) is used here to choose among them. Its meta-gradients are computed by
+mixed-mode differentiation (MixFlow-MG, arXiv:2505.00793v2).
 
     python datarater.py
 
-    python datarater.py --choose random         (a control; the others are worst and original)
+    python datarater.py --choose random    # a control, like worst and original
 
-    python datarater.py --corrupt 0.1                 (do damaged images get lower scores?)
+    python datarater.py --corrupt 0.1      # do damaged images get lower scores?
 
-The first takes six minutes on one CPU core and reaches 51 mIoU on the miniature; training on the
-images as they are reaches 45.
+The first command takes six minutes on one CPU core and reaches 51 mIoU on the miniature; training
+on the images as they are (--choose original) reaches 45.
 
-A run has four parts. 1. The warm-up: a segmentation network is trained on random candidates.
-2. Meta-training: a rater scores candidates. The inner network, a copy of the first, trains on
-batches with all candidates of a few images, each weighted by the softmax of its image's scores.
-After T such updates the loss on labelled target photos is measured, the outer loss. Its derivative
-with respect to the weights says which candidates should have counted more, and trains the rater.
-3. The choice: the rater scores all candidates; the best of each image make a training set. 4. The
-segmentation network is trained from scratch on this set; --steps counts these updates.
+A run has four parts. Part 1, the warm-up: a segmentation network is trained on random candidates.
 
-The run folder gets best_augmentations_step_X.pt (scores and choice of each image) and set/, the
-training set, which other methods take as --init RUN/set. Without --out the controls and --corrupt
-have run folders of their own: datarater_random, datarater_corrupt and so on.
+Part 2, meta-training: a rater learns to score candidates. The inner network, a copy of the warm-up
+network, trains on batches of a few images with all their candidates. Each candidate has a weight:
+the softmax over the scores of its image's candidates, divided by the sum of the batch. With
+--corrupt an image has one candidate, and the softmax is over the images of a batch. After T updates
+the outer loss is measured: the loss on labelled target photos. Its gradient with respect to the
+weights (the gradient of the weights) says which candidates should have counted more. It gives the
+meta-gradient, the gradient of the outer loss with respect to the rater's parameters, which trains
+the rater.
 
-The paper has a population of inner networks that start untrained; here it is one that stays near a
-trained network. Under torchrun each process has one of its own, the rater learns from the mean of
-their meta-gradients, and rank 0 chooses. With --init CHECKPOINT all networks start from that.
+Part 3, the choice: the rater scores all candidates, and the best of each image make a training set.
+Part 4: the segmentation network is trained from scratch on this set. --steps is the number of
+updates in part 4.
+
+The run folder gets set/, the training set. For best and worst it also gets the scores and the
+choice of each image, best_augmentations_step_X.pt, where X is --meta-steps. Without --out the
+controls and --corrupt have run folders of their own: datarater_random, datarater_corrupt and so on.
+With --init RUN/set this and other methods train on such a set instead of the source images. With
+--init CHECKPOINT the networks of parts 1 and 4 start from that network.
+
+Deviations: the paper has a population of inner networks, which start untrained and are reset from
+time to time. Here one inner network starts trained and is never reset; under torchrun each process
+has its own, the rater learns from the mean of their meta-gradients, and rank 0 chooses. The inner
+optimizer is Adam with fixed second moments: momentum SGD with fixed diagonal scaling.
 """
 
 import contextlib
@@ -47,7 +58,7 @@ import datasets
 from common import AUGMENTATIONS, Augmentation, Loader, Result, Run
 from datasets import IGNORE, Split, UserError
 
-KINDS = (*AUGMENTATIONS, "color_transfer", "fourier")  # of candidates
+KINDS = (*AUGMENTATIONS, "color_transfer", "fourier")  # all kinds of candidates
 Augmentations = dict[str, Augmentation]  # by kind
 Batch = tuple[Tensor, Tensor]  # images [B,3,H,W] and labels [B,H,W]
 
@@ -56,40 +67,39 @@ Batch = tuple[Tensor, Tensor]  # images [B,3,H,W] and labels [B,H,W]
 class Args(common.Args):
     choose: Literal["best", "random", "worst", "original"] = "best"
     """Which candidates of an image to train on: those of the highest scores, random ones, those of
-    the lowest scores, or the image as it is. random and original need no rater and train none."""
+    the lowest scores, or the image as it is. random and original train no rater."""
     augmentations: tuple[str, ...] = KINDS
-    """Kinds of candidates. color_transfer: with the mean and covariance of RGB of a random target
-    photo; fourier: with its low frequencies. With --corrupt: original alone."""
+    """Kinds of candidates. color_transfer gives an image the mean and covariance of RGB of a random
+    target photo, fourier gives it the photo's low frequencies. --corrupt uses original alone."""
     beta: float = 0.03
-    """fourier: the target's amplitude below this frequency, in cycles/px. FDA: 0.01 to 0.09."""
+    """fourier takes the photo's amplitude below this frequency, in cycles/px. FDA: 0.01 to 0.09."""
     k: int = 1
-    """Candidates of each image to train on."""
+    """How many candidates of each image are chosen."""
     corrupt: float = 0.0
-    """Share of source images in which 10-90% of the pixels are replaced by random colours, to see
-    whether the rater detects them. The softmax is then over the images of a batch."""
+    """Share of the source images that are damaged, to see whether the rater detects them: 10-90% of
+    their pixels get random colours. The softmax is then over the images of a batch."""
     warm_up: int | None = None
-    """Updates of the network that the inner network starts from, by the recipe of all rows. An
-    untrained network gains from any image, so its meta-gradient says little about a trained one.
-    Default: --steps. The paper: 0."""
+    """Updates of the warm-up, by the recipe of all methods. An untrained network gains from any
+    image, so its meta-gradient says little about a trained one. Default: --steps. The paper: 0."""
     meta_steps: int | None = None
-    """Updates of the rater. Default: an eighth of --steps."""
+    """Updates of the rater. Default: an eighth of --steps, rounded down, but at least 1."""
     meta_lr: float = 1e-3
     """Learning rate of the rater's Adam."""
     clip: float = 0.01
-    """Largest norm of a meta-gradient. The paper: 0.01."""
+    """The meta-gradient is clipped to this norm. The paper: 0.01."""
     inner_updates: int = 2
-    """T, inner updates that are differentiated."""
+    """T: inner updates per rater update; the outer loss is differentiated through them."""
     inner_batch: int | None = None
     """Source images in an inner batch, each with all its candidates. Default: 4; 16 with --corrupt.
-    Under torchrun: of each process."""
+    Under torchrun each process has inner batches of this size."""
     inner_lr: float = 3e-4
-    """Learning rate of the inner network's Adam, constant. A low one keeps it near the network of
-    the warm-up: the noise of large updates hides the differences between candidates."""
+    """Constant learning rate of the inner network. A low one keeps it near the warm-up network: the
+    noise of large updates would hide the differences between candidates."""
 
 
 # ---- Kinds of candidates ------------------------------------------------------------------------
 def load_augmentations(args: Args) -> Augmentations:
-    """The kinds of --augmentations. Two of them take the style of random target photos."""
+    """The functions of --augmentations. Two of them give images the style of random photos."""
     kinds = dict(AUGMENTATIONS)
     if set(args.augmentations) - set(kinds):
         photos = datasets.load(args, "target_unlabelled")
@@ -120,8 +130,8 @@ class Rater(nn.Sequential):
 
 # ---- Inner networks -----------------------------------------------------------------------------
 class BatchNorm(nn.BatchNorm2d):
-    """Batch normalisation whose forward-mode derivative can be differentiated again. The derivative
-    of torch 2.14 takes the mean and the variance of the batch as constants, which is wrong."""
+    """Batch normalisation whose forward-mode derivative can be differentiated by reverse mode.
+    With that of torch 2.14 reverse mode takes mean and variance as constants, which is wrong."""
 
     def forward(self, x: Tensor) -> Tensor:  # [B,C,H,W]
         if forward_ad.unpack_dual(x).tangent is None:
@@ -137,8 +147,8 @@ class BatchNorm(nn.BatchNorm2d):
 def image_losses(outputs: list[Tensor], labels: Tensor) -> Tensor:
     """Cross-entropy of each image, in nats: the mean over its valid pixels, 0 where there is none.
 
-    outputs: logits of each head, [B,C,H,W]; labels [B,H,W] -> [B]. In plain operations, since
-    torch 2.14 cannot differentiate the forward-mode derivative of log_softmax.
+    outputs: logits of each head, [B,C,H,W]; labels [B,H,W] -> [B]. It is computed by plain
+    operations, since torch 2.14 cannot differentiate the forward-mode derivative of log_softmax.
     """
     valid = labels != IGNORE
     classes = torch.where(valid, labels, 0)[:, None]  # [B,1,H,W]
@@ -154,8 +164,8 @@ def image_losses(outputs: list[Tensor], labels: Tensor) -> Tensor:
 class InnerNetwork(nn.Module):
     """A segmentation network as a function of its parameters in one vector, theta [P].
 
-    autocast: the context of its forward passes. momentum and scale, both [P], belong to its
-    optimizer.
+    net is changed in place: batch normalisation is replaced, dropout removed. autocast: makes a
+    context for the forward passes. The buffers momentum and scale, both [P], are those of `adam`.
     """
 
     def __init__(self, net: nn.Module, autocast: Callable = contextlib.nullcontext) -> None:
@@ -165,7 +175,8 @@ class InnerNetwork(nn.Module):
                 norm = BatchNorm(layer.num_features, layer.eps, layer.momentum)
                 norm.load_state_dict(layer.state_dict())
                 net.set_submodule(name, norm)
-            elif isinstance(layer, nn.Dropout):  # `losses` and `slopes` must agree
+            elif isinstance(layer, nn.Dropout):
+                # Its masks change, so `losses` and `directional_derivatives` would not agree.
                 net.set_submodule(name, nn.Identity())
         self.net, self.autocast = net.train(), autocast
         self.register_buffer("momentum", torch.zeros_like(self.theta()))
@@ -174,13 +185,14 @@ class InnerNetwork(nn.Module):
     def theta(self) -> Tensor:
         return parameters_to_vector(self.net.parameters()).detach()
 
-    def update(self, theta: Tensor, momentum: Tensor) -> None:
-        """Takes these parameters and this state of the optimizer, both [P]."""
+    def set_state(self, theta: Tensor, momentum: Tensor) -> None:
+        """Sets the parameters and the momentum of the optimizer, both [P]."""
         vector_to_parameters(theta.detach(), self.net.parameters())
         self.momentum = momentum.detach()
 
     def losses(self, theta: Tensor, images: Tensor, labels: Tensor) -> Tensor:
-        """The loss of each image, [B]; running statistics are updated as in any training step."""
+        """The loss of each image, [B]. In training mode it also updates the running statistics of
+        batch normalisation, except where theta has a forward-mode direction."""
         pieces = theta.split([p.numel() for p in self.net.parameters()])
         named = zip(self.net.named_parameters(), pieces, strict=True)
         parameters = {name: piece.view_as(p) for (name, p), piece in named}
@@ -188,11 +200,11 @@ class InnerNetwork(nn.Module):
             outputs = torch.func.functional_call(self.net, parameters, (images,), {"aux": True})
         return image_losses(outputs, labels)
 
-    def slopes(self, theta: Tensor, direction: Tensor, images: Tensor, labels: Tensor) -> Tensor:
-        """The derivative of each image's loss along a direction of theta, [B].
-
-        It comes from forward mode, and can be differentiated with respect to theta.
-        """
+    def directional_derivatives(
+        self, theta: Tensor, direction: Tensor, images: Tensor, labels: Tensor
+    ) -> Tensor:
+        """The derivative of each image's loss along a direction of theta, [B]. It is computed by
+        forward mode, and reverse mode can differentiate it with respect to theta."""
         with forward_ad.dual_level(), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # torch's, about its own code
             losses = self.losses(forward_ad.make_dual(theta, direction), images, labels)
@@ -200,72 +212,79 @@ class InnerNetwork(nn.Module):
 
 
 # ---- Meta-gradients -----------------------------------------------------------------------------
-MOMENTUM = 0.9
+BETA1 = 0.9  # share of the old momentum that an update keeps, as in Adam
 
 
 def adam(
     theta: Tensor, momentum: Tensor, gradient: Tensor, scale: Tensor, lr: float
 ) -> tuple[Tensor, Tensor]:
-    """An update of Adam whose second moments are constant: scale is 1 over their roots. All [P]."""
-    momentum = MOMENTUM * momentum + (1 - MOMENTUM) * gradient
+    """An update of Adam without bias correction and with fixed second moments. scale: about 1 over
+    their roots. This is momentum SGD with a fixed learning rate for each parameter. All [P]."""
+    momentum = BETA1 * momentum + (1 - BETA1) * gradient
     return theta - lr * scale * momentum, momentum
 
 
-def mixed(
-    member: InnerNetwork, batches: list[Batch], weights: Tensor, photos: Batch, lr: float
+def weight_gradient(
+    inner: InnerNetwork, batches: list[Batch], weights: Tensor, photos: Batch, lr: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Trains an inner network for T updates, and differentiates the outer loss through them.
 
-    batches: T batches of B candidates; weights [T,B]; photos: a batch of target photos -> gradient
-    of the outer loss with respect to the weights [T,B], outer loss, losses of the images [T,B].
+    batches: T batches of B candidates; weights [T,B]; photos: a batch of labelled target photos.
+    -> gradient of the weights [T,B], outer loss, losses of the candidates [T,B].
 
-    Update t uses the gradient g = sum_i w_i grad l_i. So d outer / d w_i = grad l_i . d outer / dg.
-    Mixed-mode differentiation (MixFlow-MG): only the parameters of each update are kept. Backwards
-    through time, forward mode gives the derivatives of all l_i along the direction d outer / dg.
-    Reverse mode, applied to their weighted sum, gives the Hessian of the loss times this direction.
+    Let l_i be the loss of candidate i, w_i its weight, and `outer` the outer loss. An update uses
+    the gradient g = sum_i w_i grad l_i with respect to theta. So d outer / d w_i is the dot product
+    of grad l_i and d outer / dg: the derivative of l_i along the direction d outer / dg.
 
-    A known deviation: the outer loss normalises by running statistics, as at test. These depend on
-    the parameters of the updates, but the derivative takes them as constants. On tiny the gradient
-    of the first update's weights is off by up to 20%, that of the last update's is exact.
+    Mixed-mode differentiation (MixFlow-MG) keeps only the parameters before each update, and goes
+    through the updates in reverse order. Forward mode gives the derivatives of all l_i along
+    d outer / dg. Reverse mode of their weighted sum gives the Hessian of sum_i w_i l_i times this
+    direction, since g depends on theta, too.
+
+    A known deviation: in the outer loss batch normalisation uses running statistics, as at test.
+    These depend on the weights of all updates but the last; the derivative takes them as constants.
+    So the gradient is exact for the last update's weights and approximate for those before.
     """
-    theta, momentum = member.theta(), member.momentum
-    thetas, losses = [], []
+    theta, momentum = inner.theta(), inner.momentum
+    thetas, inner_losses = [], []
     for batch, w in zip(batches, weights, strict=True):
         thetas.append(theta.detach().requires_grad_())
-        losses.append(member.losses(thetas[-1], *batch))  # [B]
-        # DataRater: each image contributes to the gradient by its weight.
-        (gradient,) = torch.autograd.grad(w @ losses[-1], thetas[-1])
-        theta, momentum = adam(theta, momentum, gradient, member.scale, lr)
-    member.update(theta, momentum)
+        losses = inner.losses(thetas[-1], *batch)  # [B]
+        # DataRater: each candidate contributes to the gradient by its weight.
+        (gradient,) = torch.autograd.grad(w @ losses, thetas[-1])
+        theta, momentum = adam(theta, momentum, gradient, inner.scale, lr)
+        inner_losses.append(losses.detach())
+    inner.set_state(theta, momentum)
 
     theta = theta.requires_grad_()
-    member.eval()  # running statistics
-    outer_loss = member.losses(theta, *photos).mean()
-    member.train()
+    inner.eval()  # batch normalisation uses running statistics
+    outer_loss = inner.losses(theta, *photos).mean()
+    inner.train()
 
-    # Derivatives of the outer loss with respect to theta and momentum after update t = T to 1.
-    (to_theta,) = torch.autograd.grad(outer_loss, theta)
-    to_momentum = torch.zeros_like(to_theta)
-    to_weights = torch.empty_like(weights)
+    # d_x: the derivative of the outer loss with respect to x. Before the loop, theta and momentum
+    # are those after the last update; pass t turns both into those before update t (0 to T-1).
+    (d_theta,) = torch.autograd.grad(outer_loss, theta)
+    d_momentum = torch.zeros_like(d_theta)
+    d_weights = torch.empty_like(weights)
     for t in reversed(range(len(batches))):
-        to_momentum = to_momentum - lr * member.scale * to_theta
-        to_gradient = (1 - MOMENTUM) * to_momentum
-        to_momentum = MOMENTUM * to_momentum
-        slopes = member.slopes(thetas[t], to_gradient, *batches[t])  # [B]
-        to_weights[t] = slopes.detach()
-        if t > 0:  # g depends on theta: the Hessian of the weighted loss, times to_gradient
-            (product,) = torch.autograd.grad(weights[t] @ slopes, thetas[t])
-            to_theta = to_theta + product
-    return to_weights, outer_loss.detach(), torch.stack(losses).detach()
+        d_momentum = d_momentum - lr * inner.scale * d_theta
+        d_gradient = (1 - BETA1) * d_momentum
+        d_momentum = BETA1 * d_momentum
+        derivatives = inner.directional_derivatives(thetas[t], d_gradient, *batches[t])  # [B]
+        d_weights[t] = derivatives.detach()
+        if t > 0:  # the Hessian of the weighted loss, times d_gradient; not needed at t = 0
+            (product,) = torch.autograd.grad(weights[t] @ derivatives, thetas[t])
+            d_theta = d_theta + product
+    return d_weights, outer_loss.detach(), torch.stack(inner_losses)
 
 
 # ---- Meta-training ------------------------------------------------------------------------------
 def meta_train(run: Run, source: Split, augmentations: Augmentations) -> Rater:
-    """Parts 1 and 2: the warm-up, and a rater that has been trained."""
+    """Parts 1 and 2: the warm-up and meta-training. Returns the trained rater."""
     args, seed, rater = resolve(run.args), run.args.seed, Rater().to(run.device)
-    updates, count = args.inner_updates, len(augmentations)
+    num_kinds = len(augmentations)  # A
 
-    # Step 1: the warm-up, from which the inner network starts
+    # Part 1: the warm-up
     def random_candidates(images: Tensor, rng: torch.Generator) -> Tensor:  # [B,3,H,W]
         kinds, images = list(augmentations.values()), images.clone()
         choice = (common.draw(rng, len(images)) * len(kinds)).long()  # [B]
@@ -276,63 +295,67 @@ def meta_train(run: Run, source: Split, augmentations: Augmentations) -> Rater:
     net = run.network()
     common.train(run, net, source, args.warm_up, "warm_up", random_candidates, evaluated=False)
 
-    # Step 2: the inner network, and batches of N images with all A candidates
-    member = InnerNetwork(common.Network(args.net, len(run.classes)), run.autocast).to(run.device)
-    member.net.load_state_dict(net.state_dict())
+    # Part 2: meta-training. The inner network starts as a copy of the warm-up network.
+    inner = InnerNetwork(common.Network(args.net, len(run.classes)), run.autocast).to(run.device)
+    inner.net.load_state_dict(net.state_dict())
     batch_size = args.inner_batch * common.world_size()
-    few = datasets.load(args, "target_few")
+    labelled_photos = datasets.load(args, "target_few")
     source_loader = Loader(source, batch_size, run.device, seed, "rater", "source")
-    photo_loader = Loader(few, args.batch_size, run.device, seed, "rater", "photos")
+    photo_loader = Loader(labelled_photos, args.batch_size, run.device, seed, "rater", "photos")
 
-    def inner_batch(n: int, rng: torch.Generator) -> Batch:
-        images, labels = source_loader(n)  # [N,3,H,W], [N,H,W]
+    def draw_batch(index: int, rng: torch.Generator) -> Batch:
+        """N images with all A candidates. -> [A*N,3,H,W], [A*N,H,W]"""
+        images, labels = source_loader(index)  # [N,3,H,W], [N,H,W]
         candidates = [augment(images, rng) for augment in augmentations.values()]
-        return torch.cat(candidates), labels.repeat(count, 1, 1)  # [A*N,3,H,W], [A*N,H,W]
+        return torch.cat(candidates), labels.repeat(num_kinds, 1, 1)
 
-    # Step 3: the scale of the inner updates, from gradients at equal weights
-    theta, squares = member.theta().requires_grad_(), torch.zeros_like(member.scale)
-    for n in range(16):
-        losses = member.losses(theta, *inner_batch(n, common.generator(seed, "scale", n)))
+    # The fixed scale of inner updates, from second moments at equal weights. One batch would be too
+    # noisy, so 16 are averaged. Adding 0.01 of the mean root limits the updates of parameters whose
+    # gradients are tiny, like the epsilon of Adam.
+    theta, squares = inner.theta().requires_grad_(), torch.zeros_like(inner.scale)
+    for index in range(16):
+        losses = inner.losses(theta, *draw_batch(index, common.generator(seed, "scale", index)))
         (gradient,) = torch.autograd.grad(losses.mean(), theta)
         squares += gradient.square() / 16
-    member.scale = 1 / (squares.sqrt() + 0.01 * squares.sqrt().mean())
+    inner.scale = 1 / (squares.sqrt() + 0.01 * squares.sqrt().mean())
 
     optimizer, model = torch.optim.Adam(rater.parameters(), args.meta_lr), common.parallel(rater)
     rater.train()
-    state = {"rater": rater, "inner": member, "optimizer": optimizer}
+    state = {"rater": rater, "inner": inner, "optimizer": optimizer}
     for step in run.steps("rater", args.meta_steps, **state):
-        rng = common.generator(seed, "rater", step)
-        batches = [inner_batch(step * updates + t, rng) for t in range(updates)]
+        rng, first = common.generator(seed, "rater", step), step * args.inner_updates
+        batches = [draw_batch(first + t, rng) for t in range(args.inner_updates)]
 
-        # Step 4: the weights. The candidates of an image compete; where it has only one, the images
-        # of the batch do.
+        # The weights: softmax over the candidates of an image, or over images that have only one
         with run.autocast():
             scores = model(torch.cat([images for images, _ in batches]))  # [T*A*N]
-        scores = scores.float().view(updates, count, -1)
-        weights = scores.softmax(dim=1 if count > 1 else 2)
+        scores = scores.float().view(args.inner_updates, num_kinds, -1)  # [T,A,N]
+        weights = scores.softmax(dim=1 if num_kinds > 1 else 2)
         weights = weights / weights.sum(dim=(1, 2), keepdim=True)
 
-        # Step 5: T updates of the inner network, and the meta-gradient
-        given, photos = weights.detach().flatten(1), photo_loader(step)  # [T,A*N]
-        gradient, outer, inner = mixed(member, batches, given, photos, args.inner_lr)
+        # T updates of the inner network, and the gradient of the weights
+        fixed_weights, photos = weights.detach().flatten(1), photo_loader(step)  # [T,A*N]
+        d_weights, outer_loss, inner_losses = weight_gradient(
+            inner, batches, fixed_weights, photos, args.inner_lr
+        )
 
-        # Step 6: the rater
+        # The meta-gradient, by the chain rule, and the update of the rater
         optimizer.zero_grad()
-        weights.backward(gradient.view_as(weights))
+        weights.backward(d_weights.view_as(weights))
         norm = nn.utils.clip_grad_norm_(rater.parameters(), args.clip)
         optimizer.step()
         means = (scores - scores.mean()).detach().mean(dim=(0, 2))  # [A]
         means = {f"score_{kind}": mean for kind, mean in zip(augmentations, means, strict=True)}
-        run.log(step, outer_loss=outer, inner_loss=inner.mean(), norm=norm, **means)
+        run.log(step, outer_loss=outer_loss, inner_loss=inner_losses.mean(), norm=norm, **means)
     return rater.eval()
 
 
 # ---- Candidates and choice ----------------------------------------------------------------------
-BLOCK = 16  # images whose candidates are made at a time
+BLOCK = 16  # candidates are made for so many images at a time
 
 
 def candidates_of(run: Run, split: Split, augmentations: Augmentations, first: int) -> np.ndarray:
-    """All candidates of the images of a block, which are the same at every call.
+    """Makes all candidates of a block of images. They are the same at every call.
 
     first: index of the block's first image, a multiple of BLOCK. -> uint8 [B,A,H,W,3].
     """
@@ -344,18 +367,19 @@ def candidates_of(run: Run, split: Split, augmentations: Augmentations, first: i
 
 
 def chosen(scores: np.ndarray, k: int, rule: str, rng: np.random.Generator) -> np.ndarray:
-    """k candidates of each image by the rule best, worst or random (any other). [B,A] -> [B,k]."""
+    """Indices of k candidates of each image: those of the highest scores where the rule is best, of
+    the lowest where it is worst, random ones where it is anything else. [B,A] -> [B,k]."""
     keys = {"best": -scores, "worst": scores}.get(rule, rng.random(scores.shape))
     return keys.argsort(axis=1, kind="stable")[:, :k]
 
 
 @torch.no_grad()
-def analyze_with_individual_augmentations(
+def choose_candidates(
     run: Run, rater: Rater | None, split: Split, augmentations: Augmentations
 ) -> np.ndarray:
-    """Scores all candidates, and writes the chosen ones of each image as a training set.
+    """Part 3: scores all candidates, and writes the chosen ones of each image as a training set.
 
-    rater: None where --choose needs no scores; all are 0 then. -> scores, float32 [N,A].
+    rater: None where --choose needs no scores; all scores are 0 then. -> scores, float32 [N,A].
     """
     args, n, kinds = resolve(run.args), len(split), list(augmentations)
     scores, choice = np.zeros((n, len(kinds)), np.float32), np.zeros((n, args.k), np.int64)
@@ -364,19 +388,17 @@ def analyze_with_individual_augmentations(
     )
     rng = np.random.default_rng(common.seed_of(args.seed, "choose"))
     for first in datasets.show_progress(range(0, n, BLOCK), "choosing candidates"):
-        # Step 1: the scores of a block
         block = slice(first, first + BLOCK)
         candidates = candidates_of(run, split, augmentations, first)  # [B,A,H,W,3]
         if rater is not None:
             flat = common.to_tensor(np.concatenate(candidates), run.device)  # [B*A,3,H,W]
             scores[block] = rater(flat).view(len(candidates), -1).cpu()
-        # Step 2: the choice
         choice[block] = chosen(scores[block], args.k, args.choose, rng)
         picked = np.take_along_axis(candidates, choice[block, :, None, None, None], axis=1)
         images[first * args.k : (first + BLOCK) * args.k] = np.concatenate(picked)  # [B*k,H,W,3]
     images.flush()
 
-    # Step 3: the labels and names of the training set, and the table of all scores
+    # The labels and names of the training set, and the table of all scores
     labels = split.labels if args.k == 1 else np.repeat(split.labels, args.k, axis=0)
     names = [f"{split.names[i]} {kinds[a]}" for i in range(n) for a in choice[i]]
     datasets.save_set(run.out / "set", split, labels, names)
@@ -393,7 +415,8 @@ def analyze_with_individual_augmentations(
 
 # ---- The corruption check -----------------------------------------------------------------------
 def corrupted(split: Split, share: float, seed: int) -> tuple[Split, np.ndarray]:
-    """A share of the images with 10-90% of their pixels at random, and that amount of each [N]."""
+    """Damages a share of the images: 10-90% of their pixels get random colours. -> the split with
+    these images, and the share of random pixels in each image [N]."""
     rng = np.random.default_rng(common.seed_of(seed, "corrupt"))
     count = round(share * len(split))
     if not 0 < count < len(split):
@@ -410,8 +433,8 @@ def corrupted(split: Split, share: float, seed: int) -> tuple[Split, np.ndarray]
 
 # ---- The method ---------------------------------------------------------------------------------
 def resolve(args: Args) -> Args:
-    """The arguments with the defaults that depend on others; UserError for what cannot run, or
-    would run to no purpose. `args` are resolved by common."""
+    """The arguments with the defaults that depend on other arguments. UserError for arguments that
+    cannot work or make no sense together. args: as common.resolve returns them."""
     values = {"warm_up": args.steps, "meta_steps": max(1, args.steps // 8)}
     values["inner_batch"] = 16 if args.corrupt else 4
     args = replace(args, **{k: v for k, v in values.items() if getattr(args, k) is None})
@@ -439,7 +462,7 @@ def run(args: Args) -> Result:
     method = f"{method}_corrupt" if args.corrupt else method
     resolve(common.resolve(args, method))  # what cannot run leaves no run folder
     rated = args.choose in ("best", "worst")
-    run = Run(args, method, stages=3 if rated else 1)
+    run = Run(args, method, stages=3 if rated else 1)  # stages with updates: warm-up, rater, final
     if run.result:
         return run.result
     args, net = resolve(run.args), run.network()
@@ -447,17 +470,18 @@ def run(args: Args) -> Result:
     if args.corrupt:
         source, amount = corrupted(source, args.corrupt, args.seed)
 
-    # Parts 1 and 2: the warm-up and the rater
-    rater, updates = None, ""
+    # Parts 1 and 2: the warm-up and meta-training
+    rater, other_updates = None, ""
     if rated:
         rater = meta_train(run, source, augmentations)
-        inner, scored = args.meta_steps * args.inner_updates, len(source) * len(augmentations)
-        updates = f"{args.warm_up} of the warm-up, {inner} of the inner network, "
-        updates += f"{args.meta_steps} meta-gradients, {scored} candidates scored"
+        inner_updates = args.meta_steps * args.inner_updates
+        scored = len(source) * len(augmentations)
+        other_updates = f"{args.warm_up} of the warm-up, {inner_updates} of the inner network, "
+        other_updates += f"{args.meta_steps} meta-gradients, {scored} candidates scored"
 
-    # Part 3: the choice by rank 0, written as the training set that all processes read
+    # Part 3: the choice. Rank 0 writes the training set, all processes read it.
     if common.rank() == 0:
-        scores = analyze_with_individual_augmentations(run, rater, source, augmentations)
+        scores = choose_candidates(run, rater, source, augmentations)
         if rated:
             draw_kinds(run, list(augmentations))
             draw_scores(run, source, augmentations, scores)
@@ -469,7 +493,7 @@ def run(args: Args) -> Result:
     training_set = datasets.load_set(run.out / "set", source.dataset, args.size)
     common.train(run, net, training_set, args.steps, "source")
     labels = args.labelled if rated else 0
-    return run.finish(net, target_labels=labels, other_updates=updates)
+    return run.finish(net, target_labels=labels, other_updates=other_updates)
 
 
 # ---- Figures ------------------------------------------------------------------------------------
@@ -480,20 +504,20 @@ def draw_kinds(run: Run, kinds: list[str]) -> None:
     axis, steps = figure.subplots(), [line["step"] for line in lines]
     for kind in kinds:
         axis.plot(steps, [line[f"score_{kind}"] for line in lines], label=kind)
-    axis.set(xlabel="step", ylabel="mean score, less that of all")
+    axis.set(xlabel="step", ylabel="mean score - mean of all kinds")
     axis.legend(frameon=False)
     common.save_figure(figure, run.out / "figures/augmentation_scores.png")
 
 
 def draw_scores(run: Run, split: Split, augmentations: Augmentations, scores: np.ndarray) -> None:
-    """figures/scores.png: five images with all candidates and their scores, the best framed green
-    and the worst red. Where an image has only one: from the highest score to the lowest."""
+    """figures/scores.png: five images with all their candidates and scores. The best is framed
+    green, the worst red. Where images have one candidate: from the highest score to the lowest."""
     kinds, rows = list(augmentations), datasets.spaced(len(scores), 5)
     if len(kinds) == 1:
         rows = (-scores[:, 0]).argsort(kind="stable")[rows]
     figure = common.new_figure(2.4 * len(kinds), 7.5)
     axes = figure.subplots(len(rows), len(kinds), squeeze=False)
-    for i, n in enumerate(rows.tolist()):  # plain ints: they name random streams
+    for i, n in enumerate(rows.tolist()):  # seeds of random streams are named by plain ints
         candidates = candidates_of(run, split, augmentations, n - n % BLOCK)[n % BLOCK]
         frames = {scores[n].argmin(): "tab:red", scores[n].argmax(): "tab:green"}
         for a, kind in enumerate(kinds):
@@ -507,15 +531,15 @@ def draw_scores(run: Run, split: Split, augmentations: Augmentations, scores: np
 
 
 def draw_corruption(run: Run, scores: np.ndarray, amount: np.ndarray) -> None:
-    """figures/corruption.png: the score of each image against its share of random pixels."""
-    damaged, other = scores[amount > 0][:, None], scores[amount == 0]
-    # The probability that a random damaged image has a lower score than a random other one.
-    area = ((damaged < other) + (damaged == other) / 2).mean()
-    run.say(f"damaged images have lower scores with a probability of {area:.3f} (AUROC)")
+    """figures/corruption.png: the scores of all images over their shares of random pixels."""
+    damaged, intact = scores[amount > 0][:, None], scores[amount == 0]
+    # AUROC: the probability that a damaged image has a lower score than an intact one.
+    auroc = ((damaged < intact) + (damaged == intact) / 2).mean()
+    run.say(f"damaged images have lower scores with a probability of {auroc:.3f} (AUROC)")
     figure = common.new_figure(5, 3.5)
     axis = figure.subplots()
     axis.scatter(100 * amount, scores, s=8, alpha=0.5)
-    axis.set(xlabel="pixels at random (%)", ylabel="score", title=f"AUROC {area:.3f}")
+    axis.set(xlabel="random pixels (%)", ylabel="score", title=f"AUROC {auroc:.3f}")
     common.save_figure(figure, run.out / "figures/corruption.png")
 
 

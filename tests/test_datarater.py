@@ -60,11 +60,11 @@ class Body(common.Tiny):
 
 
 def problem(net: nn.Module, updates: int, dtype: torch.dtype, size: tuple[int, int]) -> tuple:
-    """Arguments of `mixed`: an inner network in the middle of its training."""
+    """Arguments of `weight_gradient`: an inner network in the middle of its training."""
     torch.manual_seed(0)
-    member = dr.InnerNetwork(net).to(dtype)
-    member.momentum = torch.rand_like(member.momentum) * 0.01
-    member.scale = 0.5 + torch.rand_like(member.scale)
+    inner = dr.InnerNetwork(net).to(dtype)
+    inner.momentum = torch.rand_like(inner.momentum) * 0.01
+    inner.scale = 0.5 + torch.rand_like(inner.scale)
 
     def batch(count: int) -> tuple[Tensor, Tensor]:
         labels = torch.randint(3, (count, *size))
@@ -73,52 +73,54 @@ def problem(net: nn.Module, updates: int, dtype: torch.dtype, size: tuple[int, i
 
     batches = [batch(4) for _ in range(updates)]
     weights = torch.rand(updates, 4, dtype=dtype).softmax(dim=1)
-    return member, batches, weights, batch(3), 0.5
+    return inner, batches, weights, batch(3), 0.5
 
 
-def unroll(member: dr.InnerNetwork, batches, weights, photos, lr) -> tuple[Tensor, ...]:
-    """The same as `mixed` by reverse mode alone, which keeps the graph of all updates."""
+def unroll(inner: dr.InnerNetwork, batches, weights, photos, lr) -> tuple[Tensor, ...]:
+    """The same as `weight_gradient` by reverse mode alone, which keeps the graph of all updates."""
     weights = weights.clone().requires_grad_()
-    theta, momentum, losses = member.theta().requires_grad_(), member.momentum, []
+    theta, momentum, losses = inner.theta().requires_grad_(), inner.momentum, []
     for batch, w in zip(batches, weights, strict=True):
-        losses.append(member.losses(theta, *batch))
+        losses.append(inner.losses(theta, *batch))
         (gradient,) = torch.autograd.grad(w @ losses[-1], theta, create_graph=True)
-        theta, momentum = dr.adam(theta, momentum, gradient, member.scale, lr)
-    member.update(theta, momentum)
-    member.eval()
-    outer_loss = member.losses(theta, *photos).mean()
-    member.train()
-    (to_weights,) = torch.autograd.grad(outer_loss, weights)
-    return to_weights, outer_loss.detach(), torch.stack(losses).detach()
+        theta, momentum = dr.adam(theta, momentum, gradient, inner.scale, lr)
+    inner.set_state(theta, momentum)
+    inner.eval()
+    outer_loss = inner.losses(theta, *photos).mean()
+    inner.train()
+    (d_weights,) = torch.autograd.grad(outer_loss, weights)
+    return d_weights, outer_loss.detach(), torch.stack(losses).detach()
 
 
 @pytest.mark.parametrize("updates", [1, 2, 4])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.float64, 1e-8)])
-def test_mixed_equals_the_unrolled_derivative(updates: int, dtype: torch.dtype, tolerance: float):
-    member, *given = problem(Body(3), updates, dtype, (32, 32))
-    other = copy.deepcopy(member)
-    a, b = dr.mixed(member, *given), unroll(other, *given)
+def test_weight_gradient_equals_the_unrolled_derivative(
+    updates: int, dtype: torch.dtype, tolerance: float
+):
+    inner, *given = problem(Body(3), updates, dtype, (32, 32))
+    other = copy.deepcopy(inner)
+    a, b = dr.weight_gradient(inner, *given), unroll(other, *given)
     assert (a[0] - b[0]).norm() <= tolerance * b[0].norm() != 0
     torch.testing.assert_close(a[1:], b[1:])
     # The network is trained, and its running statistics are updated once an update.
-    torch.testing.assert_close(member.state_dict(), other.state_dict())
-    assert member.state_dict()["net.stem.1.num_batches_tracked"] == updates
+    torch.testing.assert_close(inner.state_dict(), other.state_dict())
+    assert inner.state_dict()["net.stem.1.num_batches_tracked"] == updates
 
 
 @pytest.mark.parametrize("updates", [1, 2, 4])
-def test_mixed_equals_finite_differences(updates: int):
+def test_weight_gradient_equals_finite_differences(updates: int):
     net = Smooth()
     net.norm.momentum = 0.0  # running statistics are constants to the meta-gradient
-    member, batches, weights, *given = problem(net, updates, torch.float64, (6, 8))
+    inner, batches, weights, *given = problem(net, updates, torch.float64, (6, 8))
     expected, step = torch.zeros_like(weights), 1e-5
     for t, i in product(range(updates), range(4)):
         losses = []
         for sign in (1, -1):
             moved = weights.clone()
             moved[t, i] += sign * step
-            losses.append(dr.mixed(copy.deepcopy(member), batches, moved, *given)[1])
+            losses.append(dr.weight_gradient(copy.deepcopy(inner), batches, moved, *given)[1])
         expected[t, i] = (losses[0] - losses[1]) / (2 * step)
-    result = dr.mixed(member, batches, weights, *given)[0]
+    result = dr.weight_gradient(inner, batches, weights, *given)[0]
     torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-8)
 
 
@@ -130,16 +132,16 @@ def test_an_update_is_that_of_adam():
     for step in range(1, 6):
         parameter.grad = size * torch.randn(5).sign()
         reference.step()
-        lr = 0.1 / (1 - dr.MOMENTUM**step)  # Adam corrects its first moments' start at zero
+        lr = 0.1 / (1 - dr.BETA1**step)  # Adam corrects its first moments' start at zero
         theta, momentum = dr.adam(theta, momentum, parameter.grad, 1 / size, lr)
     torch.testing.assert_close(theta, parameter.detach())
 
 
 def test_meta_gradients_in_bfloat16_point_the_same_way():
-    member, *given = problem(common.Network("tiny", 3), 2, torch.float32, (32, 32))
-    expected = dr.mixed(copy.deepcopy(member), *given)[0]
-    member.autocast = partial(torch.autocast, "cpu", torch.bfloat16)
-    result = dr.mixed(member, *given)[0]
+    inner, *given = problem(common.Network("tiny", 3), 2, torch.float32, (32, 32))
+    expected = dr.weight_gradient(copy.deepcopy(inner), *given)[0]
+    inner.autocast = partial(torch.autocast, "cpu", torch.bfloat16)
+    result = dr.weight_gradient(inner, *given)[0]
     assert torch.cosine_similarity(result.flatten(), expected.flatten(), dim=0) > 0.95
 
 
@@ -165,7 +167,7 @@ def test_the_rater_learns_which_augmentation_harms(args: common.Args):
     augmentations = {"original": common.identity, "noise": noise}
     run, source = common.Run(args, "datarater", stages=3), datasets.load(args, "source")
     rater = dr.meta_train(run, source, augmentations)
-    scores = dr.analyze_with_individual_augmentations(run, rater, source, augmentations)
+    scores = dr.choose_candidates(run, rater, source, augmentations)
     assert (scores[:, 0] > scores[:, 1]).mean() > 0.9
 
 
@@ -173,8 +175,10 @@ def test_the_rater_learns_which_augmentation_harms(args: common.Args):
 def test_weights_are_the_softmax_within_an_image(args: common.Args, monkeypatch, kinds: tuple):
     """Where an image has one candidate, within the batch. The weights of a batch sum to 1."""
     monkeypatch.setattr(dr.Rater, "forward", lambda self, x: 5 * self[0](x).mean(dim=(1, 2, 3)))
-    seen, mixed = [], dr.mixed
-    monkeypatch.setattr(dr, "mixed", lambda *given: seen.append(given[2]) or mixed(*given))
+    seen, original = [], dr.weight_gradient
+    monkeypatch.setattr(
+        dr, "weight_gradient", lambda *given: seen.append(given[2]) or original(*given)
+    )
     corrupt = 0.1 * (len(kinds) == 1)  # a choice needs two candidates
     given = settings(args, inner_batch=3, meta_steps=1, augmentations=kinds, corrupt=corrupt)
     run, augmentations = common.Run(given, "datarater", stages=3), dr.load_augmentations(given)
@@ -199,7 +203,7 @@ def test_the_files_say_what_was_scored_and_trained_on(args: common.Args):
     nn.init.normal_(rater[-2].weight)
     run, split = common.Run(given, "datarater", stages=3), datasets.load(given, "source")
     augmentations, kinds, firsts = dr.load_augmentations(given), dr.KINDS, range(0, len(split), 16)
-    scores = dr.analyze_with_individual_augmentations(run, rater, split, augmentations)
+    scores = dr.choose_candidates(run, rater, split, augmentations)
     candidates = [dr.candidates_of(run, split, augmentations, first) for first in firsts]
     candidates = np.concatenate(candidates)  # [N,A,H,W,3], the same at every call
     assert tuple(augmentations) == kinds and (candidates[:, 0] == split.images).all()
