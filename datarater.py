@@ -111,11 +111,12 @@ def load_augmentations(args: Args) -> Augmentations:
 
 # ---- The rater ----------------------------------------------------------------------------------
 class Rater(nn.Sequential):
-    """images [B,3,H,W] -> scores [B]. All equal at first, since the last layer starts at zero."""
+    """images [B,3,H,W] -> scores [B]. They are 0 at first, since the last layer starts at zero."""
 
     def __init__(self) -> None:
         head = nn.Linear(256, 1)
         nn.init.zeros_(head.weight)
+        nn.init.zeros_(head.bias)
         super().__init__(
             common.conv(3, 32, stride=2),
             common.conv(32, 64, stride=2),
@@ -446,12 +447,21 @@ def resolve(args: Args) -> Args:
     count = len(set(args.augmentations))
     if not 1 <= args.k <= count:
         raise UserError(f"--k {args.k}: expected 1 to {count}, the candidates of an image")
+    if not 0 <= args.corrupt < 1:
+        raise UserError(f"--corrupt {args.corrupt}: expected a share from 0 to below 1")
     if args.choose in ("random", "original"):  # the rest is about the rater
         return args
+    if args.choose == "worst" and args.corrupt:
+        raise UserError("--choose worst --corrupt: each image has only one candidate to choose")
+    minimum = {"inner_updates": 1, "inner_batch": 1, "meta_steps": 0, "warm_up": 0}
+    for name, least in minimum.items():
+        if getattr(args, name) < least:
+            flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
+            raise UserError(f"{flag}: expected {least} or more")
     if count == 1 and not args.corrupt:
         raise UserError("--augmentations: expected two or more, for the rater to choose from")
     if args.corrupt and args.inner_batch < 2:
-        raise UserError("--inner-batch 1: a single image always has the weight 1")
+        raise UserError(f"--inner-batch {args.inner_batch}: a single image always has the weight 1")
     if args.net == "lraspp":
         raise UserError("--net lraspp: torch has no second derivative of its hard sigmoid")
     return args
@@ -513,6 +523,8 @@ def draw_scores(run: Run, split: Split, augmentations: Augmentations, scores: np
     """figures/scores.png: five images with all their candidates and scores. The best is framed
     green, the worst red. Where images have one candidate: from the highest score to the lowest."""
     kinds, rows = list(augmentations), datasets.spaced(len(scores), 5)
+    # Only differences between the candidates (or images) that compete are trained.
+    scores = scores - scores.mean(axis=1 if len(kinds) > 1 else 0, keepdims=True)
     if len(kinds) == 1:
         rows = (-scores[:, 0]).argsort(kind="stable")[rows]
     figure = common.new_figure(2.4 * len(kinds), 7.5)

@@ -157,6 +157,10 @@ def test_image_losses_are_cross_entropies_of_each_image():
 
 
 # ---- Meta-training ------------------------------------------------------------------------------
+def test_a_new_rater_gives_every_image_the_score_0():
+    assert (dr.Rater()(torch.rand(3, 3, 32, 64)) == 0).all()
+
+
 def test_the_rater_learns_which_augmentation_harms(args: common.Args):
     """Of an image as it is and one of noise, the first."""
 
@@ -243,6 +247,22 @@ def test_corruption_and_auroc(args: common.Args, capsys: pytest.CaptureFixture):
     assert f"{5.5 / 6:.3f} (AUROC)" in capsys.readouterr().out  # 1 < 2 3 5, 2 = 2, 2 < 3 5
 
 
+@pytest.mark.parametrize("kinds", [("original", "blur", "rgbshift"), ("original",)])
+def test_the_figure_shows_differences_of_scores(args: common.Args, monkeypatch, kinds: tuple):
+    """Those between an image's candidates; those between images where each has one candidate."""
+    given = settings(args, augmentations=kinds, corrupt=0.1 * (len(kinds) == 1), inner_batch=2)
+    run, split = common.Run(given, "datarater", stages=3), datasets.load(given, "source")
+    scores, figures = np.random.default_rng(0).normal(size=(len(split), len(kinds))), []
+    monkeypatch.setattr(common, "save_figure", lambda figure, path: figures.append(figure))
+    dr.draw_scores(run, split, dr.load_augmentations(given), 100 + scores)
+    shown = [float(axis.get_title().split()[1]) for axis in figures[0].axes]
+    if len(kinds) == 1:
+        rows = np.sort(scores[:, 0])[::-1][datasets.spaced(len(split), 5)] - scores.mean()
+    else:
+        rows = (scores - scores.mean(axis=1, keepdims=True))[datasets.spaced(len(split), 5)]
+    assert shown == pytest.approx(rows.ravel().tolist(), rel=0.1, abs=0.01)
+
+
 # ---- Runs ---------------------------------------------------------------------------------------
 @pytest.mark.parametrize("corrupt", [0.0, 0.2])
 def test_a_run_writes_its_figures_and_a_training_set(args: common.Args, corrupt: float):
@@ -303,8 +323,17 @@ def test_what_cannot_run(args: common.Args):
         ({"augmentations": ("blur", "sharpen")}, "--augmentations blur sharpen: expected names"),
         ({"augmentations": ("blur",)}, "--augmentations: expected two or more"),
         ({"corrupt": 0.1}, "--inner-batch 1: a single image"),
+        ({"corrupt": 0.1, "choose": "worst"}, "--choose worst --corrupt: each image has only one"),
+        *(({"corrupt": x}, f"--corrupt {x}: expected a share") for x in (-0.1, 1.0, 1.5)),
+        ({"corrupt": 1.5, "choose": "random"}, "--corrupt 1.5: expected a share"),
+        ({"inner_updates": 0}, "--inner-updates 0: expected 1 or more"),
+        ({"inner_batch": 0}, "--inner-batch 0: expected 1 or more"),
+        ({"meta_steps": -1}, "--meta-steps -1: expected 0 or more"),
+        ({"warm_up": -1}, "--warm-up -1: expected 0 or more"),
         ({"net": "lraspp"}, "--net lraspp"),
-        ({"corrupt": 0.001, "inner_batch": 2}, "--corrupt 0.001: 0 of "),
     ):
         with pytest.raises(UserError, match=message):
             dr.run(make(args, **changes))
+        assert not Path("run").exists()
+    with pytest.raises(UserError, match=r"--corrupt 0.001: 0 of "):
+        dr.run(make(args, corrupt=0.001, inner_batch=2))
