@@ -228,7 +228,7 @@ def meta_gradient(args: Args, folder: Path) -> Iterator[dict]:
 
     weights = torch.ones(2, len(batch[0]), device=run.device, requires_grad=True)
     given = (member, [batch] * 2, weights, photos, run.args.inner_lr)
-    mixed, reverse = partial(datarater.mixed, *given), partial(unroll, *given)
+    mixed, reverse = partial(datarater.weight_gradient, *given), partial(unroll, *given)
     yield compare(args, "meta-gradient", mixed, "create_graph", reverse, least=0.9)
 
 
