@@ -95,7 +95,7 @@ def test_the_horizon_is_where_a_quarter_of_the_columns_have_ground():
 GTA5_SIZE = """
 import resource, sys, time
 import numpy as np
-import common, metasim
+import common, datasets, metasim
 metasim.MAX_READ = 100
 shape = (24_966, 512, 1024)  # of sparse files
 images = np.memmap("images", np.uint8, "w+", shape=(*shape, 3))

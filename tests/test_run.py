@@ -292,7 +292,7 @@ TWO = """
 import os, signal, sys, tempfile
 from pathlib import Path
 import torch
-import common
+import common, datasets
 
 folders = (os.getcwd(), tempfile.gettempdir())
 
