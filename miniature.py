@@ -16,9 +16,9 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from functools import cache
+from functools import cache, partial
 from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,8 +30,6 @@ from PIL import Image, ImageDraw, ImageFilter
 VERSION = 2  # to be raised when the images change: older miniatures are then written anew
 LEFT, RIGHT = -1, 1  # the sides of the street: the sign of x
 SIDES = (LEFT, RIGHT)
-RGB = tuple[float, float, float]
-Range = tuple[float, float]
 
 
 def read_table(text: str) -> list[list[str]]:
@@ -39,9 +37,9 @@ def read_table(text: str) -> list[list[str]]:
     return [re.split("  +", line.strip()) for line in text.strip().splitlines()]
 
 
-def read_records(rows: list) -> dict[str, SimpleNamespace]:
-    """Of rows of cells: the first row names the fields, the first column names the records."""
-    (_, *fields), *rows = rows
+def read_records(text: str) -> dict[str, SimpleNamespace]:
+    """A table whose first row names the fields and whose first column names the records."""
+    (_, *fields), *rows = read_table(text)
     return {
         name: SimpleNamespace(**dict(zip(fields, map(ast.literal_eval, cells), strict=True)))
         for name, *cells in rows
@@ -78,8 +76,7 @@ for row in read_table(LABELS):
 # The weather. Colours of the sky in sRGB 0..1, strengths of the sun and of the light from the sky
 # (ambient) in linear light, metres of shadow per metre of height, contrast of the clouds, and how
 # much redder than white the sun is.
-LIGHTS = read_records(
-    read_table("""
+LIGHTS = read_records("""
     name       zenith            horizon           sun   ambient  shadow  cloud  warmth
     noon       0.22, 0.42, 0.80  0.70, 0.80, 0.90  1.1   0.45     0.5     0.1    0.0
     afternoon  0.40, 0.58, 0.85  0.90, 0.92, 0.92  1.0   0.40     1.3     0.2    0.1
@@ -90,11 +87,9 @@ LIGHTS = read_records(
     hazy       0.80, 0.84, 0.80  0.92, 0.94, 0.89  0.15  0.75     0.6     0.08   0.0
     game       0.15, 0.42, 0.95  0.60, 0.80, 1.0   0.7   0.65     0.7     0.05   0.0
 """)
-)
 # Two numbers in a cell are the limits of a value that is drawn for every image.
 PROPERTIES = read_table("""
     name        vkitti2        kitti          gta5        cityscapes    unit: meaning
-    number      1              2              3           4             enters the seed of an image
     size        96, 256        96, 256        112, 208    128, 256      px: height, width
     focal       0.58           0.55           0.7         0.62          image widths: focal length
     eye         1.6, 1.8       1.6, 1.7       1.3, 2.2    1.2, 1.4      m: height of the camera
@@ -192,13 +187,11 @@ SURROUNDINGS = {
     },
 }
 
-
-Domain = SimpleNamespace  # its name, its column of PROPERTIES, its SURROUNDINGS
-*COLUMNS, _ = zip(*PROPERTIES, strict=True)  # without the units
-DOMAINS = {
-    name: Domain(name=name, **vars(numbers), **SURROUNDINGS[name])
-    for name, numbers in read_records(COLUMNS).items()
-}
+Domain = SimpleNamespace  # name, number, a column of PROPERTIES, an entry of SURROUNDINGS
+DOMAINS = {}
+for number, name in enumerate(SURROUNDINGS, start=1):
+    column = {field: ast.literal_eval(cells[number - 1]) for field, *cells in PROPERTIES[1:]}
+    DOMAINS[name] = Domain(name=name, number=number, **column, **SURROUNDINGS[name])
 
 
 # ---- Texture ------------------------------------------------------------------------------------
@@ -224,7 +217,7 @@ def tiles(u: np.ndarray, v: np.ndarray, long: float, high: float) -> np.ndarray:
     return grain(37 * np.floor(u / long + 0.5 * (row % 2)), 53 * row)
 
 
-def linear(colour: RGB) -> np.ndarray:
+def linear(colour: tuple) -> np.ndarray:
     """sRGB 0..1 -> linear 0..1, [3]"""
     return np.array(colour, np.float32) ** 2.2
 
@@ -264,7 +257,7 @@ class Scene:
 
     def __init__(self, domain: Domain, rng: np.random.Generator):
         self.domain, self.rng = domain, rng
-        self.light = LIGHTS[domain.lights[rng.integers(len(domain.lights))]]
+        self.light = LIGHTS[rng.choice(domain.lights)]
         self.height, self.width = 2 * domain.size[0], 2 * domain.size[1]
         self.f = domain.focal * self.width * rng.uniform(0.9, 1.1)  # focal length in px
         self.eye = rng.uniform(*domain.eye)
@@ -291,8 +284,8 @@ class Scene:
 
     def colour(self, surface: str) -> np.ndarray:
         """A colour that the domain gives to a surface, a little varied. -> linear [3]"""
-        choices = getattr(self.domain, surface)
-        return linear(choices[self.rng.integers(len(choices))]) * self.rng.uniform(0.8, 1.2)
+        colour = self.rng.choice(getattr(self.domain, surface))
+        return linear(colour) * self.rng.uniform(0.8, 1.2)
 
     def project(self, x: float, y: float, z: float) -> tuple[float, float]:
         """Metres right of the road's axis, above ground, ahead -> px."""
@@ -304,7 +297,7 @@ class Scene:
         clear = np.exp(-self.haze * np.asarray(z, np.float32))
         return 255 * np.clip((radiance * clear + self.air * (1 - clear)) * self.gain, 0, 1) ** 0.455
 
-    def shaded(self, colour: RGB, thing: Thing, facing: float = 0.5) -> tuple[int, ...]:
+    def shaded(self, colour: tuple, thing: Thing, facing: float = 0.5) -> tuple[int, ...]:
         """Display colour of a part of a thing. colour: linear; facing: cosine to the sun."""
         light = self.light.ambient + self.sun * max(facing, 0) * thing.sunlit
         values = self.expose(np.asarray(colour, np.float32) * light, thing.z)
@@ -316,7 +309,7 @@ class Scene:
         if label:
             self.label_pen.polygon(points, fill=IDS[label])
 
-    def rod(self, start: Range, end: Range, z: float, thick: float, colour: tuple, label: str):
+    def rod(self, start: tuple, end: tuple, z: float, thick: float, colour: tuple, label: str):
         """A rod with round ends between two points x, y (m); a disc where they are the same."""
         (ax, ay), (bx, by) = self.project(*start, z), self.project(*end, z)
         wide = self.f * thick / z  # px
@@ -351,6 +344,7 @@ class Scene:
         z = (self.eye / self.dy[rows])[:, None]  # [h,1] metres ahead
         x = self.dx * z - self.bend * z * z  # [h,W] metres right of the road's axis
         outside = {side: side * x - self.edge[side] for side in SIDES}  # [h,W] m beyond the kerb
+        border = np.maximum(outside[LEFT], outside[RIGHT])  # below 0 on the road
         fade = domain.texture / (1 + z / 30)
         fine, coarse = grain(18 * x, 12 * z), grain(1.3 * x + 99, 0.9 * z)
 
@@ -373,8 +367,7 @@ class Scene:
         patches = tiles(x + 0.4 * coarse, z, 2.3, 9.0)
         light *= np.exp(domain.repairs * np.where(patches > 0.6, 0.8, -0.3 * (patches < -0.8)))
         light[np.abs(grain(5 * x, 3 * z) + 0.3 * fine) < 0.1 * domain.repairs] *= 0.6
-        for side in SIDES:
-            light[np.abs(outside[side] + 0.15) < 0.12] *= 0.6
+        light[np.abs(border + 0.15) < 0.12] *= 0.6
         asphalt = self.colour("asphalt") * light[..., None]
 
         # Step 4: lane lines, edge lines and sometimes a zebra crossing, worn away in places
@@ -391,8 +384,7 @@ class Scene:
         near = rng.uniform(6, 80)
         painted |= (z > near) & (z < near + 3) & (near < 20) & (x % 1.0 < 0.5)
         asphalt[painted & ~worn] = white
-        road = (outside[LEFT] < 0) & (outside[RIGHT] < 0)
-        albedo[road], labels[road] = asphalt[road], IDS["road"]
+        albedo[border < 0], labels[border < 0] = asphalt[border < 0], IDS["road"]
 
         # Step 5: sun, cast shadows and the shadows of leaves
         soft = self.shade.filter(ImageFilter.GaussianBlur(0.006 * self.width))
@@ -488,8 +480,7 @@ class Scene:
 # ---- Vehicles -----------------------------------------------------------------------------------
 # Lengths in m. The windows begin at the belt. The cabin starts and stops at shares of the length
 # from the rear, and each of its ends recedes by the taper towards the roof.
-VEHICLES = read_records(
-    read_table("""
+VEHICLES = read_records("""
     name   length  width  height  belt  cabin       taper
     car    4.3     1.78   1.48    0.90  0.02, 0.68  0.45
     van    4.9     1.9    2.1     1.15  0.02, 0.85  0.3
@@ -497,7 +488,6 @@ VEHICLES = read_records(
     bus    11      2.55   3.1     1.4   0.0, 1.0    0.05
     train  24      2.65   3.6     1.6   0.0, 1.0    0.2
 """)
-)
 GREYS = [(0.75, 0.75, 0.76), (0.10, 0.10, 0.11), (0.35, 0.36, 0.38), (0.55, 0.56, 0.58)]
 PAINTS = {
     "car": [*GREYS, (0.45, 0.08, 0.08), (0.10, 0.16, 0.35), (0.85, 0.85, 0.83), (0.14, 0.22, 0.18)],
@@ -511,14 +501,16 @@ EUROPEAN_PAINTS = {
     "bus": [(0.78, 0.74, 0.66), (0.36, 0.46, 0.40), (0.60, 0.20, 0.16)],
     "train": [(0.80, 0.68, 0.30), (0.40, 0.44, 0.52), (0.30, 0.30, 0.32)],
 }
-# An upright box: its rear and its front along the vehicle, from the middle; its width, bottom and
-# top; by how much the rear and the front recede towards the top. All in m.
-Box = tuple[float, float, float, float, float, float]
 
 
-def visible_faces(scene: Scene, thing: Thing, box: Box) -> Iterator[tuple[str, np.ndarray, float]]:
-    """The faces of a box that the camera sees: the name, the corners, the cosine between its normal
-    and the sun. corners [2,2,3]: the lower and the upper edge, the two ends of each, x y z in m."""
+def visible_faces(scene: Scene, thing: Thing, box: tuple) -> Iterator[tuple]:
+    """The faces of an upright box that the camera sees.
+
+    box: rear and front along the vehicle, from its middle; width; bottom and top; by how much rear
+    and front recede towards the top. All in m.
+    -> name, corners, cosine of the angle between its normal and the sun. corners [2,2,3]: the lower
+    and the upper edge, the two ends of each, x y z in m.
+    """
     rear, front, width, bottom, top, taper = box
     cosine, sine = math.cos(thing.yaw), math.sin(thing.yaw)
     corners = np.empty((2, 4, 3))  # below and above: rear left, rear right, front right, front left
@@ -533,20 +525,27 @@ def visible_faces(scene: Scene, thing: Thing, box: Box) -> Iterator[tuple[str, n
         face = corners[:, [k, (k + 1) % 4]]
         (ax, _, az), (bx, _, bz) = face[0]
         nx, nz = bz - az, ax - bx  # outward normal
-        if min(az, bz) > 0.8 and (ax + scene.bend * az * az) * nx + az * nz < 0:
+        if min(az, bz) >= 0.8 and (ax + scene.bend * az * az) * nx + az * nz < 0:
             yield name, face, (0.8 * scene.sun_side * nx - 0.4 * nz) / math.hypot(nx, nz)
 
 
-def on_face(scene: Scene, face: np.ndarray, s: list[float], t: list[float]) -> list:
-    """Points on a face, s in 0..1 along it and t in 0..1 up, in px."""
+def paint_panel(
+    scene: Scene,
+    thing: Thing,
+    corners: np.ndarray,
+    s: tuple,
+    t: tuple,
+    colour,
+    facing=0.5,
+    label=None,
+) -> None:
+    """A polygon on a face: s runs along it, t up, both 0..1. Two of each: a rectangle."""
+    if len(s) == 2:
+        s, t = (s[0], s[1], s[1], s[0]), (t[0], t[0], t[1], t[1])
     s, t = np.array(s)[:, None], np.array(t)[:, None]  # [n,1]
-    start, stop = (face[0, end] + t * (face[1, end] - face[0, end]) for end in (0, 1))  # [n,3]
-    return [scene.project(*point) for point in (start + s * (stop - start)).tolist()]
-
-
-def quad(scene: Scene, face: np.ndarray, s0: float, s1: float, t0: float, t1: float) -> list:
-    """A rectangle on a face, in px."""
-    return on_face(scene, face, [s0, s1, s1, s0], [t0, t0, t1, t1])
+    start, stop = (corners[0, k] + t * (corners[1, k] - corners[0, k]) for k in (0, 1))  # [n,3]
+    points = [scene.project(*point) for point in (start + s * (stop - start)).tolist()]
+    scene.fill(points, scene.shaded(colour, thing, facing), label)
 
 
 def paint_vehicle(scene: Scene, thing: Thing) -> None:
@@ -558,16 +557,14 @@ def paint_vehicle(scene: Scene, thing: Thing) -> None:
         belt = 0.6 * height
     height *= rng.uniform(0.95, 1.1)
     paints = EUROPEAN_PAINTS if scene.domain.european else PAINTS
-    paints = paints.get(label, paints["car"])
-    paint = linear(paints[rng.integers(len(paints))]) * rng.uniform(0.7, 1.2)
+    paint = linear(rng.choice(paints.get(label, paints["car"]))) * rng.uniform(0.7, 1.2)
     load = scene.colour("facades") * 0.5 + 0.5 * paint
-    black, glass = (0.012, 0.012, 0.014), np.array([0.045, 0.055, 0.065])
-    glass = glass + scene.domain.gloss * rng.uniform(0, 1.3) * scene.air
+    glass = np.array([0.045, 0.055, 0.065]) + scene.domain.gloss * rng.uniform(0, 1.3) * scene.air
     lamps = {"rear": (0.5, 0.02, 0.02), "front": (0.8, 0.8, 0.75)}
     rear, front = -length / 2, length / 2
     cabin_rear, cabin_front = (rear + share * length for share in body.cabin)
     parts = {  # the box and its colour
-        "axles": ((rear, front, 0.94 * width, 0.1, 0.5, 0), black),
+        "axles": ((rear, front, 0.94 * width, 0.1, 0.5, 0), (0.012, 0.012, 0.014)),
         "body": ((rear, front, width, 0.25, belt, 0), paint),
         "cabin": ((cabin_rear, cabin_front, 0.97 * width, belt, height, body.taper), paint),
         "cargo": ((rear, rear + 0.68 * length, width, 0.9, height + 0.5, 0), load),
@@ -579,41 +576,36 @@ def paint_vehicle(scene: Scene, thing: Thing) -> None:
         order = ["axles", "body", *(("cabin", "cargo") if drives_away else ("cargo", "cabin"))]
     for part in order:
         box, colour = parts[part]
-        for name, face, facing in visible_faces(scene, thing, box):
-            scene.fill(quad(scene, face, 0, 1, 0, 1), scene.shaded(colour, thing, facing), label)
-            if name == "top":
+        for face, corners, facing in visible_faces(scene, thing, box):
+            panel = partial(paint_panel, scene, thing, corners)
+            panel(s=(0, 1), t=(0, 1), colour=colour, facing=facing, label=label)
+            if face == "top":
                 continue
-            if part == "cabin" and not (label == "truck" and name == "rear"):
-                tint = scene.shaded(glass, thing, facing)
-                count = panes if name in ("left", "right") else 1
+            if part == "cabin" and not (label == "truck" and face == "rear"):
+                count = panes if face in ("left", "right") else 1
                 for n in range(count):
-                    s0, s1 = (n + 0.07) / count, (n + 0.93) / count
-                    scene.fill(quad(scene, face, s0, s1, 0.06, 0.82), tint)
+                    s = (n + 0.07) / count, (n + 0.93) / count
+                    panel(s, t=(0.06, 0.82), colour=glass, facing=facing)
             elif part == "cargo":
-                seam = scene.shaded(0.4 * load, thing, facing)
-                scene.fill(quad(scene, face, 0.48, 0.5, 0, 1), seam)
+                panel(s=(0.48, 0.5), t=(0, 1), colour=0.4 * load, facing=facing)
             elif part == "body":
-                sill = scene.shaded(0.4 * paint, thing, facing)
-                scene.fill(quad(scene, face, 0, 1, 0, 0.25), sill)
-                if name in lamps:
-                    lamp = scene.shaded(lamps[name], thing, 0.8)
-                    scene.fill(quad(scene, face, 0.02, 0.18, 0.55, 0.85), lamp)
-                    scene.fill(quad(scene, face, 0.82, 0.98, 0.55, 0.85), lamp)
-                    plate = scene.shaded((0.6, 0.58, 0.4), thing)
-                    scene.fill(quad(scene, face, 0.36, 0.64, 0.3, 0.5), plate)
+                panel(s=(0, 1), t=(0, 0.25), colour=0.4 * paint, facing=facing)
+                if face in lamps:
+                    panel(s=(0.02, 0.18), t=(0.55, 0.85), colour=lamps[face], facing=0.8)
+                    panel(s=(0.82, 0.98), t=(0.55, 0.85), colour=lamps[face], facing=0.8)
+                    panel(s=(0.36, 0.64), t=(0.3, 0.5), colour=(0.6, 0.58, 0.4))  # the plate
                 else:
-                    paint_wheels(scene, thing, face, body)
+                    paint_wheels(panel, body, label)
 
 
-def paint_wheels(scene: Scene, thing: Thing, face: np.ndarray, body: SimpleNamespace) -> None:
+def paint_wheels(panel: Callable, body: SimpleNamespace, label: str) -> None:
     """Two tyres with rims on the side of a body that reaches from 0.25 m up to its belt."""
     radius, angles = 0.32 if body.length < 6 else 0.45, np.arange(12) * math.pi / 6
     for middle in (0.18, 0.82):
         for r, grey in ((radius, 0.01), (0.55 * radius, 0.15)):
             s = middle + r * np.cos(angles) / body.length
             t = (radius + r * np.sin(angles) - 0.25) / (body.belt - 0.25)
-            tint = scene.shaded((grey,) * 3, thing)
-            scene.fill(on_face(scene, face, s, t), tint, thing.label)
+            panel(s, t, colour=(grey,) * 3, label=label)
 
 
 # ---- Other things -------------------------------------------------------------------------------
@@ -654,10 +646,9 @@ def paint_figure(scene: Scene, thing: Thing) -> None:
     """People, cycles, lights, poles and signs: flat figures made of strokes."""
     rng, x, z = scene.rng, thing.x, thing.z
     size, turn = rng.uniform(*scene.domain.figure), math.cos(thing.yaw)
-    coat, legs = (linear(CLOTHES[rng.integers(len(CLOTHES))]) for _ in range(2))
     inks = {
-        "coat": coat,
-        "legs": legs,
+        "coat": linear(rng.choice(CLOTHES)),
+        "legs": linear(rng.choice(CLOTHES)),
         "steel": (rng.uniform(*scene.domain.steel),) * 3,
         "housing": (scene.domain.housing, 0.8 * scene.domain.housing, 0.01),
         "skin": (0.42, 0.26, 0.19),
@@ -675,7 +666,7 @@ def paint_figure(scene: Scene, thing: Thing) -> None:
         label = "pole" if ink == "steel" else thing.label
         scene.rod((x + turn * ax, ay), (x + turn * bx, by), z, thick, inks[ink], label)
     if thing.label == "sign":
-        kind, corners = rng.integers(len(SIGN_BORDERS)), (3, 4, 12)[rng.integers(3)]
+        kind, corners = rng.integers(len(SIGN_BORDERS)), rng.choice((3, 4, 12))
         angles = 2 * math.pi * (np.arange(corners) + 0.5 * (corners == 4)) / corners
         plates = (1, SIGN_BORDERS[kind], "sign"), (0.65, SIGN_INSIDES[kind], None)
         for share, colour, label in plates:
@@ -689,7 +680,7 @@ def paint_tree(scene: Scene, thing: Thing) -> None:
     rng, x, z = scene.rng, thing.x, thing.z
     bark = scene.shaded((0.07, 0.055, 0.045), thing, 0.2)
 
-    def paint_branch(start: Range, angle: float, length: float, thick: float, forks: int) -> None:
+    def paint_branch(start: tuple, angle: float, length: float, thick: float, forks: int) -> None:
         """From x, y in m at an angle to the horizontal; three more begin at its tip."""
         tip = (start[0] + length * math.cos(angle), start[1] + length * math.sin(angle))
         line = [scene.project(*start, z), scene.project(*tip, z)]
@@ -811,7 +802,7 @@ def make_things(scene: Scene, near: list[str]) -> Iterator[Thing]:
             x, z = off_road(side, rng.uniform(0.4, 1.8)), depth(8, 80)
             yield Thing(x, z, 0, "tree")
         for _ in range(rng.poisson(domain.poles / 2)):
-            label = ("pole", "pole", "sign", "light")[rng.integers(4)]
+            label = rng.choice(("pole", "pole", "sign", "light"))
             yield Thing(off_road(side, 0.1), depth(5, 25), ahead + math.pi, label)
     for label in near:
         side = rng.choice(SIDES)
@@ -910,31 +901,26 @@ def render(domain: Domain, seed: int, index: int) -> tuple[Image.Image, Image.Im
 
 
 # ---- Files --------------------------------------------------------------------------------------
-# An image and its label map to be written: domain, seed, index of the scene in its dataset, and the
-# two files.
-Pair = tuple[Domain, int, int, Path, Path]
-
-
-def list_pairs(root: Path, seed: int, scale: float) -> Iterator[Pair]:
-    """Every pair of files of the four datasets; scale shrinks their numbers."""
+def list_pairs(root: Path, seed: int, scale: float) -> Iterator[tuple]:
+    """Every image and label map of the four datasets; scale shrinks their numbers.
+    -> domain, seed, index of the scene in its dataset, the two files"""
     domain, frames = DOMAINS["vkitti2"], max(2, round(80 * scale))
     foggy = Domain(**vars(domain) | {"haze": (0.02, 0.03)})
     for k, name in enumerate(("01", "02", "06", "18", "20")):
-        for n in range(frames):
-            for variant, look in (("clone", domain), ("fog", foggy)):
-                folder = root / f"vkitti2/Scene{name}/{variant}/frames"
+        for variant, look, count in (("clone", domain, frames), ("fog", foggy, min(8, frames))):
+            folder = root / f"vkitti2/Scene{name}/{variant}/frames"
+            for n in range(count):
                 image = folder / f"rgb/Camera_0/rgb_{n:05}.jpg"
                 label = folder / f"classSegmentation/Camera_0/classgt_{n:05}.png"
-                if variant == "clone" or n < 8:
-                    yield look, seed, k * frames + n, image, label
+                yield look, seed, k * frames + n, image, label
 
     domain, folder = DOMAINS["kitti"], root / "kitti/training"
-    h, w = domain.size
     for k in range(2 * max(6, round(100 * scale))):
-        # KITTI's images are not all of one size.
-        size = (h - k % 10 + 6, w - k % 10 + 5) if k % 10 >= 7 else (h, w)
+        h, w = domain.size
+        if k % 10 >= 7:  # KITTI's images are not all of one size
+            h, w = h - k % 10 + 6, w - k % 10 + 5
         image, label = folder / f"image_2/{k:06}_10.png", folder / f"semantic/{k:06}_10.png"
-        yield Domain(**vars(domain) | {"size": size}), seed, k, image, label
+        yield Domain(**vars(domain) | {"size": (h, w)}), seed, k, image, label
 
     domain, folder = DOMAINS["gta5"], root / "gta5"
     for k in range(max(6, round(400 * scale))):
@@ -942,22 +928,18 @@ def list_pairs(root: Path, seed: int, scale: float) -> Iterator[Pair]:
         yield domain, seed, k, image, label
 
     domain, folder, index = DOMAINS["cityscapes"], root / "cityscapes", 0
-    for split, city, count in (
-        ("train", "adorf", 100),
-        ("train", "beheim", 100),
-        ("train", "cestadt", 100),
-        ("val", "dehain", 50),
-        ("val", "efurt", 50),
-    ):
+    cities = {"train/adorf": 100, "train/beheim": 100, "train/cestadt": 100}
+    cities |= {"val/dehain": 50, "val/efurt": 50}
+    for city, count in cities.items():
         for k in range(max(3, round(count * scale))):
-            stem = f"{split}/{city}/{city}_{k:06}_000019"
+            stem = f"{city}/{Path(city).name}_{k:06}_000019"
             image = folder / f"leftImg8bit/{stem}_leftImg8bit.png"
             label = folder / f"gtFine/{stem}_gtFine_labelIds.png"
             yield domain, seed, index, image, label
             index += 1
 
 
-def write_pair(pair: Pair) -> None:
+def write_pair(pair: tuple) -> None:
     """Renders one pair and writes it in its dataset's format."""
     domain, seed, index, image_path, label_path = pair
     image, labels = render(domain, seed, index)
