@@ -16,7 +16,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache, partial
 from multiprocessing import get_context
@@ -111,6 +111,7 @@ PROPERTIES = read_table("""
     steel       0.2, 0.3       0.06, 0.2      0.1, 0.3    0.05, 0.15    brightness of poles
     housing     0.01           0.2            0.01        0.2           brightness: traffic lights
     european    0              1              0           1             1: paints, fences of rails
+    urban       0              0              1           1             1: URBAN, 0: RURAL (below)
     people      0              0.5            4           5             mean number
     trees       9              14             4           5             mean number
     bare        0              0.4            0.4         0.1           share: trees without leaves
@@ -142,12 +143,11 @@ RURAL = "truck sign rail - - light pole van sign -"
 URBAN = """fence bus rider light person wall truck bicycle sign terrain train motorcycle pole person
     fence bicycle"""
 STREETSIDE = ("fence", "wall", "vegetation")
-# The rest of each domain, all choices equally likely: its weather, the labels near the camera, the
+# The rest of each domain, all choices equally likely: its weather, the
 # barriers that may stand between street and plots, and the colours of its surfaces in sRGB 0..1.
 SURROUNDINGS = {
     "vkitti2": {
         "lights": ("game", "noon", "glare"),
-        "near": RURAL,
         "barriers": ("rail", "static"),
         "asphalt": [(0.42, 0.42, 0.45), (0.48, 0.47, 0.46)],
         "paving": [(0.6, 0.6, 0.6)],
@@ -157,7 +157,6 @@ SURROUNDINGS = {
     },
     "kitti": {
         "lights": ("glare", "noon", "afternoon", "gloom", "overcast"),
-        "near": RURAL,
         "barriers": STREETSIDE,
         "asphalt": [(0.58, 0.57, 0.55), (0.48, 0.48, 0.48), (0.36, 0.36, 0.37)],
         "paving": [(0.62, 0.60, 0.56), (0.40, 0.39, 0.38)],
@@ -167,7 +166,6 @@ SURROUNDINGS = {
     },
     "gta5": {
         "lights": ("noon", "afternoon", "overcast", "gloom", "dusk", "glare"),
-        "near": URBAN,
         "barriers": STREETSIDE,
         "asphalt": [(0.42, 0.42, 0.42), (0.36, 0.37, 0.39), (0.46, 0.44, 0.42), (0.30, 0.30, 0.31)],
         "paving": [(0.58, 0.56, 0.52), (0.50, 0.48, 0.46), (0.62, 0.61, 0.60)],
@@ -177,7 +175,6 @@ SURROUNDINGS = {
     },
     "cityscapes": {
         "lights": ("hazy", "hazy", "overcast", "gloom"),
-        "near": URBAN,
         "barriers": STREETSIDE,
         "asphalt": [(0.52, 0.52, 0.51), (0.44, 0.44, 0.44), (0.35, 0.35, 0.36)],
         "paving": [(0.42, 0.40, 0.39), (0.50, 0.44, 0.40), (0.36, 0.36, 0.37)],
@@ -227,7 +224,9 @@ class Plot(NamedTuple):
     """Something upright along the street: a building, hedge, wall, fence or rail. Lengths in m."""
 
     label: str
-    start: float  # along the street
+    side: int  # LEFT or RIGHT; 0: it stands across the street, at its far end
+    offset: float  # from the road's axis; on side 0: ahead of the camera
+    start: float  # along its front
     stop: float
     height: float
     colour: np.ndarray  # linear
@@ -235,11 +234,6 @@ class Plot(NamedTuple):
     glass: float  # the window's share of the bay
     storey: float  # height of a storey
     phase: float  # offset of the textures; also decides which buildings are shops
-
-
-# Plots in a line along the street: its distance from the road's axis in m, its side, the plots. On
-# side 0 it goes across the street, at that distance ahead of the camera.
-Row = tuple[float, int, list[Plot]]
 
 
 class Thing(NamedTuple):
@@ -321,8 +315,8 @@ class Scene:
                     pen.ellipse((x - r, y - r, x + r, y + r), fill=value)
 
     # ---- Background: sky, ground, plots ---------------------------------------------------------
-    def paint_background(self, rows: list[Row]) -> None:
-        """Sky, ground and the rows of plots, far to near, into a fresh canvas."""
+    def paint_background(self, plots: list[Plot]) -> None:
+        """Sky, ground and the plots, far to near, into a fresh canvas."""
         self.pixels = np.empty((self.height, self.width, 3), np.float32)
         self.labels = np.full((self.height, self.width), IDS["sky"], np.uint8)
         up = np.clip(-self.dy / 0.5, 0, 1)[:, None, None] ** 0.7  # [H,1,1]
@@ -331,8 +325,8 @@ class Scene:
         sky = (linear(self.light.zenith) * up + self.air * (1 - up)) * 1.1
         self.pixels[:] = self.expose(sky * np.exp(self.light.cloud * cloud)[..., None], 0)
         self.paint_ground()
-        for offset, side, plots in rows:
-            self.paint_row(offset, side, plots)
+        for plot in plots:
+            self.paint_plot(plot)
         self.image = Image.fromarray(self.pixels.clip(0, 255).astype(np.uint8))
         self.label_image = Image.fromarray(self.labels)
         self.pen, self.label_pen = ImageDraw.Draw(self.image), ImageDraw.Draw(self.label_image)
@@ -397,84 +391,82 @@ class Scene:
         """Where leaves shade a surface, at positions in m. -> bool, of the shape of u and v"""
         return grain(1.1 * u + self.end, 1.1 * v) + 0.8 * grain(7 * u, 7 * v + self.end) > 0.5
 
-    def paint_row(self, offset: float, side: int, plots: list[Plot]) -> None:
-        """The plots of a row, in the order of the list."""
+    def paint_plot(self, plot: Plot) -> None:
+        """A building, hedge, wall, fence or rail."""
+        # Step 1: the columns of the image in which it is seen, and how far away it is in each
+        side, label, phase, domain = plot.side, plot.label, plot.phase, self.domain
         if side == 0:
-            z, facing = np.full(self.width, offset, np.float32), 0.5
+            z, facing = np.full(self.width, plot.offset, np.float32), 0.5
             along = self.dx * z + 80
         else:  # the ray x = dx z meets the curve x = side offset + bend z^2
-            a, facing = side * offset, -1.0 if side == self.sun_side else 0.9
+            a, facing = side * plot.offset, -1.0 if side == self.sun_side else 0.9
             root = self.dx + side * np.sqrt(np.maximum(self.dx**2 - 4 * self.bend * a, 0))
             z = 2 * a / np.where(np.abs(root) > 1e-4, root, 1e-4)
             meets = (self.dx**2 >= 4 * self.bend * a) & (z > 0.5) & (z < self.end + 3)
             z = along = np.where(meets, z, np.inf)
-        for plot in plots:
-            columns = np.flatnonzero((along >= plot.start) & (along < plot.stop))
-            if not len(columns):
-                continue
-            near = self.f / z[columns].min()  # px per metre
-            top = max(0, int(self.y0 + near * (self.eye - 1.3 * plot.height)))
-            bottom = min(self.height, int(self.y0 + near * self.eye) + 2)
-            y = self.eye - self.dy[top:bottom, None] * z[columns]  # [h,C] metres above ground
-            colour, solid, opaque = self.surface(plot, along[columns], y)
-            leaves = self.speckle(along[columns], y) & (y < 6)
-            leaves = 1 - self.domain.dapple * leaves[..., None]
-            light = self.light.ambient + self.sun * max(facing, 0) * leaves
-            light = light * (0.75 + 0.25 * np.clip(y / 3, 0, 1))[..., None]
-            block = np.ix_(range(top, bottom), columns)
-            radiance = self.expose(colour * light, z[columns, None])
-            self.pixels[block] = np.where(opaque[..., None], radiance, self.pixels[block])
-            self.labels[block] = np.where(solid, IDS[plot.label], self.labels[block])
+        columns = np.flatnonzero((along >= plot.start) & (along < plot.stop))
+        if not len(columns):
+            return
+        z, u = z[columns], along[columns]  # [C] m ahead of the camera, m along the front
+        near = self.f / z.min()  # px per metre
+        top = max(0, int(self.y0 + near * (self.eye - 1.3 * plot.height)))
+        bottom = min(self.height, int(self.y0 + near * self.eye) + 2)
+        y = self.eye - self.dy[top:bottom, None] * z  # [h,C] metres above ground
 
-    def surface(self, plot: Plot, u: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, ...]:
-        """Albedo of a plot at u [C] m along, y [h,C] m up; where it is labelled; where opaque."""
-        amount = self.domain.texture
-        fine, coarse = grain(14 * u + plot.phase, 14 * y), grain(1.5 * u + plot.phase, 1.2 * y)
-        light = np.exp(amount * 0.5 * (fine + coarse))
+        # Step 2: outline and texture. Where it is solid it is labelled, where opaque also painted
+        fine, coarse = grain(14 * u + phase, 14 * y), grain(1.5 * u + phase, 1.2 * y)
+        light = np.exp(domain.texture * 0.5 * (fine + coarse))
         slope = np.abs(2 * (u - plot.start) / (plot.stop - plot.start) - 1)  # 0 in the middle
-        gable = plot.label == "building" and plot.phase % 7 < 7 * self.domain.gables
+        gable = label == "building" and phase % 7 < 7 * domain.gables
         solid = opaque = (y > -0.05) & (y < plot.height * (1.1 - 0.35 * slope * gable))
-        if plot.label == "vegetation":
-            bumps = grain(6 * u + plot.phase, 0 * u) + grain(25 * u + plot.phase, 0 * u)
-            ragged = 1 + (0.05 + 0.25 * self.domain.ragged) * bumps
+        if label == "vegetation":
+            bumps = grain(6 * u + phase, 0 * u) + grain(25 * u + phase, 0 * u)
+            ragged = 1 + (0.05 + 0.25 * domain.ragged) * bumps
             solid = opaque = (y > -0.05) & (y < plot.height * ragged)
-            light *= np.exp((0.3 + amount) * fine - 0.3 * (1 - y / plot.height))
-        elif plot.label in ("wall", "building"):
-            light *= np.exp(self.domain.masonry * tiles(u + plot.phase, y, 1.1, 0.5))
-        if plot.label == "wall":
+            light *= np.exp((0.3 + domain.texture) * fine - 0.3 * (1 - y / plot.height))
+        elif label in ("wall", "building"):
+            light *= np.exp(domain.masonry * tiles(u + phase, y, 1.1, 0.5))
+        if label == "wall":
             light[y > plot.height - 0.15] *= 1.3
-        elif plot.label == "fence":
+        elif label == "fence" and domain.european:
+            opaque = solid & ((y % 0.4 > 0.12) | (u % 2.5 < 0.15))
+        elif label == "fence":
             spacing = 0.1 * plot.bay  # of the pickets
             opaque = solid & ((y > plot.height - 0.12) | (u % spacing < 0.55 * spacing))
-            if self.domain.european:
-                opaque = solid & ((y % 0.4 > 0.12) | (u % 2.5 < 0.15))
-        elif plot.label == "rail":
+        elif label == "rail":
             opaque = solid & ((y > 0.35) | (u % 2.0 < 0.12))
-        colour = plot.colour * light[..., None]
-        if plot.label != "building":
-            return colour, solid, opaque
+        albedo = plot.colour * light[..., None]  # [h,C,3]
 
-        # The facade: windows, cornice, roof and shop front.
-        shop = plot.phase % 1 < 0.4
-        base = 3.4 if shop else 0.0
-        eave = plot.height - (1.8 if plot.phase > 120 else 0.0)
-        bay, floor = (u + plot.phase) / plot.bay, (y - base) / plot.storey
-        across, up = np.abs(bay % 1 - 0.5), floor % 1
-        upper = (y > base) & (y < eave - 0.4)
-        frame = upper & (across < plot.glass / 2 + 0.06) & (up > 0.22) & (up < 0.88)
-        pane = upper & (across < plot.glass / 2) & (up > 0.28) & (up < 0.82)
-        mirrored = grain(37 * np.floor(bay) + plot.phase, 53 * np.floor(floor))  # one per window
-        glass = 0.05 * np.exp(0.7 * mirrored)[..., None] * np.array([0.85, 0.95, 1.1], np.float32)
-        glass += self.domain.gloss * (mirrored > -0.2)[..., None] * self.air
-        colour[frame] = 0.4 * colour[frame] + 0.28
-        colour[pane] = glass[pane]
-        colour[(y > eave - 0.4) & (y < eave)] *= 1.3
-        colour[y > eave] = np.array([0.10, 0.075, 0.065], np.float32) * plot.bay / 2.5
-        if shop:
-            display = (y > 0.5) & (y < 2.5) & (u % 4 > 0.4)
-            colour[display] = 0.7 * glass[display]
-            colour[(y > 2.6) & (y < 3.3)] = plot.colour[::-1] * (2 * plot.glass) ** 3
-        return colour, solid, opaque
+        # Step 3: the facade of a building: windows, cornice, roof and shop front
+        if label == "building":
+            shop = phase % 1 < 0.4
+            base = 3.4 if shop else 0.0
+            eave = plot.height - (1.8 if phase > 120 else 0.0)
+            bay, floor = (u + phase) / plot.bay, (y - base) / plot.storey
+            across, up = np.abs(bay % 1 - 0.5), floor % 1
+            upper = (y > base) & (y < eave - 0.4)
+            frame = upper & (across < plot.glass / 2 + 0.06) & (up > 0.22) & (up < 0.88)
+            pane = upper & (across < plot.glass / 2) & (up > 0.28) & (up < 0.82)
+            mirrored = grain(37 * np.floor(bay) + phase, 53 * np.floor(floor))  # one per window
+            glass = 0.05 * np.exp(0.7 * mirrored)[..., None] * np.float32([0.85, 0.95, 1.1])
+            glass += domain.gloss * (mirrored > -0.2)[..., None] * self.air
+            albedo[frame] = 0.4 * albedo[frame] + 0.28
+            albedo[pane] = glass[pane]
+            albedo[(y > eave - 0.4) & (y < eave)] *= 1.3
+            albedo[y > eave] = np.float32([0.10, 0.075, 0.065]) * plot.bay / 2.5
+            if shop:
+                display = (y > 0.5) & (y < 2.5) & (u % 4 > 0.4)
+                albedo[display] = 0.7 * glass[display]
+                albedo[(y > 2.6) & (y < 3.3)] = plot.colour[::-1] * (2 * plot.glass) ** 3
+
+        # Step 4: sun and the shadows of leaves
+        leaves = 1 - domain.dapple * (self.speckle(u, y) & (y < 6))[..., None]
+        light = self.light.ambient + self.sun * max(facing, 0) * leaves
+        light = light * (0.75 + 0.25 * np.clip(y / 3, 0, 1))[..., None]
+        block = np.ix_(range(top, bottom), columns)
+        radiance = self.expose(albedo * light, z[:, None])
+        self.pixels[block] = np.where(opaque[..., None], radiance, self.pixels[block])
+        self.labels[block] = np.where(solid, IDS[label], self.labels[block])
 
 
 # ---- Vehicles -----------------------------------------------------------------------------------
@@ -569,6 +561,9 @@ def paint_vehicle(scene: Scene, thing: Thing) -> None:
         "cabin": ((cabin_rear, cabin_front, 0.97 * width, belt, height, body.taper), paint),
         "cargo": ((rear, rear + 0.68 * length, width, 0.9, height + 0.5, 0), load),
     }
+    radius, angles = 0.32 if body.length < 6 else 0.45, np.arange(12) * math.pi / 6
+    wheel = (radius, 0.01), (0.55 * radius, 0.15)  # tyre and rim: radius in m, brightness
+    discs = [(middle, *disc) for middle in (0.18, 0.82) for disc in wheel]
     panes = max(2, round((body.cabin[1] - body.cabin[0]) * length / 1.7))  # on a long side
     order = ["axles", "cabin", "body"]
     if label == "truck":  # the cabin is at its front
@@ -595,17 +590,10 @@ def paint_vehicle(scene: Scene, thing: Thing) -> None:
                     panel(s=(0.82, 0.98), t=(0.55, 0.85), colour=lamps[face], facing=0.8)
                     panel(s=(0.36, 0.64), t=(0.3, 0.5), colour=(0.6, 0.58, 0.4))  # the plate
                 else:
-                    paint_wheels(panel, body, label)
-
-
-def paint_wheels(panel: Callable, body: SimpleNamespace, label: str) -> None:
-    """Two tyres with rims on the side of a body that reaches from 0.25 m up to its belt."""
-    radius, angles = 0.32 if body.length < 6 else 0.45, np.arange(12) * math.pi / 6
-    for middle in (0.18, 0.82):
-        for r, grey in ((radius, 0.01), (0.55 * radius, 0.15)):
-            s = middle + r * np.cos(angles) / body.length
-            t = (radius + r * np.sin(angles) - 0.25) / (body.belt - 0.25)
-            panel(s, t, colour=(grey,) * 3, label=label)
+                    for middle, r, grey in discs:
+                        s = middle + r * np.cos(angles) / body.length
+                        t = (radius + r * np.sin(angles) - 0.25) / (body.belt - 0.25)
+                        panel(s, t, colour=(grey,) * 3, label=label)
 
 
 # ---- Other things -------------------------------------------------------------------------------
@@ -716,9 +704,11 @@ def paint_tree(scene: Scene, thing: Thing) -> None:
 
 
 # ---- Composition --------------------------------------------------------------------------------
-def make_plots(scene: Scene, built: float, green: float, tall: float = 1.0) -> list[Plot]:
-    """Plots along 160 m: a share `built` of them are buildings, a share `green` of the others are
-    greenery, the rest are gaps. tall: a factor for all heights."""
+def make_plots(
+    scene: Scene, side: int, offset: float, built: float, green: float, tall: float = 1.0
+) -> list[Plot]:
+    """Plots in a row of 160 m: a share `built` of them are buildings, a share `green` of the others
+    are greenery, the rest are gaps. tall: a factor for all heights."""
     domain, rng = scene.domain, scene.rng
     plots, start = [], 0.0
     while start < 160:
@@ -732,16 +722,17 @@ def make_plots(scene: Scene, built: float, green: float, tall: float = 1.0) -> l
             height, colour = rng.uniform(1.5, 7) * tall, 0.8 * scene.colour("leaves")
         if house or rng.random() < green:
             label = "building" if house else "vegetation"
-            plots.append(Plot(label, start, stop, height, colour, bay, glass, storey, phase))
+            place = side, offset, start, stop
+            plots.append(Plot(label, *place, height, colour, bay, glass, storey, phase))
         start = stop
     return plots
 
 
-def make_rows(scene: Scene, near: list[str]) -> list[Row]:
-    """The rows of plots at the far end and on both sides, far to near. Barriers (hedge, wall, fence
-    or guard rail) and grass that are among the labels `near` come on one side."""
+def make_street(scene: Scene, near: list[str]) -> list[Plot]:
+    """The plots at the far end and on both sides, far to near. Barriers (hedge, wall, fence or
+    guard rail) and grass that are among the labels `near` come on one side."""
     domain, rng = scene.domain, scene.rng
-    rows = [(scene.end, 0, make_plots(scene, domain.built, green=1.0, tall=1.3))]
+    plots = make_plots(scene, 0, scene.end, domain.built, green=1.0, tall=1.3)
     chosen_side = rng.choice(SIDES)
     if "terrain" in near:
         scene.front[chosen_side] += 4 - 0.7 * scene.pavement[chosen_side]
@@ -750,8 +741,8 @@ def make_rows(scene: Scene, near: list[str]) -> list[Row]:
     heights = {"fence": 1.5, "wall": 1.9, "vegetation": 1.4, "rail": 0.8, "static": 0.8}  # m
     for side in SIDES:
         front = scene.front[side]
-        rows.append((front + 9, side, make_plots(scene, 0.5 * domain.built, green=1.0)))
-        rows.append((front + 2, side, make_plots(scene, domain.built, green=0.5)))
+        plots += make_plots(scene, side, front + 9, 0.5 * domain.built, green=1.0)
+        plots += make_plots(scene, side, front + 2, domain.built, green=0.5)
         if near_barriers and side == chosen_side:
             label, start = near_barriers[0], rng.uniform(2, 5)
         elif rng.random() < 0.3:
@@ -765,11 +756,10 @@ def make_rows(scene: Scene, near: list[str]) -> list[Row]:
             "vegetation": scene.colour("leaves"),
         }
         colour = colours.get(label, linear((0.7,) * 3))
-        stop, bay = start + rng.uniform(12, 40), rng.uniform(1.5, 4)
-        phase = rng.uniform(0, 256)
-        plot = Plot(label, start, stop, height, colour, bay, glass=0.5, storey=3, phase=phase)
-        rows.append((front - 0.2, side, [plot]))
-    return rows
+        place = side, front - 0.2, start, start + rng.uniform(12, 40)
+        bay, phase = rng.uniform(1.5, 4), rng.uniform(0, 256)
+        plots.append(Plot(label, *place, height, colour, bay, glass=0.5, storey=3, phase=phase))
+    return plots
 
 
 def make_things(scene: Scene, near: list[str]) -> Iterator[Thing]:
@@ -824,15 +814,15 @@ def make_things(scene: Scene, near: list[str]) -> Iterator[Thing]:
                 yield Thing(x, z, yaw, label)
 
 
-def cast_shadows(scene: Scene, rows: list[Row], things: list[Thing]) -> list[Thing]:
+def cast_shadows(scene: Scene, plots: list[Plot], things: list[Thing]) -> list[Thing]:
     """Shadows of plots and things on the ground. -> the things with `sunlit` filled in"""
     pen, side, reach = ImageDraw.Draw(scene.shade), scene.sun_side, scene.light.shadow
     strength = int(255 * min(1.0, 2 * scene.light.sun))
-    for offset, row_side, plots in rows:
-        for plot in plots if row_side == side else ():
-            tip = offset - plot.height * reach
+    for plot in plots:
+        if plot.side == side:
+            tip = plot.offset - plot.height * reach
             z0, z1 = max(plot.start, 1), plot.stop
-            corners = ((offset, z0), (tip, z0 + 1), (tip, z1 + 1), (offset, z1))
+            corners = ((plot.offset, z0), (tip, z0 + 1), (tip, z1 + 1), (plot.offset, z1))
             pen.polygon([scene.project(side * x, 0, z) for x, z in corners], strength)
     shade_of_plots, lit_things = scene.shade.copy(), []
     for thing in things:
@@ -861,14 +851,14 @@ def render(domain: Domain, seed: int, index: int) -> tuple[Image.Image, Image.Im
     # Step 1: what is in the street
     rng = np.random.default_rng([seed, domain.number, index])
     scene = Scene(domain, rng)
-    labels = domain.near.split()
+    labels = (URBAN if domain.urban else RURAL).split()
     near = [labels[(5 * index + k) % len(labels)] for k in range(5)]
-    rows = make_rows(scene, near)
+    plots = make_street(scene, near)
     things = sorted(make_things(scene, near), key=lambda thing: -thing.z)  # far to near
-    things = cast_shadows(scene, rows, things)
+    things = cast_shadows(scene, plots, things)
 
     # Step 2: it is painted from back to front
-    scene.paint_background(rows)
+    scene.paint_background(plots)
     for thing in things:
         if thing.label in VEHICLES:
             paint_vehicle(scene, thing)
@@ -914,28 +904,27 @@ def list_pairs(root: Path, seed: int, scale: float) -> Iterator[tuple]:
                 label = folder / f"classSegmentation/Camera_0/classgt_{n:05}.png"
                 yield look, seed, k * frames + n, image, label
 
-    domain, folder = DOMAINS["kitti"], root / "kitti/training"
+    domain = DOMAINS["kitti"]
     for k in range(2 * max(6, round(100 * scale))):
         h, w = domain.size
         if k % 10 >= 7:  # KITTI's images are not all of one size
             h, w = h - k % 10 + 6, w - k % 10 + 5
-        image, label = folder / f"image_2/{k:06}_10.png", folder / f"semantic/{k:06}_10.png"
-        yield Domain(**vars(domain) | {"size": (h, w)}), seed, k, image, label
+        look, folder = Domain(**vars(domain) | {"size": (h, w)}), root / "kitti/training"
+        yield look, seed, k, folder / f"image_2/{k:06}_10.png", folder / f"semantic/{k:06}_10.png"
 
-    domain, folder = DOMAINS["gta5"], root / "gta5"
     for k in range(max(6, round(400 * scale))):
-        image, label = folder / f"images/{k + 1:05}.png", folder / f"labels/{k + 1:05}.png"
-        yield domain, seed, k, image, label
+        image, label = root / f"gta5/images/{k + 1:05}.png", root / f"gta5/labels/{k + 1:05}.png"
+        yield DOMAINS["gta5"], seed, k, image, label
 
-    domain, folder, index = DOMAINS["cityscapes"], root / "cityscapes", 0
     cities = {"train/adorf": 100, "train/beheim": 100, "train/cestadt": 100}
     cities |= {"val/dehain": 50, "val/efurt": 50}
+    index = 0
     for city, count in cities.items():
         for k in range(max(3, round(count * scale))):
             stem = f"{city}/{Path(city).name}_{k:06}_000019"
-            image = folder / f"leftImg8bit/{stem}_leftImg8bit.png"
-            label = folder / f"gtFine/{stem}_gtFine_labelIds.png"
-            yield domain, seed, index, image, label
+            image = root / f"cityscapes/leftImg8bit/{stem}_leftImg8bit.png"
+            label = root / f"cityscapes/gtFine/{stem}_gtFine_labelIds.png"
+            yield DOMAINS["cityscapes"], seed, index, image, label
             index += 1
 
 
