@@ -18,7 +18,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from functools import cache, partial
+from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
@@ -111,6 +111,7 @@ PROPERTIES = read_table("""
     steel       0.2, 0.3       0.06, 0.2      0.1, 0.3    0.05, 0.15    brightness of poles
     housing     0.01           0.2            0.01        0.2           brightness: traffic lights
     european    0              1              0           1             1: paints, fences of rails
+    rails       1              0              0           0             1: they line the road
     urban       0              0              1           1             1: URBAN, 0: RURAL (below)
     people      0              0.5            4           5             mean number
     trees       9              14             4           5             mean number
@@ -142,13 +143,11 @@ PLASTER = [(0.80, 0.76, 0.66), (0.66, 0.60, 0.50), (0.86, 0.84, 0.80), (0.44, 0.
 RURAL = "truck sign rail - - light pole van sign -"
 URBAN = """fence bus rider light person wall truck bicycle sign terrain train motorcycle pole person
     fence bicycle"""
-STREETSIDE = ("fence", "wall", "vegetation")
-# The rest of each domain, all choices equally likely: its weather, the
-# barriers that may stand between street and plots, and the colours of its surfaces in sRGB 0..1.
+# The rest of each domain, all choices equally likely: its weather, and
+# the colours of its surfaces in sRGB 0..1.
 SURROUNDINGS = {
     "vkitti2": {
         "lights": ("game", "noon", "glare"),
-        "barriers": ("rail", "static"),
         "asphalt": [(0.42, 0.42, 0.45), (0.48, 0.47, 0.46)],
         "paving": [(0.6, 0.6, 0.6)],
         "grass": [(0.38, 0.50, 0.22), (0.46, 0.52, 0.28)],
@@ -157,7 +156,6 @@ SURROUNDINGS = {
     },
     "kitti": {
         "lights": ("glare", "noon", "afternoon", "gloom", "overcast"),
-        "barriers": STREETSIDE,
         "asphalt": [(0.58, 0.57, 0.55), (0.48, 0.48, 0.48), (0.36, 0.36, 0.37)],
         "paving": [(0.62, 0.60, 0.56), (0.40, 0.39, 0.38)],
         "grass": [(0.52, 0.48, 0.32), (0.42, 0.42, 0.25), (0.36, 0.33, 0.25)],
@@ -166,7 +164,6 @@ SURROUNDINGS = {
     },
     "gta5": {
         "lights": ("noon", "afternoon", "overcast", "gloom", "dusk", "glare"),
-        "barriers": STREETSIDE,
         "asphalt": [(0.42, 0.42, 0.42), (0.36, 0.37, 0.39), (0.46, 0.44, 0.42), (0.30, 0.30, 0.31)],
         "paving": [(0.58, 0.56, 0.52), (0.50, 0.48, 0.46), (0.62, 0.61, 0.60)],
         "grass": [(0.38, 0.42, 0.22), (0.50, 0.45, 0.28)],
@@ -175,7 +172,6 @@ SURROUNDINGS = {
     },
     "cityscapes": {
         "lights": ("hazy", "hazy", "overcast", "gloom"),
-        "barriers": STREETSIDE,
         "asphalt": [(0.52, 0.52, 0.51), (0.44, 0.44, 0.44), (0.35, 0.35, 0.36)],
         "paving": [(0.42, 0.40, 0.39), (0.50, 0.44, 0.40), (0.36, 0.36, 0.37)],
         "grass": [(0.42, 0.38, 0.26), (0.34, 0.36, 0.22)],
@@ -264,10 +260,9 @@ class Scene:
         self.dy = (np.arange(self.height, dtype=np.float32) + 0.5 - self.y0) / self.f
         self.edge = {LEFT: rng.uniform(*domain.left), RIGHT: rng.uniform(*domain.right)}
         self.pavement = {side: rng.uniform(*domain.pavement) for side in SIDES}
-        self.front = {  # distance of the plots from the road's axis, m
-            side: self.edge[side] + self.pavement[side] + rng.uniform(*domain.verge) + 0.3
-            for side in SIDES
-        }
+        verge = {side: rng.uniform(*domain.verge) for side in SIDES}
+        # Distance of the plots from the road's axis, m.
+        self.front = {k: self.edge[k] + self.pavement[k] + verge[k] + 0.3 for k in SIDES}
         self.end = rng.uniform(*domain.end)
         self.sun_side = rng.choice(SIDES)
         self.haze = rng.uniform(*domain.haze)
@@ -307,7 +302,7 @@ class Scene:
         """A rod with round ends between two points x, y (m); a disc where they are the same."""
         (ax, ay), (bx, by) = self.project(*start, z), self.project(*end, z)
         wide = self.f * thick / z  # px
-        r = max(wide / 2, 0.8)
+        r = wide / 2
         for pen, value in ((self.pen, colour), (self.label_pen, IDS[label])):
             pen.line((ax, ay, bx, by), fill=value, width=max(2, round(wide)))
             if wide > 3:
@@ -317,36 +312,29 @@ class Scene:
     # ---- Background: sky, ground, plots ---------------------------------------------------------
     def paint_background(self, plots: list[Plot]) -> None:
         """Sky, ground and the plots, far to near, into a fresh canvas."""
-        self.pixels = np.empty((self.height, self.width, 3), np.float32)
-        self.labels = np.full((self.height, self.width), IDS["sky"], np.uint8)
-        up = np.clip(-self.dy / 0.5, 0, 1)[:, None, None] ** 0.7  # [H,1,1]
-        far = 1 / (np.abs(self.dy)[:, None] + 0.12)  # the clouds lie on a plane overhead
-        cloud = grain(40 * far + self.rng.uniform(0, 256), 30 * self.dx * far) * up[..., 0]  # [H,W]
-        sky = (linear(self.light.zenith) * up + self.air * (1 - up)) * 1.1
-        self.pixels[:] = self.expose(sky * np.exp(self.light.cloud * cloud)[..., None], 0)
-        self.paint_ground()
-        for plot in plots:
-            self.paint_plot(plot)
-        self.image = Image.fromarray(self.pixels.clip(0, 255).astype(np.uint8))
-        self.label_image = Image.fromarray(self.labels)
-        self.pen, self.label_pen = ImageDraw.Draw(self.image), ImageDraw.Draw(self.label_image)
-
-    def paint_ground(self) -> None:
-        """Grass, then pavements, then the road and its lines, then sun and shadows."""
         domain, rng = self.domain, self.rng
+
+        # Step 1: the sky with clouds, which lie on a plane overhead
+        up = np.clip(-self.dy / 0.5, 0, 1)[:, None, None] ** 0.7  # [H,1,1]
+        far = 1 / (np.abs(self.dy)[:, None] + 0.12)
+        cloud = grain(40 * far + rng.uniform(0, 256), 30 * self.dx * far) * up[..., 0]  # [H,W]
+        sky = (linear(self.light.zenith) * up + self.air * (1 - up)) * 1.1
+        sky = sky * np.exp(self.light.cloud * cloud)[..., None]  # [H,W,3]
+        self.pixels = self.expose(sky, 0).astype(np.float32)
+        self.labels = np.full((self.height, self.width), IDS["sky"], np.uint8)
+
+        # Step 2: the ground: grass
         rows = slice(int(np.searchsorted(self.dy, self.eye / 300)), self.height)
         z = (self.eye / self.dy[rows])[:, None]  # [h,1] metres ahead
         x = self.dx * z - self.bend * z * z  # [h,W] metres right of the road's axis
-        outside = {side: side * x - self.edge[side] for side in SIDES}  # [h,W] m beyond the kerb
-        border = np.maximum(outside[LEFT], outside[RIGHT])  # below 0 on the road
         fade = domain.texture / (1 + z / 30)
         fine, coarse = grain(18 * x, 12 * z), grain(1.3 * x + 99, 0.9 * z)
-
-        # Step 1: grass
         labels = np.full(x.shape, IDS["terrain"], np.uint8)
         albedo = self.colour("grass") * np.exp(fade * (0.9 * fine + 0.8 * coarse))[..., None]
 
-        # Step 2: pavements of slabs, each with a kerb
+        # Step 3: pavements of slabs, each with a kerb
+        outside = {side: side * x - self.edge[side] for side in SIDES}  # [h,W] m beyond the kerb
+        border = np.maximum(outside[LEFT], outside[RIGHT])  # the same of both; below 0 on the road
         slabs = tiles(x, z, 0.9, 0.9) * np.exp(-z / 25)
         for side in SIDES:
             paved = (outside[side] > 0) & (outside[side] < self.pavement[side])
@@ -355,7 +343,7 @@ class Scene:
             albedo[paved] = (self.colour("paving") * light[..., None])[paved]
             labels[paved] = IDS["pavement"]
 
-        # Step 3: the asphalt: worn by wheels, with repairs, cracks and gutters
+        # Step 4: the asphalt: worn by wheels, with repairs, cracks and gutters
         track = np.cos((x - self.edge[RIGHT]) * 2 * math.pi / 1.75)
         light = np.exp(fade * (0.5 * fine + 0.45 * coarse + 0.2 * track))
         patches = tiles(x + 0.4 * coarse, z, 2.3, 9.0)
@@ -364,7 +352,7 @@ class Scene:
         light[np.abs(border + 0.15) < 0.12] *= 0.6
         asphalt = self.colour("asphalt") * light[..., None]
 
-        # Step 4: lane lines, edge lines and sometimes a zebra crossing, worn away in places
+        # Step 5: lane lines, edge lines and sometimes a zebra crossing, worn away in places
         worn, white = coarse < rng.uniform(-2.2, -0.8), rng.uniform(0.45, 0.75)
         painted = np.zeros(x.shape, bool)
         total = self.edge[LEFT] + self.edge[RIGHT]
@@ -380,12 +368,19 @@ class Scene:
         asphalt[painted & ~worn] = white
         albedo[border < 0], labels[border < 0] = asphalt[border < 0], IDS["road"]
 
-        # Step 5: sun, cast shadows and the shadows of leaves
+        # Step 6: sun, cast shadows and the shadows of leaves
         soft = self.shade.filter(ImageFilter.GaussianBlur(0.006 * self.width))
         leaves = domain.dapple * min(1.0, 2 * self.light.sun) * self.speckle(x, z)
         dark = np.maximum(np.asarray(soft, np.float32)[rows] / 255, leaves)[..., None]  # [h,W,1]
         light = (self.light.ambient + 0.8 * self.sun * (1 - dark)) * (1 - 0.35 * dark)
         self.pixels[rows], self.labels[rows] = self.expose(albedo * light, z[..., None]), labels
+
+        # Step 7: the plots; then everything else is drawn into images
+        for plot in plots:
+            self.paint_plot(plot)
+        self.image = Image.fromarray(self.pixels.clip(0, 255).astype(np.uint8))
+        self.label_image = Image.fromarray(self.labels)
+        self.pen, self.label_pen = ImageDraw.Draw(self.image), ImageDraw.Draw(self.label_image)
 
     def speckle(self, u: np.ndarray, v: np.ndarray) -> np.ndarray:
         """Where leaves shade a surface, at positions in m. -> bool, of the shape of u and v"""
@@ -496,12 +491,11 @@ EUROPEAN_PAINTS = {
 
 
 def visible_faces(scene: Scene, thing: Thing, box: tuple) -> Iterator[tuple]:
-    """The faces of an upright box that the camera sees.
+    """The faces of an upright box that the camera sees -> name, corners, cosine to the sun.
 
     box: rear and front along the vehicle, from its middle; width; bottom and top; by how much rear
     and front recede towards the top. All in m.
-    -> name, corners, cosine of the angle between its normal and the sun. corners [2,2,3]: the lower
-    and the upper edge, the two ends of each, x y z in m.
+    corners [2,2,3]: the lower and the upper edge, the two ends of each, x y z in m.
     """
     rear, front, width, bottom, top, taper = box
     cosine, sine = math.cos(thing.yaw), math.sin(thing.yaw)
@@ -521,27 +515,18 @@ def visible_faces(scene: Scene, thing: Thing, box: tuple) -> Iterator[tuple]:
             yield name, face, (0.8 * scene.sun_side * nx - 0.4 * nz) / math.hypot(nx, nz)
 
 
-def paint_panel(
-    scene: Scene,
-    thing: Thing,
-    corners: np.ndarray,
-    s: tuple,
-    t: tuple,
-    colour,
-    facing=0.5,
-    label=None,
-) -> None:
-    """A polygon on a face: s runs along it, t up, both 0..1. Two of each: a rectangle."""
-    if len(s) == 2:
-        s, t = (s[0], s[1], s[1], s[0]), (t[0], t[0], t[1], t[1])
-    s, t = np.array(s)[:, None], np.array(t)[:, None]  # [n,1]
-    start, stop = (corners[0, k] + t * (corners[1, k] - corners[0, k]) for k in (0, 1))  # [n,3]
-    points = [scene.project(*point) for point in (start + s * (stop - start)).tolist()]
-    scene.fill(points, scene.shaded(colour, thing, facing), label)
-
-
 def paint_vehicle(scene: Scene, thing: Thing) -> None:
     """A body on wheels, a glazed cabin and (trucks) a cargo box, the farthest first."""
+
+    def panel(corners, s, t, colour, facing=0.5, label=None) -> None:
+        """A polygon on a face: s runs along it, t up, both 0..1. Two of each: a rectangle."""
+        if len(s) == 2:
+            s, t = (s[0], s[1], s[1], s[0]), (t[0], t[0], t[1], t[1])
+        s, t = np.array(s)[:, None], np.array(t)[:, None]  # [n,1]
+        start, stop = (corners[0, k] + t * (corners[1, k] - corners[0, k]) for k in (0, 1))  # [n,3]
+        points = [scene.project(*point) for point in (start + s * (stop - start)).tolist()]
+        scene.fill(points, scene.shaded(colour, thing, facing), label)
+
     rng, label, body = scene.rng, thing.label, VEHICLES[thing.label]
     length, width, height, belt = body.length, body.width, body.height, body.belt
     if label == "car":
@@ -572,28 +557,29 @@ def paint_vehicle(scene: Scene, thing: Thing) -> None:
     for part in order:
         box, colour = parts[part]
         for face, corners, facing in visible_faces(scene, thing, box):
-            panel = partial(paint_panel, scene, thing, corners)
-            panel(s=(0, 1), t=(0, 1), colour=colour, facing=facing, label=label)
+            panel(corners, s=(0, 1), t=(0, 1), colour=colour, facing=facing, label=label)
             if face == "top":
                 continue
             if part == "cabin" and not (label == "truck" and face == "rear"):
                 count = panes if face in ("left", "right") else 1
                 for n in range(count):
                     s = (n + 0.07) / count, (n + 0.93) / count
-                    panel(s, t=(0.06, 0.82), colour=glass, facing=facing)
+                    panel(corners, s, t=(0.06, 0.82), colour=glass, facing=facing)
             elif part == "cargo":
-                panel(s=(0.48, 0.5), t=(0, 1), colour=0.4 * load, facing=facing)
+                panel(corners, s=(0.48, 0.5), t=(0, 1), colour=0.4 * load, facing=facing)
             elif part == "body":
-                panel(s=(0, 1), t=(0, 0.25), colour=0.4 * paint, facing=facing)
+                panel(corners, s=(0, 1), t=(0, 0.25), colour=0.4 * paint, facing=facing)
                 if face in lamps:
-                    panel(s=(0.02, 0.18), t=(0.55, 0.85), colour=lamps[face], facing=0.8)
-                    panel(s=(0.82, 0.98), t=(0.55, 0.85), colour=lamps[face], facing=0.8)
-                    panel(s=(0.36, 0.64), t=(0.3, 0.5), colour=(0.6, 0.58, 0.4))  # the plate
+                    panel(corners, s=(0.02, 0.18), t=(0.55, 0.85), colour=lamps[face], facing=0.8)
+                    panel(corners, s=(0.82, 0.98), t=(0.55, 0.85), colour=lamps[face], facing=0.8)
+                    panel(
+                        corners, s=(0.36, 0.64), t=(0.3, 0.5), colour=(0.6, 0.58, 0.4)
+                    )  # the plate
                 else:
                     for middle, r, grey in discs:
                         s = middle + r * np.cos(angles) / body.length
                         t = (radius + r * np.sin(angles) - 0.25) / (body.belt - 0.25)
-                        panel(s, t, colour=(grey,) * 3, label=label)
+                        panel(corners, s, t, colour=(grey,) * 3, label=label)
 
 
 # ---- Other things -------------------------------------------------------------------------------
@@ -614,11 +600,9 @@ FIGURES = """
     motorcycle  rim 0.3 -0.62 0.33 -0.62 0.33         rim 0.3 0.62 0.33 0.62 0.33
     motorcycle  paint 0.5 -0.45 0.65 0.3 0.7          tyre 0.2 -0.7 0.85 0 0.85
     motorcycle  paint 0.2 0.62 0.4 0.45 1.1
-    light       steel 0.24 0 0 0 2.4                  housing 0.6 0 2.4 0 3.3
-    light       green 0.36 0 2.42 0 2.42              amber 0.36 0 2.85 0 2.85
-    light       red 0.36 0 3.28 0 3.28
-    pole        steel 0.36 0 0 0 7.5                  steel 0.12 0 7.5 1.8 7.8
-    pole        steel 0.2 1.4 7.7 2.1 7.8
+    light       steel 0.24 0 0 0 2.4       housing 0.6 0 2.4 0 3.3    green 0.36 0 2.42 0 2.42
+    light       amber 0.36 0 2.85 0 2.85   red 0.36 0 3.28 0 3.28
+    pole        steel 0.36 0 0 0 7.5       steel 0.12 0 7.5 1.8 7.8   steel 0.2 1.4 7.7 2.1 7.8
     sign        steel 0.24 0 0 0 2.3
 """
 STROKES: dict[str, list[list[str]]] = {}
@@ -645,14 +629,13 @@ def paint_figure(scene: Scene, thing: Thing) -> None:
         "rim": (0.12,) * 3,
         "paint": rng.uniform(0.02, 0.4, 3),
     }
-    inks = {name: scene.shaded(colour, thing) for name, colour in inks.items()}
     lamps = {"red": (255, 50, 40), "amber": (255, 190, 50), "green": (40, 255, 150)}
     lit = rng.choice(list(lamps))
-    inks |= {name: colour if name == lit else inks["rim"] for name, colour in lamps.items()}
     for ink, *numbers in STROKES[thing.label]:
         thick, ax, ay, bx, by = (size * float(number) for number in numbers)
         label = "pole" if ink == "steel" else thing.label
-        scene.rod((x + turn * ax, ay), (x + turn * bx, by), z, thick, inks[ink], label)
+        colour = lamps[lit] if ink == lit else scene.shaded(inks.get(ink, inks["rim"]), thing)
+        scene.rod((x + turn * ax, ay), (x + turn * bx, by), z, thick, colour, label)
     if thing.label == "sign":
         kind, corners = rng.integers(len(SIGN_BORDERS)), rng.choice((3, 4, 12))
         angles = 2 * math.pi * (np.arange(corners) + 0.5 * (corners == 4)) / corners
@@ -690,8 +673,7 @@ def paint_tree(scene: Scene, thing: Thing) -> None:
     ragged = scene.domain.ragged
     shape = 1 - u * u - v * v + (0.15 + 0.5 * ragged) * coarse - 0.5 * ragged
     left, top = int(px) - r, int(py) - r
-    box = (left, top, left + 2 * r + 1, top + 2 * r + 1)
-    scene.label_image.paste(IDS[thing.label], box, Image.fromarray(shape > 0.15))
+    scene.label_image.paste(IDS[thing.label], (left, top), Image.fromarray(shape > 0.15))
     if rng.random() < scene.domain.bare:
         paint_branch((x, 0.6 * trunk), math.pi / 2, 0.5 * radius + 0.3 * trunk, 0.3, 5)
         return
@@ -705,8 +687,8 @@ def paint_tree(scene: Scene, thing: Thing) -> None:
 
 # ---- Composition --------------------------------------------------------------------------------
 def make_plots(
-    scene: Scene, side: int, offset: float, built: float, green: float, tall: float = 1.0
-) -> list[Plot]:
+    scene: Scene, side: int, offset: float, built: float, green: float, tall=1.0
+) -> list:
     """Plots in a row of 160 m: a share `built` of them are buildings, a share `green` of the others
     are greenery, the rest are gaps. tall: a factor for all heights."""
     domain, rng = scene.domain, scene.rng
@@ -737,6 +719,7 @@ def make_street(scene: Scene, near: list[str]) -> list[Plot]:
     if "terrain" in near:
         scene.front[chosen_side] += 4 - 0.7 * scene.pavement[chosen_side]
         scene.pavement[chosen_side] *= 0.3
+    barriers = ("rail", "static") if domain.rails else ("fence", "wall", "vegetation")
     near_barriers = [label for label in near if label in ("fence", "wall", "rail")]
     heights = {"fence": 1.5, "wall": 1.9, "vegetation": 1.4, "rail": 0.8, "static": 0.8}  # m
     for side in SIDES:
@@ -746,7 +729,7 @@ def make_street(scene: Scene, near: list[str]) -> list[Plot]:
         if near_barriers and side == chosen_side:
             label, start = near_barriers[0], rng.uniform(2, 5)
         elif rng.random() < 0.3:
-            label, start = rng.choice(domain.barriers), rng.uniform(0, 20)
+            label, start = rng.choice(barriers), rng.uniform(0, 20)
         else:
             continue
         height = heights[label] * rng.uniform(0.75, 1.3)
@@ -786,11 +769,9 @@ def make_things(scene: Scene, near: list[str]) -> Iterator[Thing]:
             x, z = side * rng.uniform(0.2, 0.6) * scene.edge[side], depth(8, 70)
             yield Thing(x, z, ahead + rng.normal(0, 0.05), "car")
         for _ in range(rng.poisson(domain.people / 2)):
-            x, z = off_road(side, rng.random()), depth(5, 22)
-            yield Thing(x, z, rng.uniform(0, 1), "person")
+            yield Thing(off_road(side, rng.random()), depth(5, 22), rng.uniform(0, 1), "person")
         for _ in range(rng.poisson(domain.trees / 2)):
-            x, z = off_road(side, rng.uniform(0.4, 1.8)), depth(8, 80)
-            yield Thing(x, z, 0, "tree")
+            yield Thing(off_road(side, rng.uniform(0.4, 1.8)), depth(8, 80), 0, "tree")
         for _ in range(rng.poisson(domain.poles / 2)):
             label = rng.choice(("pole", "pole", "sign", "light"))
             yield Thing(off_road(side, 0.1), depth(5, 25), ahead + math.pi, label)
@@ -982,8 +963,8 @@ def write(out: Path, seed: int = 0, scale: float = 1.0, workers: int | None = No
     part = out.with_name(f"{out.name}.{os.getpid()}.part")
     try:
         with ProcessPoolExecutor(workers or os.cpu_count(), get_context("spawn")) as pool:
-            for _ in pool.map(write_pair, list_pairs(part, seed, scale), chunksize=8):
-                pass  # so that an error in a worker is raised here
+            # The list makes an error in a worker be raised here.
+            list(pool.map(write_pair, list_pairs(part, seed, scale), chunksize=8))
         if is_current(out, seed, scale):
             return  # another process was quicker
         out.mkdir(parents=True, exist_ok=True)
