@@ -254,10 +254,9 @@ class Scene:
         self.y0 = rng.uniform(*domain.horizon) * self.height  # the vanishing point, px
         self.x0 = (0.5 + domain.yaw * rng.uniform(-1, 1)) * self.width
         self.bend = domain.bend * rng.uniform(-1, 1)
-        # Slope of each column's and each row's line of sight: metres to the right or down per
-        # metre ahead, [W] and [H].
-        self.dx = (np.arange(self.width, dtype=np.float32) + 0.5 - self.x0) / self.f
-        self.dy = (np.arange(self.height, dtype=np.float32) + 0.5 - self.y0) / self.f
+        # Slope of each column's and row's line of sight: m to the right or down per m ahead.
+        self.dx = (np.arange(self.width, dtype=np.float32) + 0.5 - self.x0) / self.f  # [W]
+        self.dy = (np.arange(self.height, dtype=np.float32) + 0.5 - self.y0) / self.f  # [H]
         self.edge = {LEFT: rng.uniform(*domain.left), RIGHT: rng.uniform(*domain.right)}
         self.pavement = {side: rng.uniform(*domain.pavement) for side in SIDES}
         verge = {side: rng.uniform(*domain.verge) for side in SIDES}
@@ -499,12 +498,11 @@ def visible_faces(scene: Scene, thing: Thing, box: tuple) -> Iterator[tuple]:
     """
     rear, front, width, bottom, top, taper = box
     cosine, sine = math.cos(thing.yaw), math.sin(thing.yaw)
-    corners = np.empty((2, 4, 3))  # below and above: rear left, rear right, front right, front left
-    for level, (y, inset) in enumerate(((bottom, 0), (top, taper))):
-        back, ahead, half = rear + inset, front - inset, 0.5 * (width - 0.7 * inset)
-        for k, (u, v) in enumerate(((back, -half), (back, half), (ahead, half), (ahead, -half))):
-            x, z = thing.x + cosine * v + sine * u, thing.z - sine * v + cosine * u
-            corners[level, k] = x, y, z
+    # Below and above, each: rear left, rear right, front right, front left.
+    along = np.array([rear, rear, front, front]) + [[0], [taper]] * np.array([1, 1, -1, -1])
+    across = np.outer([width, width - 0.7 * taper], [-0.5, 0.5, 0.5, -0.5])  # [2,4]
+    x, z = thing.x + cosine * across + sine * along, thing.z - sine * across + cosine * along
+    corners = np.stack((x, np.full((4, 2), (bottom, top)).T, z), axis=-1)
     if top < scene.eye and thing.z > 1 - rear:
         yield "top", corners[1, [[0, 1], [3, 2]]], 0.9
     for k, name in enumerate(("rear", "right", "front", "left")):
@@ -572,9 +570,7 @@ def paint_vehicle(scene: Scene, thing: Thing) -> None:
                 if face in lamps:
                     panel(corners, s=(0.02, 0.18), t=(0.55, 0.85), colour=lamps[face], facing=0.8)
                     panel(corners, s=(0.82, 0.98), t=(0.55, 0.85), colour=lamps[face], facing=0.8)
-                    panel(
-                        corners, s=(0.36, 0.64), t=(0.3, 0.5), colour=(0.6, 0.58, 0.4)
-                    )  # the plate
+                    panel(corners, s=(0.36, 0.64), t=(0.3, 0.5), colour=(0.6, 0.58, 0.4))  # plate
                 else:
                     for middle, r, grey in discs:
                         s = middle + r * np.cos(angles) / body.length
@@ -583,26 +579,23 @@ def paint_vehicle(scene: Scene, thing: Thing) -> None:
 
 
 # ---- Other things -------------------------------------------------------------------------------
-# Flat figures made of strokes: ink, thickness, from x, y, to x, y, all in m.
+# Flat figures made of strokes: ink, thickness, from x, y, to x, y, all in m. A disc has one x, y.
 FIGURES = """
-    person      legs 0.22 -0.08 0.85 -0.17 0.1        legs 0.22 0.08 0.85 0.17 0.1
-    person      coat 0.16 -0.24 1.4 -0.33 0.85        coat 0.16 0.24 1.4 0.33 0.85
-    person      coat 0.46 0 1 0 1.3                   skin 0.26 0 1.62 0 1.66
-    person      hair 0.25 0 1.72 0 1.72
-    rider       legs 0.24 -0.05 0.95 0.15 0.3         coat 0.5 0 1.1 0.05 1.4
-    rider       coat 0.14 0.1 1.4 0.42 1.05           skin 0.26 0.08 1.7 0.08 1.75
+    person      legs 0.22 -0.08 0.85 -0.17 0.1  legs 0.22 0.08 0.85 0.17 0.1
+    person      coat 0.16 -0.24 1.4 -0.33 0.85  coat 0.16 0.24 1.4 0.33 0.85
+    person      coat 0.46 0 1 0 1.3             skin 0.26 0 1.62 0 1.66   hair 0.25 0 1.72
+    rider       legs 0.24 -0.05 0.95 0.15 0.3   coat 0.5 0 1.1 0.05 1.4
+    rider       coat 0.14 0.1 1.4 0.42 1.05     skin 0.26 0.08 1.7 0.08 1.75
     rider       hair 0.28 0.08 1.8 0.08 1.82
-    bicycle     tyre 0.7 -0.52 0.35 -0.52 0.35        tyre 0.7 0.52 0.35 0.52 0.35
-    bicycle     rim 0.56 -0.52 0.35 -0.52 0.35        rim 0.56 0.52 0.35 0.52 0.35
-    bicycle     paint 0.1 -0.52 0.35 -0.1 0.9         paint 0.1 -0.15 0.8 0.45 0.85
-    bicycle     paint 0.1 0 0.35 0.42 0.8             tyre 0.1 0.52 0.35 0.4 1
-    motorcycle  tyre 0.66 -0.62 0.33 -0.62 0.33       tyre 0.66 0.62 0.33 0.62 0.33
-    motorcycle  rim 0.3 -0.62 0.33 -0.62 0.33         rim 0.3 0.62 0.33 0.62 0.33
-    motorcycle  paint 0.5 -0.45 0.65 0.3 0.7          tyre 0.2 -0.7 0.85 0 0.85
-    motorcycle  paint 0.2 0.62 0.4 0.45 1.1
-    light       steel 0.24 0 0 0 2.4       housing 0.6 0 2.4 0 3.3    green 0.36 0 2.42 0 2.42
-    light       amber 0.36 0 2.85 0 2.85   red 0.36 0 3.28 0 3.28
-    pole        steel 0.36 0 0 0 7.5       steel 0.12 0 7.5 1.8 7.8   steel 0.2 1.4 7.7 2.1 7.8
+    bicycle     tyre 0.7 -0.52 0.35             tyre 0.7 0.52 0.35        rim 0.56 -0.52 0.35
+    bicycle     rim 0.56 0.52 0.35              paint 0.1 -0.52 0.35 -0.1 0.9
+    bicycle     paint 0.1 -0.15 0.8 0.45 0.85   paint 0.1 0 0.35 0.42 0.8  tyre 0.1 0.52 0.35 0.4 1
+    motorcycle  tyre 0.66 -0.62 0.33            tyre 0.66 0.62 0.33       rim 0.3 -0.62 0.33
+    motorcycle  rim 0.3 0.62 0.33               paint 0.5 -0.45 0.65 0.3 0.7
+    motorcycle  tyre 0.2 -0.7 0.85 0 0.85       paint 0.2 0.62 0.4 0.45 1.1
+    light       steel 0.24 0 0 0 2.4            housing 0.6 0 2.4 0 3.3   green 0.36 0 2.42
+    light       amber 0.36 0 2.85               red 0.36 0 3.28
+    pole        steel 0.36 0 0 0 7.5            steel 0.12 0 7.5 1.8 7.8  steel 0.2 1.4 7.7 2.1 7.8
     sign        steel 0.24 0 0 0 2.3
 """
 STROKES: dict[str, list[list[str]]] = {}
@@ -632,7 +625,8 @@ def paint_figure(scene: Scene, thing: Thing) -> None:
     lamps = {"red": (255, 50, 40), "amber": (255, 190, 50), "green": (40, 255, 150)}
     lit = rng.choice(list(lamps))
     for ink, *numbers in STROKES[thing.label]:
-        thick, ax, ay, bx, by = (size * float(number) for number in numbers)
+        thick, ax, ay, *end = (size * float(number) for number in numbers)
+        bx, by = end or (ax, ay)
         label = "pole" if ink == "steel" else thing.label
         colour = lamps[lit] if ink == lit else scene.shaded(inks.get(ink, inks["rim"]), thing)
         scene.rod((x + turn * ax, ay), (x + turn * bx, by), z, thick, colour, label)
@@ -686,9 +680,7 @@ def paint_tree(scene: Scene, thing: Thing) -> None:
 
 
 # ---- Composition --------------------------------------------------------------------------------
-def make_plots(
-    scene: Scene, side: int, offset: float, built: float, green: float, tall=1.0
-) -> list:
+def make_plots(scene: Scene, side: int, offset: float, built: float, green: float, tall=1) -> list:
     """Plots in a row of 160 m: a share `built` of them are buildings, a share `green` of the others
     are greenery, the rest are gaps. tall: a factor for all heights."""
     domain, rng = scene.domain, scene.rng
@@ -963,8 +955,7 @@ def write(out: Path, seed: int = 0, scale: float = 1.0, workers: int | None = No
     part = out.with_name(f"{out.name}.{os.getpid()}.part")
     try:
         with ProcessPoolExecutor(workers or os.cpu_count(), get_context("spawn")) as pool:
-            # The list makes an error in a worker be raised here.
-            list(pool.map(write_pair, list_pairs(part, seed, scale), chunksize=8))
+            list(pool.map(write_pair, list_pairs(part, seed, scale), chunksize=8))  # raises errors
         if is_current(out, seed, scale):
             return  # another process was quicker
         out.mkdir(parents=True, exist_ok=True)
