@@ -4,8 +4,7 @@
 
 Every image is a pinhole view of a street: ground, rows of facades, hedges and fences that recede
 to the vanishing point, and things that are painted from back to front, lit in linear light. Image
-and label come from the same geometry. What makes the four datasets differ is in the section
-"Domains": numbers in the table PROPERTIES, weather, lists and colours in SURROUNDINGS.
+and label come from the same geometry. The datasets differ in PROPERTIES and SURROUNDINGS below.
 """
 
 import ast
@@ -28,8 +27,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
 VERSION = 2  # to be raised when the images change: older miniatures are then written anew
-LEFT, RIGHT = -1, 1  # the sides of the street: the sign of x
-SIDES = (LEFT, RIGHT)
+SIDES = LEFT, RIGHT = -1, 1  # of the street: the sign of x
 
 
 def read_table(text: str) -> list[list[str]]:
@@ -73,9 +71,8 @@ for row in read_table(LABELS):
 
 
 # ---- Domains ------------------------------------------------------------------------------------
-# The weather. Colours of the sky in sRGB 0..1, strengths of the sun and of the light from the sky
-# (ambient) in linear light, metres of shadow per metre of height, contrast of the clouds, and how
-# much redder than white the sun is.
+# The weather: colours of the sky (sRGB 0..1), strengths of the sun and of the sky (ambient), metres
+# of shadow per metre of height, contrast of the clouds, how much redder than white the sun is.
 LIGHTS = read_records("""
     name       zenith            horizon           sun   ambient  shadow  cloud  warmth
     noon       0.22, 0.42, 0.80  0.70, 0.80, 0.90  1.1   0.45     0.5     0.1    0.0
@@ -301,18 +298,16 @@ class Scene:
         """A rod with round ends between two points x, y (m); a disc where they are the same."""
         (ax, ay), (bx, by) = self.project(*start, z), self.project(*end, z)
         wide = self.f * thick / z  # px
-        r = wide / 2
+        r = wide / 2  # px
         for pen, value in ((self.pen, colour), (self.label_pen, IDS[label])):
             pen.line((ax, ay, bx, by), fill=value, width=max(2, round(wide)))
             if wide > 3:
                 for x, y in ((ax, ay), (bx, by)):
                     pen.ellipse((x - r, y - r, x + r, y + r), fill=value)
 
-    # ---- Background: sky, ground, plots ---------------------------------------------------------
     def paint_background(self, plots: list[Plot]) -> None:
         """Sky, ground and the plots, far to near, into a fresh canvas."""
         domain, rng = self.domain, self.rng
-
         # Step 1: the sky with clouds, which lie on a plane overhead
         up = np.clip(-self.dy / 0.5, 0, 1)[:, None, None] ** 0.7  # [H,1,1]
         far = 1 / (np.abs(self.dy)[:, None] + 0.12)
@@ -491,11 +486,9 @@ EUROPEAN_PAINTS = {
 
 def visible_faces(scene: Scene, thing: Thing, box: tuple) -> Iterator[tuple]:
     """The faces of an upright box that the camera sees -> name, corners, cosine to the sun.
-
-    box: rear and front along the vehicle, from its middle; width; bottom and top; by how much rear
-    and front recede towards the top. All in m.
-    corners [2,2,3]: the lower and the upper edge, the two ends of each, x y z in m.
-    """
+    box: its rear and front, from the middle of the vehicle; width; bottom and top; by how much rear
+    and front recede towards the top. corners [2,2,3]: the lower and the upper edge, the two ends of
+    each, x y z. All in m."""
     rear, front, width, bottom, top, taper = box
     cosine, sine = math.cos(thing.yaw), math.sin(thing.yaw)
     # Below and above, each: rear left, rear right, front right, front left.
@@ -642,7 +635,7 @@ def paint_figure(scene: Scene, thing: Thing) -> None:
 
 def paint_tree(scene: Scene, thing: Thing) -> None:
     """A trunk under a clumpy crown, or branches with the background between them."""
-    rng, x, z = scene.rng, thing.x, thing.z
+    rng, x, z, ragged = scene.rng, thing.x, thing.z, scene.domain.ragged
     bark = scene.shaded((0.07, 0.055, 0.045), thing, 0.2)
 
     def paint_branch(start: tuple, angle: float, length: float, thick: float, forks: int) -> None:
@@ -664,7 +657,6 @@ def paint_tree(scene: Scene, thing: Thing) -> None:
     v, u = step[:, None], step[None]  # the crown is where u^2 + v^2 < 1
     a, b = rng.uniform(0, 256, 2)
     coarse, fine = grain(40 * u + a, 40 * v + b), grain(110 * u + b, 110 * v + a)  # [2r+1,2r+1]
-    ragged = scene.domain.ragged
     shape = 1 - u * u - v * v + (0.15 + 0.5 * ragged) * coarse - 0.5 * ragged
     left, top = int(px) - r, int(py) - r
     scene.label_image.paste(IDS[thing.label], (left, top), Image.fromarray(shape > 0.15))
@@ -755,8 +747,7 @@ def make_things(scene: Scene, near: list[str]) -> Iterator[Thing]:
         ahead = math.pi * (side == LEFT)  # those on the left come towards the camera
         for k in range(rng.poisson(domain.parked)):
             z = 5 + 5.6 * k + rng.uniform(0, 2) + 20 * rng.random() ** 2
-            x, yaw = side * (scene.edge[side] - 1.1), ahead + rng.normal(0, 0.05)
-            yield Thing(x, z, yaw, "car")
+            yield Thing(side * (scene.edge[side] - 1.1), z, ahead + rng.normal(0, 0.05), "car")
         for _ in range(rng.poisson(domain.traffic / 2)):
             x, z = side * rng.uniform(0.2, 0.6) * scene.edge[side], depth(8, 70)
             yield Thing(x, z, ahead + rng.normal(0, 0.05), "car")
@@ -822,8 +813,7 @@ def cast_shadows(scene: Scene, plots: list[Plot], things: list[Thing]) -> list[T
 def render(domain: Domain, seed: int, index: int) -> tuple[Image.Image, Image.Image]:
     """One scene -> image (RGB) and labels (L, the ids of LABELS)."""
     # Step 1: what is in the street
-    rng = np.random.default_rng([seed, domain.number, index])
-    scene = Scene(domain, rng)
+    scene = Scene(domain, np.random.default_rng([seed, domain.number, index]))
     labels = (URBAN if domain.urban else RURAL).split()
     near = [labels[(5 * index + k) % len(labels)] for k in range(5)]
     plots = make_street(scene, near)
@@ -842,31 +832,30 @@ def render(domain: Domain, seed: int, index: int) -> tuple[Image.Image, Image.Im
     if domain.bonnet:
         arc = ((0, 1), (0, 0.97), (0.25, 0.93), (0.5, 0.915), (0.75, 0.93), (1, 0.97), (1, 1))
         scene.fill([(scene.width * x, scene.height * y) for x, y in arc], (28, 30, 31), "ego")
-    labels = np.ascontiguousarray(np.asarray(scene.label_image)[1::2, 1::2])
+    labels = Image.fromarray(np.asarray(scene.label_image)[1::2, 1::2])
 
     # Step 3: the camera: resampling, blur, colour, vignette, noise, compression
     image = scene.image.reduce(2).filter(ImageFilter.GaussianBlur(domain.blur))
     x = np.asarray(image, np.float32) / 255  # [H,W,3]
     h, w = domain.size
     grey = x.mean(axis=2, keepdims=True)
-    gain = np.array(domain.tint) * np.exp(rng.normal(0, domain.balance, 3))
+    gain = np.array(domain.tint) * np.exp(scene.rng.normal(0, domain.balance, 3))
     x = (grey + domain.saturation * (x - grey)) * gain.astype(np.float32)
     x = domain.black + (1 - domain.black) * (0.5 + domain.contrast * (x - 0.5))
     radius = np.hypot(np.linspace(-1, 1, h)[:, None], np.linspace(-1, 1, w)[None])
     x *= (1 - domain.vignette * 0.5 * radius**2)[..., None]
-    x = 255 * x + domain.noise * rng.standard_normal((h, w, 1), np.float32)
+    x = 255 * x + domain.noise * scene.rng.standard_normal((h, w, 1), np.float32)
     image = Image.fromarray(x.clip(0, 255).astype(np.uint8))
     if domain.jpeg:
         buffer = io.BytesIO()
         image.save(buffer, "JPEG", quality=domain.jpeg)
         image = Image.open(buffer).convert("RGB")
-    return image, Image.fromarray(labels)
+    return image, labels
 
 
 # ---- Files --------------------------------------------------------------------------------------
 def list_pairs(root: Path, seed: int, scale: float) -> Iterator[tuple]:
-    """Every image and label map of the four datasets; scale shrinks their numbers.
-    -> domain, seed, index of the scene in its dataset, the two files"""
+    """Every pair to write: domain, seed, index of the scene, image file, label file."""
     domain, frames = DOMAINS["vkitti2"], max(2, round(80 * scale))
     foggy = Domain(**vars(domain) | {"haze": (0.02, 0.03)})
     for k, name in enumerate(("01", "02", "06", "18", "20")):
@@ -877,22 +866,20 @@ def list_pairs(root: Path, seed: int, scale: float) -> Iterator[tuple]:
                 label = folder / f"classSegmentation/Camera_0/classgt_{n:05}.png"
                 yield look, seed, k * frames + n, image, label
 
-    domain = DOMAINS["kitti"]
     for k in range(2 * max(6, round(100 * scale))):
-        h, w = domain.size
+        h, w = DOMAINS["kitti"].size
         if k % 10 >= 7:  # KITTI's images are not all of one size
             h, w = h - k % 10 + 6, w - k % 10 + 5
-        look, folder = Domain(**vars(domain) | {"size": (h, w)}), root / "kitti/training"
+        look, folder = Domain(**vars(DOMAINS["kitti"]) | {"size": (h, w)}), root / "kitti/training"
         yield look, seed, k, folder / f"image_2/{k:06}_10.png", folder / f"semantic/{k:06}_10.png"
 
     for k in range(max(6, round(400 * scale))):
         image, label = root / f"gta5/images/{k + 1:05}.png", root / f"gta5/labels/{k + 1:05}.png"
         yield DOMAINS["gta5"], seed, k, image, label
 
-    cities = {"train/adorf": 100, "train/beheim": 100, "train/cestadt": 100}
-    cities |= {"val/dehain": 50, "val/efurt": 50}
     index = 0
-    for city, count in cities.items():
+    for city in ("train/adorf", "train/beheim", "train/cestadt", "val/dehain", "val/efurt"):
+        count = 100 if city.startswith("train") else 50
         for k in range(max(3, round(count * scale))):
             stem = f"{city}/{Path(city).name}_{k:06}_000019"
             image = root / f"cityscapes/leftImg8bit/{stem}_leftImg8bit.png"
