@@ -478,22 +478,6 @@ def write_tables(results: list[Result], folders: dict[Key, Path], out: Path) -> 
 
 
 # ---- Figures ------------------------------------------------------------------------------------
-def draw_bars(results: list[Result], folders: dict[Key, Path], path: Path) -> None:
-    """The mIoU of every method with its interval."""
-    benchmarks, figure = list(dict.fromkeys(r.benchmark for r in results)), common.new_figure(9, 5)
-    axes = figure.subplots(1, len(benchmarks), squeeze=False)[0]
-    for benchmark, axis in zip(benchmarks, axes, strict=True):
-        for method, rows in methods_of(results, benchmark).items():
-            name, value = method.replace("+", "+\n"), mean(r.miou for r in rows)
-            _, low, high = interval_of(folders, rows) or (value, value, value)
-            axis.barh(name, value, color="C1" if rows[0].target_labels else "C0", alpha=0.75)
-            axis.plot([low, high], [name, name], color="black", linewidth=1.5)
-            axis.text(high + 0.8, name, f"{value:.1f}", va="center", fontsize=8)
-        axis.invert_yaxis()
-        axis.set(xlabel="mIoU (%), orange: with target labels", title=benchmark)
-    common.save_figure(figure, path)
-
-
 def draw_sheets(rows: list[Row], results: dict[Key, Result], args: Args) -> None:
     """figures/BENCHMARK.png: test photos, ground truth, and the first seed's predictions."""
     for benchmark in args.benchmarks:
@@ -603,9 +587,6 @@ def main(args: Args) -> None:
                 del folders[key]
     ordered = write_results(results, args.out)
     write_tables(ordered, folders, args.out)
-    scored = [row for row in ordered if row.miou is not None]
-    if scored:
-        draw_bars(scored, folders, args.out / "figures/miou.png")
     if not args.collect:
         draw_sheets(rows, results, args)
     print(f"written: {args.out}/results.json, results.md, figures/")

@@ -602,8 +602,7 @@ def configuration(args: Any, method: str) -> dict[str, Any]:
         file = args.init / "set.json" if args.init.is_dir() else args.init
         config["init"] = datasets.sha256(file)[:16]
     source, target = datasets.get_benchmark(args.benchmark, args.data)
-    if args.pretrained:
-        config["backbone_lr"] = BACKBONE_LR
+    config |= {"backbone_lr": BACKBONE_LR} if args.pretrained else {}
     config["label_maps"] = zlib.crc32(repr((source, target)).encode())
     splits = {"source": (source, "train"), "target": (target, "train"), "test": (target, "test")}
     for name, (dataset, split) in splits.items():
@@ -940,8 +939,8 @@ def is_quarter(step: int, total: int) -> bool:
 def update_ema(teacher: nn.Module, student: nn.Module, decay: float) -> None:
     """teacher = decay * teacher + (1 - decay) * student (arXiv:1703.01780v6), in place, the
     statistics of batch normalisation like the weights."""
-    pairs = zip(teacher.state_dict().values(), student.state_dict().values(), strict=True)
-    for average, new in pairs:
+    states = teacher.state_dict().values(), student.state_dict().values()
+    for average, new in zip(*states, strict=True):
         if average.is_floating_point():
             average.lerp_(new, 1 - decay)
 
