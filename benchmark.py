@@ -47,6 +47,7 @@ from datasets import BENCHMARKS, UserError
 BASELINES = typing.get_args(baseline.Row)
 METHODS = ("datarater", "metasim", "reward_opt", "adversarial_da", "diffusion_bridge")
 SET_METHODS = ("datarater", "metasim", "diffusion_bridge")  # these write a training set
+LABELLED = ("few_label", "oracle", "datarater", "reward_opt")  # these need labelled target photos
 
 
 # ---- Rows ---------------------------------------------------------------------------------------
@@ -296,10 +297,8 @@ def collected_results(roots: tuple[Path, ...]) -> tuple[dict[Key, Result], dict[
 
 
 # ---- Statistics ---------------------------------------------------------------------------------
-def interval(
-    method: np.ndarray, baseline: np.ndarray | None = None, draws: int = 2000
-) -> tuple[float, float, float]:
-    """Difference of mIoU from the baseline's, or the mIoU itself, and its 95% interval.
+def interval(method: np.ndarray, baseline: np.ndarray, draws: int = 2000) -> tuple[float, ...]:
+    """Difference of mIoU from the baseline's, and its 95% interval.
 
     method, baseline: confusion matrices [S,N,C,C] of the same S seeds and N images, which keeps
     the comparison paired. -> mean, low, high in percent. The images are bootstrapped. A few seeds
@@ -316,7 +315,7 @@ def interval(
         sums = (weights @ flat).reshape(draws + 1, seeds, classes, classes)
         return np.nanmean(common.iou(sums), axis=-1)  # [D+1,S]
 
-    values = resampled(method) - (0 if baseline is None else resampled(baseline))
+    values = resampled(method) - resampled(baseline)
     estimate, deviations = values[0].mean(), values[1:] - values[1:].mean(axis=0)  # [D,S]
     drawn = deviations.mean(axis=1)
     if seeds > 1:
@@ -327,7 +326,7 @@ def interval(
 
 
 def interval_of(folders: dict[Key, Path], *methods: list[Result]) -> tuple[float, ...] | None:
-    """`interval` of a method, or of a method over another, from the seeds that all have.
+    """`interval` of a method over another, from the seeds that both have.
 
     None without such seeds or their run folders, or where these are not of the same test photos.
     """
@@ -363,7 +362,7 @@ def method_table(methods: Methods, folders: dict[Key, Path], labelled: bool) -> 
     low, high = (mious.get(name, math.nan) for name in ("source_only", "oracle"))
     table = []
     for method, rows in finished.items():
-        if any(r.target_labels for r in rows) != labelled:
+        if any(part in LABELLED for part in re.split(r"[+@]", method)) != labelled:
             continue
         text = [f"{mious[method]:.1f}"] if method in mious else []
         if len(scored[method]) > 1:

@@ -549,7 +549,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file makes torch raise whatever it meets first
         reason = " ".join(f"{type(error).__name__} {error}".split())[:80]
-        raise UserError(f"{path}: cannot be read as a checkpoint ({reason})") from error
+        problem = "cannot be read as a checkpoint" if path.exists() else "there is no such file"
+        raise UserError(f"{path}: {problem} ({reason})") from error
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
         raise UserError(f"{path}: not a checkpoint of this project, or of an older version")
     return checkpoint
@@ -873,8 +874,7 @@ def make_optimizer(net: Network, lr: float) -> torch.optim.AdamW:
     backbone = list(net.body.backbone.parameters()) if net.pretrained else []
     others = [p for p in net.parameters() if p not in set(backbone)]
     groups = [{"params": others, "scale": 1.0}, {"params": backbone, "scale": BACKBONE_LR}]
-    groups = groups if net.pretrained else groups[:1]
-    return torch.optim.AdamW(groups, lr=lr, weight_decay=0.01, fused=True)
+    return torch.optim.AdamW(groups[: 1 + net.pretrained], lr=lr, weight_decay=0.01, fused=True)
 
 
 def learning_rate(initial: float, step: int, total: int) -> float:

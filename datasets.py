@@ -476,7 +476,8 @@ def load(args: Any, role: Role) -> Split:
     if role == "target_few":  # evenly spaced, each in the middle of its stretch of the drive
         n, k = len(pairs), args.labelled
         if not 1 <= k <= n:
-            raise UserError(f"--labelled {k}: {root} has {n} labelled training photos")
+            hint = f"; give --labelled {n} or less" if n else ""
+            raise UserError(f"--labelled {k}: {root} has {n} labelled training photos{hint}")
         pairs = [pairs[(2 * i + 1) * n // (2 * k)] for i in range(k)]
     elif role == "target_train" and not pairs:
         raise UserError(f"{root}: no labelled training photo")

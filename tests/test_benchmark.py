@@ -341,7 +341,8 @@ def test_the_interval_is_paired():
     worse = np.stack([right, 100 - right, 0 * right, 100 + 0 * right], -1).reshape(1, 80, 2, 2)
     better = worse + np.array([[2, -2], [0, 0]])
     mean, low, high = benchmark.interval(better, worse)
-    _, least, most = benchmark.interval(worse)
+    wrong = np.broadcast_to(np.array([[0, 1], [1, 0]]), worse.shape)  # an mIoU of 0
+    _, least, most = benchmark.interval(worse, wrong)
     mious = [common.scores(confusion[0].sum(axis=0))["mIoU"] for confusion in (better, worse)]
     assert mean == pytest.approx(mious[0] - mious[1])
     assert high - low < 0.05 * (most - least) and low < mean < high
