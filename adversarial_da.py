@@ -1,25 +1,29 @@
 """Adapts a segmentation network to unlabelled photos: translation, alignment, self-training.
 
 DACS (arXiv:2007.08702v2), AdaptSegNet (arXiv:1802.10349v3), ADVENT (arXiv:1811.12833v2), FDA
-(arXiv:2004.05498v1) and AdaBN (arXiv:1603.04779v4), each a switch, alone and together. The source
-are labelled synthetic images, the target are photos; their labels are never used:
+(arXiv:2004.05498v1) and AdaBN (arXiv:1603.04779v4). Each method has its own flag; the flags can be
+combined. The source is labelled synthetic images, the target is photos. The labels of photos are
+never used.
 
-    python adversarial_da.py                          (colour transfer, then DACS)
+    python adversarial_da.py                          (colour transfer + DACS)
 
     python adversarial_da.py --no-self-train --align output
-                                                      (colour transfer, then AdaptSegNet)
+                                                      (colour transfer + AdaptSegNet)
 
     python adversarial_da.py --no-self-train --translate none --statistics target      (AdaBN)
 
 The first takes three minutes on one CPU core and reaches 56 mIoU on the miniature; colour transfer
-alone reaches 54. `--translate fda` is FDA, `--align entropy` is ADVENT. What the discriminator adds
-is the gain over the same command with `--lambda-adv 0`.
+alone reaches 54. `--translate fda` is FDA, `--align entropy` is ADVENT. To measure the effect of
+the discriminator, compare with the same command and `--lambda-adv 0`.
 
-All --steps updates are one training with one optimizer. The first ones (--source-share) see
-translated source images alone. Each later update sees a batch of source images and one of photos.
-With --init CHECKPOINT the first ones are left out.
+The network is trained for --steps updates, with one schedule of the learning rate. The first
+updates (a share of --source-share) use translated source images alone. Then adaptation starts: each
+update uses a batch of source images and a batch of photos, and the discriminator is trained in
+turn, by its own optimizer. With --init CHECKPOINT the network is trained already. So the first
+updates are left out if there is any adaptation (--self-train, --align or --lambda-ent).
 
-scalars.json has the discriminator's accuracy: near 1 it knows the domains, near 0.5 it guesses.
+scalars.json has the accuracy of the discriminator. Near 1 it tells source from target; near 0.5 it
+cannot tell them apart.
 """
 
 import copy
@@ -43,33 +47,40 @@ from datasets import Split, UserError
 @dataclass(frozen=True)
 class Args(common.Args):
     translate: Literal["fda", "color", "none"] = "color"
-    """What source images get from a random photo: mean and covariance of RGB (color), the
-    amplitude of low frequencies (fda), or nothing."""
+    """How source images are translated. color: each takes over the mean and covariance of RGB of a
+    random photo. fda: it takes over the amplitude of the low frequencies. none: unchanged."""
     align: Literal["output", "entropy", "none"] = "none"
-    """What the discriminator compares: softmax maps (output, AdaptSegNet), weighted
-    self-information maps (entropy, ADVENT), or nothing."""
+    """Input of the discriminator. output: softmax maps p (AdaptSegNet). entropy: self-information
+    maps -p log p (ADVENT). none: there is no discriminator."""
     self_train: bool = True
-    """Learn the pseudo-labels of a teacher on photos with pasted source classes (DACS)."""
+    """DACS: a teacher predicts the pseudo-labels of photos, half of the classes of source images
+    are pasted into the photos, and the network learns from these mixed images."""
     statistics: Literal["mixture", "target"] = "mixture"
-    """Batch normalisation. Each domain is normalised by its own batch; the running statistics,
-    which the tested network uses, see both in turn (mixture). target: at the end they are measured
-    again on the photos (AdaBN)."""
+    """Running statistics of batch normalisation, which the tested network uses. mixture: averages
+    over all batches of training: source images, mixed images with --self-train, and photos with
+    --align or --lambda-ent. target: computed again at the end, from the photos alone (AdaBN)."""
     source_share: float = 0.5
     """Share of --steps on source images alone, at the start."""
     lambda_adv: float = 0.01
     """Weight of the adversarial loss. AdaptSegNet and ADVENT: 0.001, with SGD."""
     lambda_ent: float = 0.0
-    """Weight of the photos' entropy. ADVENT's MinEnt: 0.001, with --align none."""
+    """Weight of the entropy of predictions for photos. To get MinEnt (ADVENT): 0.001, --align none
+    and --no-self-train."""
     discriminator_lr: float = 1e-3
-    """Initial learning rate of the discriminator's Adam. The papers: 1e-4, for 250,000 steps."""
+    """Initial learning rate of the discriminator's Adam. It follows the schedule of --lr over all
+    steps, so it has already decayed when the discriminator starts. The papers: 1e-4, for 250,000
+    steps."""
     discriminator_width: int = 16
-    """Channels of its first convolution. The papers: 64, too slow beside the tiny network."""
+    """Channels after the discriminator's first convolution. The papers: 64, which is too slow for
+    the tiny network."""
     beta: float = 0.03
-    """FDA: frequencies below beta are exchanged, in cycles/px. The paper: 0.01, 0.05, 0.09."""
+    """FDA: the amplitudes of frequencies below beta, in cycles/px, are replaced by the photo's. The
+    paper: 0.01, 0.05, 0.09."""
     confidence_threshold: float = 0.9
-    """Pseudo-labels count by the share of pixels whose probability is above it. DACS: 0.968."""
+    """A pixel is confident if its largest probability is above this. Photo pixels are weighted by
+    the share of confident pixels in their image. DACS: 0.968."""
     ema: float = 0.99
-    """Decay of the teacher's weights at each step. DACS: 0.99; DAFormer: 0.999."""
+    """EMA decay of the teacher, an average of the networks so far. DACS: 0.99; DAFormer: 0.999."""
 
 
 # ---- Alignment ----------------------------------------------------------------------------------
@@ -88,7 +99,7 @@ class Discriminator(nn.Sequential):
 
 
 def self_information(logits: Tensor) -> Tensor:
-    """-p log p of each class and pixel (ADVENT, sec. 3.2). [B,C,H,W] -> [B,C,H,W].
+    """-p log p of each class and pixel (ADVENT, sec. 3.2). Logits [B,C,H,W] -> [B,C,H,W].
 
     Divided by log C, so that the sum over classes, the entropy (eq. 2), is in [0, 1].
     """
@@ -96,70 +107,78 @@ def self_information(logits: Tensor) -> Tensor:
     return -log_p.exp() * log_p / math.log(logits.shape[1])
 
 
-def compared(logits: Tensor, align: str) -> Tensor:
-    """What a discriminator sees of logits, see --align. [B,C,H,W] -> [B,C,H,W]."""
+def discriminator_input(logits: Tensor, align: str) -> Tensor:
+    """Maps of the kind that --align names. Logits [B,C,H,W] -> [B,C,H,W]."""
     return self_information(logits) if align == "entropy" else logits.softmax(dim=1)
 
 
 def bce_loss(scores: Tensor, is_source: bool) -> Tensor:
-    """Cross-entropy of scores with this domain as the truth. [B,1,h,w] -> scalar in nats."""
+    """Binary cross-entropy of scores that should all say source, or all say target.
+
+    [B,1,h,w] -> scalar in nats, the mean over scores. The papers sum over them.
+    """
     truth = torch.full_like(scores, float(is_source))
     return F.binary_cross_entropy_with_logits(scores, truth)
 
 
-def adversarial_loss(discriminator: nn.Module, target: Tensor, align: str) -> Tensor:
-    """Small where the discriminator takes photos for source images (AdaptSegNet, eq. 4).
+def adversarial_loss(discriminator: nn.Module, target_logits: Tensor, align: str) -> Tensor:
+    """Low if the discriminator takes predictions for photos for those of source images.
 
-    target: logits [B,C,H,W] -> scalar in nats.
+    It trains the segmentation network. Logits [B,C,H,W] -> scalar in nats.
     """
-    return bce_loss(discriminator(compared(target, align)), is_source=True)
+    scores = discriminator(discriminator_input(target_logits, align))  # [B,1,h,w]
+    return bce_loss(scores, is_source=True)  # AdaptSegNet, eq. 4, but a mean in place of the sum
 
 
 def discriminator_loss(
-    discriminator: nn.Module, source: Tensor, target: Tensor, align: str
+    discriminator: nn.Module, source_logits: Tensor, target_logits: Tensor, align: str
 ) -> tuple[Tensor, Tensor]:
-    """AdaptSegNet, eq. 2, and the discriminator's accuracy.
+    """Low if the discriminator tells source from target. It trains the discriminator.
 
-    source, target: logits [B,C,H,W] -> two scalars.
+    Logits [B,C,H,W] twice -> the loss, scalar in nats; the accuracy, scalar in [0, 1].
     """
-    # Detached: this loss trains the discriminator alone.
-    maps = compared(torch.cat([source, target]).detach(), align)  # [2B,C,H,W]
-    on_source, on_target = discriminator(maps).chunk(2)  # [B,1,h,w] each
-    loss = (bce_loss(on_source, is_source=True) + bce_loss(on_target, is_source=False)) / 2
-    return loss, torch.cat([on_source > 0, on_target <= 0]).float().mean()
+    # Detached: this loss must not train the segmentation network.
+    logits = torch.cat([source_logits, target_logits]).detach()  # [2B,C,H,W]
+    scores = discriminator(discriminator_input(logits, align))  # [2B,1,h,w]
+    source_scores, target_scores = scores.chunk(2)  # [B,1,h,w] each
+    # AdaptSegNet, eq. 2, but a mean in place of the sum.
+    loss = (bce_loss(source_scores, is_source=True) + bce_loss(target_scores, is_source=False)) / 2
+    return loss, torch.cat([source_scores > 0, target_scores <= 0]).float().mean()
 
 
 # ---- Self-training ------------------------------------------------------------------------------
 @torch.no_grad()
 def pseudo_labels(teacher: nn.Module, images: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
-    """The likeliest class of each pixel, and each image's share of pixels that are confident.
+    """The most probable class of each pixel, and the share of confident pixels in each image.
 
-    images [B,3,H,W] -> labels [B,H,W], shares [B].
+    images [B,3,H,W] -> labels [B,H,W], shares [B]. Confident: the probability is above threshold.
     """
     confidence, labels = teacher(images).softmax(dim=1).max(dim=1)  # [B,H,W] each
     return labels, (confidence > threshold).float().mean(dim=(1, 2))
 
 
 def class_mix_mask(labels: Tensor, num_classes: int, rng: torch.Generator) -> Tensor:
-    """The pixels of a random half of each image's classes (ClassMix, arXiv:2007.07936v2).
+    """A mask of the pixels of half of the classes, drawn anew for each image.
 
-    labels [B,H,W] -> bool [B,H,W]: (n + 1) // 2 of n classes are drawn, ignored pixels never are.
+    ClassMix, arXiv:2007.07936v2: of the n classes in an image, (n + 1) // 2 are drawn. Ignored
+    pixels are never in the mask. labels [B,H,W] -> bool [B,H,W].
     """
     present = [(labels == c).flatten(1).any(dim=1) for c in range(num_classes)]
-    present = torch.stack(present, dim=1)  # [B,C]
+    present = torch.stack(present, dim=1)  # [B,C] whether the image has the class
     numbers = common.to_device(common.draw(rng, len(labels), num_classes), labels.device)
+    # Classes in random order. Those that the image lacks have the number -1, so they come last.
     order = torch.where(present, numbers, -1.0).argsort(dim=1, descending=True)
-    rank = order.argsort(dim=1)  # random, the classes that are present first
+    rank = order.argsort(dim=1)  # [B,C] place of each class in this order
     drawn = present & (rank < (present.sum(dim=1, keepdim=True) + 1) // 2)  # [B,C]
-    drawn = F.pad(drawn, (0, 1))  # a class more, for ignored pixels
+    drawn = F.pad(drawn, (0, 1))  # [B,C+1]: ignored pixels are one more class, never drawn
     return drawn.gather(1, labels.clamp(max=num_classes).flatten(1)).view_as(labels)
 
 
 def mixed_loss(logits: Tensor, labels: Tensor, pasted: Tensor, shares: Tensor) -> Tensor:
-    """Cross-entropy of mixed images (DACS, eq. 3): source pixels weigh 1, photo pixels their share.
+    """Cross-entropy of mixed images (DACS, eq. 3), the mean over all pixels, in nats.
 
-    logits [B,C,H,W]; labels [B,H,W]; pasted, bool [B,H,W], from the source; shares [B] of confident
-    pixels -> scalar in nats, the mean over all pixels.
+    Pasted source pixels have weight 1. Photo pixels have the share of confident pixels in their
+    image as weight. logits [B,C,H,W], labels [B,H,W], pasted: bool [B,H,W], shares [B] -> scalar.
     """
     losses = F.cross_entropy(logits, labels, ignore_index=datasets.IGNORE, reduction="none")
     return (torch.where(pasted, 1.0, shares[:, None, None]) * losses).mean()
@@ -167,25 +186,31 @@ def mixed_loss(logits: Tensor, labels: Tensor, pasted: Tensor, shares: Tensor) -
 
 # ---- The method ---------------------------------------------------------------------------------
 def adapt_statistics(net: Network, photos: Split, batch_size: int, device: torch.device) -> None:
-    """AdaBN: running statistics are reset, then averaged over batches of all photos."""
+    """AdaBN: resets the running statistics, then averages them over batches of all photos."""
     batches = np.array_split(np.arange(len(photos)), max(1, len(photos) // batch_size))
     update_bn((common.to_tensor(photos.images[batch], device) for batch in batches), net)
 
 
 def check(args: Args) -> None:
-    """UserError for a flag without an effect, or out of range."""
-    on = {"--align": args.align != "none", "--self-train": args.self_train}
-    on["adaptation"] = any(on.values()) or args.lambda_ent > 0
-    on["--translate fda"] = args.translate == "fda"
+    """Raises UserError if a flag has no effect or is out of range."""
+    adaptation = "--align, --self-train or --lambda-ent"
+    enabled = {"--align": args.align != "none", "--self-train": args.self_train}
+    enabled[adaptation] = any(enabled.values()) or args.lambda_ent != 0
+    enabled["--translate fda"] = args.translate == "fda"
     needs = dict.fromkeys(("lambda_adv", "discriminator_lr", "discriminator_width"), "--align")
     needs |= {"confidence_threshold": "--self-train", "ema": "--self-train"}
-    needs |= {"beta": "--translate fda", "source_share": "adaptation"}
-    for name, switch in needs.items():
-        if not on[switch] and getattr(args, name) != getattr(Args, name):
-            raise UserError(f"--{name.replace('_', '-')}: has no effect without {switch}")
+    needs |= {"beta": "--translate fda", "source_share": adaptation}
+    for name, flag in needs.items():
+        if not enabled[flag] and getattr(args, name) != getattr(Args, name):
+            raise UserError(f"--{name.replace('_', '-')}: has no effect without {flag}")
     for name in ("source_share", "confidence_threshold", "ema"):
         if not 0 <= getattr(args, name) <= 1:
             raise UserError(f"--{name.replace('_', '-')}: expected a number from 0 to 1")
+    for name in ("lambda_adv", "lambda_ent", "beta"):
+        if not getattr(args, name) >= 0:  # nor NaN
+            raise UserError(f"--{name.replace('_', '-')}: expected a number from 0")
+    if args.source_share == 1:
+        raise UserError("--source-share 1: leaves no step for adaptation")
 
 
 def run(args: Args) -> Result:
@@ -197,8 +222,9 @@ def run(args: Args) -> Result:
     source, photos = datasets.load(args, "source"), datasets.load(args, "target_unlabelled")
     adapts = args.align != "none" or args.self_train or args.lambda_ent > 0
     source_steps = round(args.steps * args.source_share) if adapts else args.steps
-    first = source_steps if args.checkpoint and adapts else 0  # updates that are left out
-    steps, source_steps = args.steps - first, source_steps - first
+    # The network of a checkpoint has been trained on the source already.
+    skipped_steps = source_steps if args.checkpoint and adapts else 0
+    steps, source_steps = args.steps - skipped_steps, source_steps - skipped_steps
     train(run, net, source, photos, steps, source_steps)
     if args.statistics == "target":
         adapt_statistics(net, photos, args.batch_size, run.device)
@@ -211,19 +237,20 @@ def run(args: Args) -> Result:
 def train(
     run: Run, net: Network, source: Split, photos: Split, steps: int, source_steps: int
 ) -> None:
-    """Supervised on source images; after `source_steps` updates photos join."""
+    """Trains `net` in place for `steps` updates, from number `source_steps` + 1 on with photos."""
     args, seed = run.args, run.args.seed
-    transfers = {"color": common.color_transfer}
-    transfers["fda"] = partial(common.fourier_transfer, beta=args.beta)
     translate = common.identity
-    if args.translate != "none":
-        translate = common.photo_style(photos, transfers[args.translate])
+    if args.translate == "color":
+        translate = common.photo_style(photos, common.color_transfer)
+    elif args.translate == "fda":
+        transfer = partial(common.fourier_transfer, beta=args.beta)
+        translate = common.photo_style(photos, transfer)
     source_loader = Loader(source, args.batch_size, run.device, seed, "source")
     target_loader = Loader(photos, args.batch_size, run.device, seed, "target")
     torch.manual_seed(common.seed_of(seed, "discriminator"))
     discriminator = Discriminator(len(run.classes), args.discriminator_width)
     discriminator.to(run.device, memory_format=torch.channels_last)
-    # In training mode, as in DACS: it normalises photos by the statistics of their batch.
+    # The teacher is in training mode, as in DACS: it normalises photos by their batch's statistics.
     teacher = copy.deepcopy(net).requires_grad_(False).train()
     model, model_d = common.parallel(net), common.parallel(discriminator)
     optimizer = common.make_optimizer(net, args.lr)
@@ -231,6 +258,8 @@ def train(
     state = {"net": net, "optimizer": optimizer, "teacher": teacher}
     state |= {"discriminator": discriminator, "optimizer_d": optimizer_d}
     net.train()
+    # The stage's name also seeds the batches and the augmentation. It is "source", as in the source
+    # training of all methods, so that all see the same source images in the same order.
     for step in run.steps("source", steps, **state):
         rng = common.generator(seed, "source", step)
         lr = common.learning_rate(args.lr, step, steps)
@@ -239,49 +268,57 @@ def train(
         x, y = source_loader(step)  # [B,3,H,W], [B,H,W]
         x, y = common.crop_flip(translate(x, rng), y, rng)
         with run.autocast():
-            on_source = model(x, aux=True)  # [B,C,H,W] of every head
-            loss = total = common.segmentation_loss(on_source, y)
+            source_outputs = model(x, aux=True)  # [B,C,H,W] of each head, the main head first
+            loss = total = common.segmentation_loss(source_outputs, y)
         scalars = {}
         if step > source_steps:
             x_target, _ = target_loader(step)  # [B,3,H,W]
             x_target, _ = common.crop_flip(x_target, None, rng)
 
-        # Step 1: alignment. The discriminator is fixed, and trains the network.
+        # Step 1: alignment. The discriminator is frozen, its loss trains the network.
         if step > source_steps and (args.align != "none" or args.lambda_ent > 0):
+            with run.autocast():
+                target_logits = model(x_target)  # [B,C,H,W]
+                # ADVENT, eq. 3, but a mean over pixels in place of the sum.
+                entropy = self_information(target_logits).sum(dim=1).mean()
+                total = total + args.lambda_ent * entropy
+            scalars["entropy"] = entropy
+        if step > source_steps and args.align != "none":
             discriminator.requires_grad_(False)
             with run.autocast():
-                on_target = model(x_target)  # [B,C,H,W]
-                entropy = self_information(on_target).sum(dim=1).mean()  # ADVENT, eq. 3
-                loss_adv = adversarial_loss(discriminator, on_target, args.align)
-                weight = args.lambda_adv if args.align != "none" else 0.0
-                total = total + weight * loss_adv + args.lambda_ent * entropy
-            scalars |= {"adversarial_loss": loss_adv, "entropy": entropy}
+                loss_adv = adversarial_loss(discriminator, target_logits, args.align)
+                total = total + args.lambda_adv * loss_adv
+            scalars["adversarial_loss"] = loss_adv
 
-        # Step 2: self-training. Half of the source's classes are pasted into the photos.
+        # Step 2: self-training. Half of the classes of each source image are pasted into a photo.
         if step > source_steps and args.self_train:
             with run.autocast():
                 y_target, shares = pseudo_labels(teacher, x_target, args.confidence_threshold)
             pasted = class_mix_mask(y, len(run.classes), rng)  # [B,H,W]
-            x_mixed = torch.where(pasted[:, None], x, x_target)
+            x_mixed = torch.where(pasted[:, None], x, x_target)  # [B,3,H,W]
+            y_mixed = torch.where(pasted, y, y_target)  # [B,H,W]
+            # Only changes of colour and blur, so the labels stay right.
             x_mixed = common.random_augmentation(x_mixed, rng)
             with run.autocast():
-                on_mixed = model(x_mixed)  # [B,C,H,W]
-                loss_mixed = mixed_loss(on_mixed, torch.where(pasted, y, y_target), pasted, shares)
+                loss_mixed = mixed_loss(model(x_mixed), y_mixed, pasted, shares)
                 total = total + loss_mixed
             scalars |= {"mixed_loss": loss_mixed, "confident": shares.mean()}
 
-        # Step 3: the segmentation network and its teacher, at first the mean of all students.
+        # Step 3: the segmentation network, then its teacher
         optimizer.zero_grad()
         total.backward()
         optimizer.step()
         if args.self_train:
+            # In the first steps the teacher is the plain mean of all networks so far.
             common.update_ema(teacher, net, min(args.ema, 1 - 1 / (step + 1)))
 
         # Step 4: the discriminator
         if step > source_steps and args.align != "none":
             discriminator.requires_grad_(True)
             with run.autocast():
-                loss_d, accuracy = discriminator_loss(model_d, on_source[0], on_target, args.align)
+                loss_d, accuracy = discriminator_loss(
+                    model_d, source_outputs[0], target_logits, args.align
+                )
             optimizer_d.zero_grad()
             loss_d.backward()
             optimizer_d.step()
@@ -293,7 +330,7 @@ def train(
 
 
 def draw_adaptation(run: Run, net: Network, photos: Split) -> None:
-    """figures/adaptation.png: predictions of photos and their entropy (black 0, white log C)."""
+    """figures/adaptation.png: predictions for photos, and their entropy (0 black, log C white)."""
     images = photos.images[datasets.spaced(len(photos), 4)]  # uint8 [4,H,W,3]
     logits = common.predict(net.eval(), images, run.device)  # [4,C,H,W]
     entropy = (255 * self_information(logits).sum(dim=1)).byte()  # [4,H,W]

@@ -81,7 +81,9 @@ def test_losses_are_those_of_the_paper_and_reach_only_their_network(align: str):
     """-log D(target) and -(log D(source) + log(1 - D(target))) / 2, D the sigmoid of a score."""
     discriminator = da.Discriminator(4, 4).requires_grad_(False)
     source, target = torch.randn(2, 2, 4, 32, 64, requires_grad=True)
-    d_source, d_target = (discriminator(da.compared(x, align)).sigmoid() for x in (source, target))
+    d_source, d_target = (
+        discriminator(da.discriminator_input(x, align)).sigmoid() for x in (source, target)
+    )
 
     loss = da.adversarial_loss(discriminator, target, align)
     torch.testing.assert_close(loss, -d_target.log().mean())
@@ -196,6 +198,18 @@ def test_the_weight_of_the_discriminator_reaches_the_network(args: common.Args):
 
 
 @pytest.mark.usefixtures("no_figures")
+def test_minimal_entropy_needs_no_discriminator(args: common.Args, monkeypatch: pytest.MonkeyPatch):
+    """MinEnt trains the network, logs the entropy, and never runs the discriminator."""
+    monkeypatch.setattr(da.Discriminator, "forward", lambda *_: pytest.fail("it ran"))
+    da.run(make(args, "off", self_train=False))
+    da.run(make(args, "on", self_train=False, lambda_ent=1.0))
+    assert not equal(weights("off"), weights("on"))
+    lines = common.read_scalars(Path("on"))
+    assert any("entropy" in line for line in lines)
+    assert not any("adversarial_loss" in line for line in lines)
+
+
+@pytest.mark.usefixtures("no_figures")
 def test_no_label_of_a_photo_is_used(args: common.Args, mini: Path):
     shutil.copytree(mini, "data2")
     for path in Path("data2").glob("kitti/training/semantic/*"):
@@ -218,7 +232,15 @@ def test_init_replaces_the_first_updates(args: common.Args):
     [
         ({"lambda_adv": 0.1}, "--lambda-adv: has no effect without --align"),
         ({"beta": 0.1}, "--beta: has no effect without --translate fda"),
+        (
+            {"self_train": False, "source_share": 0.2},
+            "--source-share: has no effect without --align, --self-train or --lambda-ent",
+        ),
         ({"confidence_threshold": 1.1}, "--confidence-threshold: expected"),
+        ({"align": "output", "lambda_adv": -0.1}, "--lambda-adv: expected a number from 0"),
+        ({"lambda_ent": -0.1, "self_train": False}, "--lambda-ent: expected a number from 0"),
+        ({"translate": "fda", "beta": -0.1}, "--beta: expected a number from 0"),
+        ({"source_share": 1.0}, "--source-share 1: leaves no step for adaptation"),
     ],
 )
 def test_flags_that_cannot_be_meant(args: common.Args, changes: dict, message: str):
