@@ -1,38 +1,42 @@
 """Fine-tunes a segmentation network on a reward: the IoU or the object recall of its label maps.
 
-For the IoU of single images the exact gradient of the expected reward IS the gradient of the
-soft-Jaccard loss (measured cosine 1.0000), and both end at the same mIoU. Sampling is meant for
-rewards that have no such exact surrogate. One is the recall of whole objects, the share of the
-connected regions of one class of which at least half is right: a step function of many pixels. A
-cross-entropy weighted by object reached the same recall in a first trial (docs/ablations.md).
-
 "Tuning computer vision models with task rewards" (arXiv:2302.08242v1). The network is trained on
 the source, then fine-tuned on the labelled target photos with the reward and with cross-entropy
-(the anchor). Controls have a loss in place of the reward (soft_jaccard, class_weighted_ce), or
-nothing (cross_entropy: this is the row few_label); everything else is the same:
+(the anchor). For the IoU of single images the exact gradient of the reward is, to measured cosine
+1.0000, the gradient of a soft-Jaccard loss (1 - IoU of expected counts). This is measured, not
+proven. Both end at the same mIoU, so sampling is meant for rewards that have no such loss.
+
+Object recall is one. An object is a connected region of one class. It is found if at least half of
+its pixels are right. Recall is the share of objects that are found. But in a first trial a loss
+reached the same recall: cross-entropy weighted by object (docs/ablations.md).
+
+Controls replace the reward by a loss (soft_jaccard, class_weighted_ce) or leave it out
+(cross_entropy, which is the row few_label of the results table). All else stays the same.
 
     python reward_opt.py                                 (16 labelled photos; the reward is the IoU)
 
     python reward_opt.py --objective object_recall       (REINFORCE: more objects, less mIoU)
 
-    python reward_opt.py --objective class_weighted_ce
+    python reward_opt.py --objective class_weighted_ce   (a control)
 
-Each takes two minutes on one CPU core. The first reaches 58 mIoU on the miniature. All report
-test_iou and test_object_recall in scalars.json, and those of each test photo in rewards/.
+Each takes two minutes on one CPU core. The first reaches 58 mIoU on the miniature. Each measures
+both rewards on the test photos: their means are in scalars.json (test_iou, test_object_recall), the
+values of each photo in rewards/.
 
-IoU: label maps are drawn pixel by pixel. The estimator asks for each pixel what the reward would be
-if this pixel alone had another label, and takes the exact expectation over the label of this pixel.
-The IoU changes by an amount that depends only on the old label, the true class and the new label.
-So a table of C x C x C numbers holds the answer for all pixels of an image.
+IoU: the label of each pixel is drawn independently. For one drawn map, the estimator asks for each
+pixel what the reward would be if this pixel alone had another label, and takes the exact
+expectation over this label. The IoU changes by an amount that depends only on the old label, the
+true class and the new label. So a table of C x C x C numbers is enough for all pixels of an image.
 
-Object recall: label maps are drawn cell by cell, and a cell of a few pixels has one class, so that
-whole objects come and go. REINFORCE with a leave-one-out baseline (algorithm 2 of the paper)
-gives the same reward to all cells of an image, which is very noisy. But the recall of an object
-depends only on the cells that it touches. So each cell is rewarded for these objects alone: the
-estimate has the same mean and a far smaller variance.
+Object recall: one label is drawn for each cell, a square of a few pixels, so that a whole object is
+found in one draw and lost in another. REINFORCE with a leave-one-out baseline (algorithm 2 of the
+paper) gives the same reward to all cells of an image, which is very noisy. But whether an object is
+found depends only on the cells that it touches. So each cell is rewarded for these objects alone:
+the estimate has the same mean and a far smaller variance.
 """
 
 import copy
+import math
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal, NamedTuple
@@ -53,36 +57,39 @@ Objective = Literal["iou", "object_recall", "soft_jaccard", "class_weighted_ce",
 @dataclass(frozen=True)
 class Args(common.Args):
     objective: Objective = "iou"
-    """What is optimised with the anchor. Rewards: iou, object_recall. Controls: soft_jaccard (1 -
-    the IoU of the expected counts), class_weighted_ce, cross_entropy (the anchor alone)."""
+    """What is optimised together with the anchor. Rewards: iou, object_recall. Controls:
+    soft_jaccard (1 - IoU of expected counts), class_weighted_ce, cross_entropy (anchor alone)."""
     weight: float = 5.0
-    """Weight of the objective. With 5 the gradient of a reward, a number in [0, 1], is about as
-    large as that of the cross-entropy."""
+    """Weight of the objective. With 5 the gradient of a reward is about as large as the gradient of
+    the cross-entropy."""
     anchor: float = 1.0
-    """Weight of the plain cross-entropy. The paper: 0, the reward alone."""
+    """Weight of the anchor, the plain cross-entropy. The paper: 0, the reward alone."""
     reward_share: float = 0.5
-    """Share of --steps with the objective, at the end."""
+    """Share of --steps for fine-tuning with the objective, at the end."""
     epochs: int = 400
-    """Most passes over the labelled photos in that stage; what they leave is source training."""
+    """Maximum number of passes over the labelled photos. The remaining steps are used for source
+    training."""
     reward_lr: float = 0.5
-    """Initial learning rate of that stage, as a multiple of --lr."""
+    """Initial learning rate of fine-tuning, as a multiple of --lr."""
     smooth: float = 0.01
-    """Of the weights of class_weighted_ce."""
+    """For class_weighted_ce: the larger, the more equal are the weights of the classes."""
     samples: int = 8
-    """K, label maps drawn of each image for object_recall. The paper: 2."""
+    """For object_recall: number of label maps drawn for each image (K). The paper: 2."""
     cell: int | None = None
-    """Side of a cell in pixels. Default: the largest power of 2 up to a sixteenth of the height."""
+    """For object_recall: side of a cell in pixels. Default: the largest power of 2 that is at most
+    a sixteenth of the height and divides height and width."""
     smallest: float = 0.0005
-    """Smaller regions are no objects. A share of the image's pixels."""
+    """Size of the smallest object, as a share of the image. Smaller regions are not counted."""
     credit: Literal["object", "image"] = "object"
     """What a cell is rewarded for: the objects that it touches, or, as in the paper, the image."""
 
 
 # ---- The IoU and its gradient -------------------------------------------------------------------
 def counts(labels: Tensor, truth: Tensor, num_classes: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Pixels of each class that are right, predicted, true; ignored ones count in none of them.
+    """The number of pixels of each class: predicted and true, predicted, true.
 
-    labels, truth [B,H,W] -> [B,C] each, in float64 since a pixel changes a reward by about 1 / HW.
+    Ignored pixels are not counted. labels, truth [B,H,W] -> [B,C] each, float64 since one pixel
+    changes a reward by only about 1 / HW.
     """
     confusion = common.confusion_matrices(labels, truth, num_classes).double()  # [B,C,C]
     right = confusion.diagonal(dim1=1, dim2=2)
@@ -90,56 +97,57 @@ def counts(labels: Tensor, truth: Tensor, num_classes: int) -> tuple[Tensor, Ten
 
 
 def mean_iou(right: Tensor, predicted: Tensor, true: Tensor) -> Tensor:
-    """Mean of the IoU over the classes that the truth has; 0 where it has none."""
+    """Mean IoU over the classes in the truth; 0 if there is none. Counts [...,C] -> [...]."""
     present = true > 0
-    union = (predicted + true - right).clamp(min=1)
+    union = (predicted + true - right).clamp(min=1)  # no 0 / 0 for a class that is not present
     return (present * right / union).sum(dim=-1) / present.sum(dim=-1).clamp(min=1)
 
 
 def sample(p: Tensor, rng: torch.Generator) -> Tensor:
-    """Labels that are drawn independently from their probabilities. [B,H,W,C] -> [B,H,W]."""
+    """Draws the label of each pixel independently. Probabilities [B,H,W,C] -> [B,H,W]."""
     u = common.to_device(common.draw(rng, *p.shape[:3], 1), p.device)
-    labels = (p.detach().cumsum(dim=3) < u).sum(dim=3)  # inverse of the distribution function
-    return labels.clamp(max=p.shape[3] - 1)  # where rounding lets the sum end below 1
+    labels = (p.detach().cumsum(dim=3) < u).sum(dim=3)  # inverse CDF sampling
+    return labels.clamp(max=p.shape[3] - 1)  # rounding can make the last sum less than u
 
 
 def gain_table(right: Tensor, predicted: Tensor, true: Tensor) -> Tensor:
-    """What the mean IoU gains if one pixel of true class t gets the label k instead of a.
+    """The gain of the mean IoU if one pixel of true class t changes its label from a to k.
 
-    right, predicted, true: counts [B,C] of the present map -> [B,a,t,k]. Entries of pairs (a, t)
-    that no pixel has are never used.
+    right, predicted, true: counts [B,C] of a drawn map -> gains [B,a,t,k]. If the map has no pixel
+    with label a and true class t, the entry is meaningless; no pixel looks it up.
     """
-    one_hot = torch.eye(right.shape[1], dtype=right.dtype, device=right.device)
-    a, k, same = one_hot[:, None], one_hot[None], one_hot.bool()  # a and k: [a,k,C]
+    one_hot = torch.eye(right.shape[1], dtype=right.dtype, device=right.device)  # [C,C]
+    a, k, same = one_hot[:, None], one_hot[None], one_hot.bool()  # [a,1,C], [1,k,C], [C,C]
     before = mean_iou(right, predicted, true)  # [B]
     right, predicted, true = (n[:, None, None] for n in (right, predicted, true))  # [B,1,1,C]
-    predicted = predicted - a + k
-    lost = mean_iou(right - a + a * k, predicted, true)  # [B,a,k] if t is a: right before
-    won = mean_iou(right + k - a * k, predicted, true)  # [B,a,k] if t is k: right afterwards
-    neither = mean_iou(right, predicted, true)  # [B,a,k]
-    after = torch.where(same, won[:, :, None], neither[:, :, None])  # [B,a,t,k]
-    after = torch.where(same[:, :, None], lost[:, :, None], after)
+    predicted = predicted - a + k  # [B,a,k,C]
+    # a * k is one pixel if a = k, else 0: then the label does not change.
+    if_a = mean_iou(right - a + a * k, predicted, true)  # [B,a,k] for t = a: was right before
+    if_k = mean_iou(right + k - a * k, predicted, true)  # [B,a,k] for t = k: is right afterwards
+    neither = mean_iou(right, predicted, true)  # [B,a,k] for all other t
+    after = torch.where(same, if_k[:, :, None], neither[:, :, None])  # [B,a,t,k]
+    after = torch.where(same[:, :, None], if_a[:, :, None], after)
     return after - before[:, None, None, None]
 
 
 def counterfactual(p: Tensor, labels: Tensor, truth: Tensor) -> Tensor:
-    """Sum over pixels of the expected gain of the mean IoU if only this pixel were drawn again.
+    """For each pixel the expected gain of the mean IoU if this pixel alone is drawn again.
 
-    p [B,H,W,C], labels drawn from it [B,H,W] -> [B], whose gradient is the estimate. It is
-    unbiased: grad E[R] = E[sum over pixels and k of grad p(k) R(labels, with k at this pixel)].
-    R(labels) is subtracted from each R, which changes nothing since sum_k grad p(k) = 0.
+    p [B,H,W,C], labels drawn from it [B,H,W] -> [B], the sum over pixels. Its gradient is an
+    unbiased estimate: grad E[R] = E[sum over pixels and k of grad p(k) R(labels, with k at this
+    pixel)]. The gain is this R minus R(labels), which changes nothing as sum_k grad p(k) = 0.
     """
     gains = gain_table(*counts(labels, truth, p.shape[3]))  # [B,a,t,k]
     valid = truth != IGNORE
     image = torch.arange(len(p), device=p.device).view(-1, 1, 1)
-    # The row (a, t) of the table for each pixel. Labels are drawn, so it has no gradient.
+    # Each pixel looks up the gains of its label a and true class t. They have no gradient.
     gain = gains.to(p.dtype)[image, labels, truth.where(valid, 0)]  # [B,H,W,k]
     gain = gain * valid[..., None]
     return (p * gain).sum(dim=(1, 2, 3))
 
 
 def iou_objective(logits: Tensor, truth: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-    """-> scalar with the gradient of minus the expected IoU; mean IoU of the drawn maps."""
+    """-> surrogate loss, whose gradient estimates that of -E[mean IoU]; mean IoU of the maps."""
     p = logits.permute(0, 2, 3, 1).softmax(dim=3)  # [B,H,W,C]
     labels = sample(p, rng)  # [B,H,W]
     rewards = mean_iou(*counts(labels, truth, p.shape[3]))
@@ -150,16 +158,17 @@ def iou_objective(logits: Tensor, truth: Tensor, rng: torch.Generator) -> tuple[
 class Objects(NamedTuple):
     """The M objects of a batch of label maps, and their P pieces: an object's part in one cell."""
 
-    image: Tensor  # [M] index of the object's image
-    label: Tensor  # [M] its class
-    size: Tensor  # [M] its pixels
-    owner: Tensor  # [P] index of the piece's object
-    cell: Tensor  # [P] index of its cell among the B*h*w cells of the batch
-    pixels: Tensor  # [P] its pixels
+    image: Tensor  # [M] index of the image that has the object
+    label: Tensor  # [M] class of the object
+    size: Tensor  # [M] number of pixels of the object
+    owner: Tensor  # [P] index of the object that has the piece
+    cell: Tensor  # [P] index of the piece's cell among the B*h*w cells of the batch
+    pixels: Tensor  # [P] number of pixels of the piece
 
 
 def regions(labels: Tensor) -> Tensor:
-    """Connected regions of one label: each pixel gets its region's largest index. [B,H,W]."""
+    """4-connected regions of one label: each pixel gets its region's id, the largest pixel index
+    in the region. [B,H,W] -> [B,H,W]."""
     index, before = torch.arange(labels.numel(), device=labels.device).view_as(labels), None
     while before is None or not torch.equal(index, before):
         before = index.clone()
@@ -168,62 +177,65 @@ def regions(labels: Tensor) -> Tensor:
             here, there = index.narrow(dim, side, n), index.narrow(dim, 1 - side, n)
             same = labels.narrow(dim, 0, n) == labels.narrow(dim, 1, n)
             here.copy_(torch.maximum(here, there).where(same, here))
-        index = index.flatten()[index]  # the index of a region's pixel leads to a larger one
+        index = index.flatten()[index]  # pointer jumping: the id of the pixel that the id names
     return index
 
 
 def find_objects(truth: Tensor, cell: int, smallest: float) -> Objects:
-    """The connected regions of one class, of at least that share of an image. truth [B,H,W]."""
+    """Regions of at least the share `smallest` of an image. truth [B,H,W]; cell divides H and W."""
     n, (height, width) = truth.numel(), truth.shape[1:]
     root = regions(truth)  # [B,H,W]
     size = torch.bincount(root.flatten(), minlength=n)
     valid = (truth != IGNORE) & (size[root] >= smallest * height * width)
     roots, owner = torch.unique(root[valid], return_inverse=True)  # [M], [valid pixels]
-    batch, y, x = valid.nonzero(as_tuple=True)
-    cells = (batch * (height // cell) + y // cell) * (width // cell) + x // cell
-    pieces, pixels = torch.unique(owner * n + cells, return_counts=True)
+    batch, row, column = valid.nonzero(as_tuple=True)  # [valid pixels] each
+    cells = (batch * (height // cell) + row // cell) * (width // cell) + column // cell
+    # A piece is a pair (object, cell), written as one number. Every cell index is below n.
+    pieces, pixels = torch.unique(owner * n + cells, return_counts=True)  # [P] each
     image, label = roots // (height * width), truth.flatten()[roots]
     return Objects(image, label, size[roots], pieces // n, pieces % n, pixels)
 
 
 def object_recall(labels: Tensor, objects: Objects) -> tuple[Tensor, Tensor]:
-    """The share of each image's objects of which at least half is right; 0 without any object.
+    """The share of each image's objects that are found; 0 for an image without objects.
 
-    labels [K,B,h,w] -> what each object adds to it, float64 [K,M]; the object recall [K,B].
+    labels [K,B,h,w] of cells -> what each object adds to the recall, float64 [K,M]; recall [K,B].
     """
     right = labels.flatten(1)[:, objects.cell] == objects.label[objects.owner]  # [K,P]
-    pixels = labels.new_zeros(len(labels), len(objects.size))  # [K,M] that are right
+    pixels = labels.new_zeros(len(labels), len(objects.size))  # [K,M] right pixels of each object
     pixels.index_add_(1, objects.owner, right * objects.pixels)
-    number = torch.bincount(objects.image)[objects.image]  # [M] objects of the same image
-    shares = (2 * pixels >= objects.size).double() / number
+    number = torch.bincount(objects.image)[objects.image]  # [M] objects in the same image
+    shares = (2 * pixels >= objects.size).double() / number  # [K,M]
     recall = shares.new_zeros(labels.shape[:2]).index_add_(1, objects.image, shares)
     return shares, recall
 
 
-def reinforce(log_p: Tensor, y: Tensor, objects: Objects, credit: str) -> tuple[Tensor, Tensor]:
+def reinforce(log_p: Tensor, maps: Tensor, objects: Objects, credit: str) -> tuple[Tensor, Tensor]:
     """-> [B], whose gradient is the estimate; the object recall of each sample [K,B].
 
-    log_p [B,h,w,C], labels y drawn from it [K,B,h,w]. The paper learns from one of the K samples.
-    Here each is used, with the others as its baseline.
+    log_p [B,h,w,C], maps drawn from it [K,B,h,w]. The paper learns from one of the K samples. Here
+    each of them is used, and compared with the mean of the others.
     """
-    shares, rewards = object_recall(y, objects)  # [K,M], [K,B]
+    shares, rewards = object_recall(maps, objects)  # [K,M], [K,B]
     # Algorithm 2: each sample's reward minus the mean reward of the other samples.
     reward = rewards if credit == "image" else shares
-    advantage = reward - (reward.sum(dim=0) - reward) / (len(y) - 1)
+    advantage = reward - (reward.sum(dim=0) - reward) / (len(maps) - 1)
     if credit == "image":
         advantage = advantage[:, :, None, None]  # [K,B,1,1]
-    else:
-        cells = shares.new_zeros(y.flatten(1).shape)  # [K,B*h*w]
-        advantage = cells.index_add_(1, objects.cell, advantage[:, objects.owner]).view_as(y)
-    log_p = torch.stack([log_p.gather(3, labels[..., None])[..., 0] for labels in y])  # [K,B,h,w]
+    else:  # a cell gets the sum over the objects that it touches
+        cells = shares.new_zeros(maps.flatten(1).shape)  # [K,B*h*w]
+        advantage = cells.index_add_(1, objects.cell, advantage[:, objects.owner]).view_as(maps)
+    log_p = torch.stack([log_p.gather(3, drawn[..., None])[..., 0] for drawn in maps])  # [K,B,h,w]
     return (advantage.to(log_p.dtype) * log_p).sum(dim=(2, 3)).mean(dim=0), rewards
 
 
 def object_objective(
     logits: Tensor, truth: Tensor, args: Args, rng: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """-> scalar with the gradient of minus the expected object recall; that of the drawn maps."""
-    cell = args.cell or 1 << (logits.shape[2] // 16).bit_length() - 1
+    """-> surrogate loss, whose gradient estimates that of -E[object recall]; recall of the maps."""
+    height, width = logits.shape[2:]
+    largest = 2 ** int(math.log2(max(1, height // 16)))
+    cell = args.cell or math.gcd(largest, height, width)
     log_p = F.avg_pool2d(logits, cell).permute(0, 2, 3, 1).log_softmax(dim=3)  # [B,h,w,C]
     labels = torch.stack([sample(log_p.exp(), rng) for _ in range(args.samples)])  # [K,B,h,w]
     objects = find_objects(truth, cell, args.smallest)
@@ -233,7 +245,7 @@ def object_objective(
 
 # ---- Losses, the controls -----------------------------------------------------------------------
 def soft_jaccard(logits: Tensor, truth: Tensor) -> Tensor:
-    """1 - the IoU of the expected counts, mean over images. [B,C,H,W], [B,H,W] -> scalar."""
+    """1 - IoU of expected counts, the mean over images. [B,C,H,W], [B,H,W] -> scalar."""
     p, valid = logits.permute(0, 2, 3, 1).softmax(dim=3), (truth != IGNORE)[..., None]
     one_hot = F.one_hot(truth.where(truth != IGNORE, 0), p.shape[3]) * valid  # [B,H,W,C]
     right, predicted = (p * one_hot).sum(dim=(1, 2)), (p * valid).sum(dim=(1, 2))  # [B,C]
@@ -241,9 +253,10 @@ def soft_jaccard(logits: Tensor, truth: Tensor) -> Tensor:
 
 
 def class_weighted_ce(logits: Tensor, truth: Tensor, pixels: Tensor, smooth: float) -> Tensor:
-    """Cross-entropy in nats, the mean over pixels with the weight of their true class:
-    1 / (n_c + smooth * sum n), scaled to a mean of 1. pixels: n, of the training set, [C]."""
+    """Cross-entropy in nats, a weighted mean over pixels. A pixel of true class c has the weight
+    1 / (n_c + smooth * sum n). pixels: n, the pixels of each class in the training set, [C]."""
     weights = 1 / (pixels + smooth * pixels.sum())
+    # The mean of the weights is cancelled by `total`. It only keeps `total` far above the clamp.
     weights = (weights / weights.mean()).to(logits.dtype)
     total = common.mean_over_processes(weights[truth[truth != IGNORE]].sum())
     loss = F.cross_entropy(logits, truth, weights, ignore_index=IGNORE, reduction="sum")
@@ -253,7 +266,7 @@ def class_weighted_ce(logits: Tensor, truth: Tensor, pixels: Tensor, smooth: flo
 # ---- The method ---------------------------------------------------------------------------------
 @torch.no_grad()
 def report_rewards(run: Run, net: Network, step: int) -> None:
-    """Both rewards of the likeliest map of every test photo; for the report, not for training."""
+    """Both rewards of each test photo's argmax map; for the report, not for training."""
     training, size, rewards = net.training, run.args.size, {"iou": [], "object_recall": []}
     net.eval()
     for i, (image, label) in enumerate(run.test.test_files):
@@ -262,9 +275,12 @@ def report_rewards(run: Run, net: Network, step: int) -> None:
         labels = common.predict(net, run.test.images[i : i + 1], run.device).argmax(dim=1)
         rewards["iou"].append(mean_iou(*counts(labels, truth, len(run.classes))).item())
         objects = find_objects(truth, 1, run.args.smallest)
-        rewards["object_recall"].append(object_recall(labels[None], objects)[1].item())
+        recall = object_recall(labels[None], objects)[1].item()
+        # null in the file, and left out of the mean, where a photo has no object
+        rewards["object_recall"].append(recall if len(objects.size) else None)
     net.train(training)
-    run.write({f"test_{name}": float(np.mean(value)) for name, value in rewards.items()}, step)
+    values = {name: [v for v in values if v is not None] for name, values in rewards.items()}
+    run.write({f"test_{name}": float(np.mean(v)) for name, v in values.items() if v}, step)
     if common.rank() == 0:
         datasets.write_json(run.out / f"rewards/{step}.json", rewards)
 
@@ -275,8 +291,14 @@ def run(args: Args) -> Result:
     for name, objective in {**needs, "smooth": "class_weighted_ce"}.items():
         if getattr(args, name) != getattr(Args, name) and args.objective != objective:
             raise UserError(f"--{name}: has no effect without --objective {objective}")
-    if args.samples < 2 or args.smooth <= 0 or not 0 < args.reward_share <= 1:
-        raise UserError("expected --samples from 2, --smooth above 0, --reward-share in (0, 1]")
+    if args.objective == "cross_entropy" and args.weight != Args.weight:
+        raise UserError("--weight: has no effect with --objective cross_entropy")
+    if args.samples < 2:
+        raise UserError(f"--samples {args.samples}: expected at least 2")
+    if not args.smooth > 0:
+        raise UserError(f"--smooth {args.smooth}: expected a number above 0")
+    if not 0 < args.reward_share <= 1:
+        raise UserError(f"--reward-share {args.reward_share}: expected above 0 and at most 1")
     if args.cell is not None and (args.cell < 1 or common.STRIDE % args.cell):
         raise UserError(f"--cell {args.cell}: expected a divisor of {common.STRIDE}")
     run = Run(args, "reward_opt", stages=1 if args.checkpoint else 2)
@@ -291,12 +313,12 @@ def run(args: Args) -> Result:
     if not args.checkpoint:
         common.train(run, net, datasets.load(args, "source"), source_steps, "source")
 
-    # Part 3: the reward, or a loss in its place; the rest is as in the row few_label
-    start = copy.deepcopy(net)
+    # Part 3: fine-tuning with the objective; all else is as in the row few_label
+    start = copy.deepcopy(net)  # the network before fine-tuning, for the figure
     loader = Loader(photos, args.batch_size, run.device, args.seed, "few")
     model, optimizer = common.parallel(net), common.make_optimizer(net, args.lr)
     pixels = torch.tensor(photos.labels.ravel(), device=run.device)
-    pixels = pixels.bincount(minlength=256)[: len(run.classes)]  # [C]
+    pixels = pixels.bincount(minlength=256)[: len(run.classes)]  # [C], for class_weighted_ce
     net.train()
     for step in run.steps("few", few_steps, net=net, optimizer=optimizer):
         if step == 1:
@@ -328,6 +350,7 @@ def run(args: Args) -> Result:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        # The loss of a reward is a surrogate: its gradient counts, its value does not.
         run.log(step, loss=loss, lr=lr, **scalars)
         if common.is_quarter(step, few_steps):
             run.evaluate(net, step)
@@ -341,8 +364,8 @@ def run(args: Args) -> Result:
 
 # ---- Figure -------------------------------------------------------------------------------------
 def draw_gradient(run: Run, start: Network, split: Split) -> None:
-    """figures/gradient.png: estimates of both rewards' gradients by the logit of each pixel's true
-    class. In the titles: variance over the squared length of the mean of 64 estimates."""
+    """figures/gradient.png: an estimate of each reward's gradient by the logit of the true class.
+    Titles: the summed variance of 64 estimates, divided by the squared length of their mean."""
     truth = torch.from_numpy(split.labels[:1].astype(np.int64)).to(run.device)  # [1,H,W]
     logits = common.predict(start, split.images[:1], run.device).clone().requires_grad_()
     recall = partial(object_objective, logits, truth)
@@ -358,9 +381,11 @@ def draw_gradient(run: Run, start: Network, split: Split) -> None:
         rng = common.generator("gradient.png", title)
         losses = (objective(rng=rng)[0] for _ in range(64))
         gradients = -torch.cat([torch.autograd.grad(loss, logits)[0] for loss in losses])
-        if title != "credit image":  # its mean is that of the axis before, but known less exactly
+        # Both credits have the same expected gradient. The mean of the first is the more exact one.
+        if title != "credit image":
             square = gradients.mean(dim=0).square().sum()
-        gradient = gradients[0].gather(0, truth.where(truth != IGNORE, 0))[0].cpu()  # [H,W]
+        valid = truth != IGNORE  # [1,H,W]; ignored pixels are shown as 0
+        gradient = (gradients[0].gather(0, truth.where(valid, 0)) * valid)[0].cpu()  # [H,W]
         limit = 3 * gradient.std().item()
         axis.imshow(gradient.numpy(), cmap="RdBu", vmin=-limit, vmax=limit)
         axis.set_title(f"{title}: {gradients.var(dim=0).sum() / square:.2g}", fontsize=8)

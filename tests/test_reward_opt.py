@@ -5,12 +5,14 @@ import json
 from pathlib import Path
 from typing import get_args
 
+import numpy as np
 import pytest
 import torch
 from conftest import like, whole_and_cut
 
 import baseline
 import common
+import datasets
 import reward_opt as ro
 from datasets import IGNORE, UserError
 
@@ -176,6 +178,27 @@ def test_credit_by_object_is_less_noisy(args: common.Args):
     assert noise["object"].sum() < noise["image"].sum() / 3
 
 
+@pytest.mark.parametrize(
+    ("size", "cell"),
+    [
+        ((32, 64), 2),
+        ((64, 128), 4),
+        ((96, 32), 4),
+        ((8, 16), 1),
+        ((1056, 32), 32),
+        ((1024, 64), 64),
+    ],
+)
+def test_the_default_cell_divides_the_size(args: common.Args, monkeypatch, size, cell: int):
+    """The largest power of 2 up to a sixteenth of the height, smaller where it does not divide."""
+    find, cells = ro.find_objects, []
+    monkeypatch.setattr(ro, "find_objects", lambda *a: (cells.append(a[1]), find(*a))[1])
+    logits, truth = torch.zeros(1, 3, *size), torch.zeros(1, *size, dtype=torch.int64)
+    settings = make(args, "run", samples=2)
+    ro.object_objective(logits, truth, settings, common.generator("test"))
+    assert cells == [cell]
+
+
 # ---- Losses -------------------------------------------------------------------------------------
 def test_class_weighted_cross_entropy_by_hand():
     """Weights 1 / (6 + 4), 1 / (4 + 4), 1 / (30 + 4), 1 / (0 + 4) for counts 6, 4, 30, 0."""
@@ -193,11 +216,13 @@ def test_class_weighted_cross_entropy_by_hand():
 @pytest.mark.parametrize("objective", get_args(ro.Objective))
 def test_without_its_weight_every_objective_is_few_label(args: common.Args, objective: str):
     """The same batches, augmentation and schedule, so the difference is the objective alone."""
-    ro.run(make(args, "zero", weight=0.0, objective=objective))
+    control = objective == "cross_entropy"  # it has no weight
+    zero = {} if control else {"weight": 0.0}
+    ro.run(make(args, "zero", objective=objective, **zero))
     baseline.run(like(args, baseline.Args, row="few_label", out=Path("plain")))
     torch.testing.assert_close(weights("zero"), weights("plain"), rtol=0, atol=1e-6)
     ro.run(make(args, "one", objective=objective))
-    assert torch.equal(weights("zero"), weights("one")) == (objective == "cross_entropy")
+    assert torch.equal(weights("zero"), weights("one")) == control
 
 
 def test_the_row_says_what_it_used(args: common.Args):
@@ -212,6 +237,23 @@ def test_the_row_says_what_it_used(args: common.Args):
 
 
 @pytest.mark.usefixtures("no_figures")
+def test_photos_without_objects_are_left_out_of_the_mean_recall(args: common.Args):
+    """Regions count from the size of the largest one of all photos, so most photos have none."""
+    test = datasets.load(common.resolve(make(args, "run"), "reward_opt"), "target_test")
+    truths = [datasets.read_label(label, test.dataset) for _, label in test.test_files]
+    truths = [datasets.resize_label(truth, args.size).astype(np.int64) for truth in truths]
+    sizes = [ro.find_objects(torch.from_numpy(truth)[None], 1, 0).size.max() for truth in truths]
+    ro.run(make(args, "run", smallest=int(max(sizes)) / (32 * 64)))
+    recalls = json.loads(Path("run/rewards/3.json").read_text())["object_recall"]
+    kept = [value for value in recalls if value is not None]
+    assert 0 < len(kept) < len(recalls)
+    lines = [line for line in common.read_scalars(Path("run")) if "test_object_recall" in line]
+    assert lines[-1]["test_object_recall"] == pytest.approx(sum(kept) / len(kept))
+    ro.run(make(args, "none", smallest=1.0))
+    assert not any("test_object_recall" in line for line in common.read_scalars(Path("none")))
+
+
+@pytest.mark.usefixtures("no_figures")
 def test_a_run_that_is_cut_off_ends_with_the_same_weights(args, monkeypatch):
     long = make(args, "whole", steps=8, objective="object_recall")
     whole_and_cut(monkeypatch, ro.run, long, ("source", "few"), at=3)
@@ -222,7 +264,13 @@ def test_a_run_that_is_cut_off_ends_with_the_same_weights(args, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"objective": "object_recall", "samples": 1}, "--samples from 2"),
+        ({"objective": "object_recall", "samples": 1}, "--samples 1: expected at least 2"),
+        (
+            {"objective": "class_weighted_ce", "smooth": 0.0},
+            "--smooth 0.0: expected a number above",
+        ),
+        ({"reward_share": 0.0}, "--reward-share 0.0: expected above 0"),
+        ({"objective": "cross_entropy", "weight": 1.0}, "--weight: has no effect with"),
         ({"objective": "object_recall", "cell": 3}, "--cell 3: expected a divisor of 32"),
         ({"objective": "soft_jaccard", "samples": 2}, "--samples: has no effect"),
     ],
