@@ -1,6 +1,6 @@
 """Runs every method on the same splits of VKITTI to KITTI and GTA5 to Cityscapes; prints the table.
 
-    python benchmark.py                                  (35 minutes on two CPU cores)
+    python benchmark.py --jobs 2                         (40 minutes on two CPU cores)
 
     python benchmark.py --seeds 0 1 2                    (mean and standard deviation over seeds)
 
