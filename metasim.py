@@ -1,4 +1,4 @@
-"""Learns what synthetic scenes should look like: attributes whose renderings match target photos.
+"""Learns attributes of synthetic scenes so that the rendered images look like the target photos.
 
 Meta-Sim (arXiv:1904.11621v1). A probabilistic grammar draws scene graphs. A graph network, the
 distribution transformer, rewrites their attributes. A differentiable renderer turns them into
@@ -7,7 +7,7 @@ these images and of unlabelled photos. Each scene is a labelled source image wit
 light, weather and surfaces, and with objects that are cut out of other source images. The
 segmentation network trains on scenes that are rendered anew for every update.
 
-    python metasim.py                                            (attributes by MMD, no label used)
+    python metasim.py                                           (attributes by MMD, no target label)
 
     python metasim.py --task-reward                              (REINFORCE on 16 labelled photos)
 
@@ -43,12 +43,12 @@ class Args(common.Args):
     attributes: Literal["learned", "prior"] = "learned"
     """Attributes of the scenes: rewritten by the transformer, or as the grammar draws them."""
     task_reward: bool = False
-    """After the MMD, REINFORCE on the mIoU on the labelled photos."""
+    """After the updates by MMD, also REINFORCE. Its reward is the mIoU on the labelled photos."""
     scenes: int | None = None
-    """Scenes that are written to set/ after training, for --init of another method; 0 writes none.
+    """Scenes to save in set/ after training, for --init of another method; 0: none.
     Default: 5 times --steps, at most 2,000."""
     objects: int = 1
-    """Largest number of objects that are added to a source image; it is uniform from 0 to this."""
+    """Most objects to add to a source image. Their number is drawn uniformly from 0 to this."""
     cut_outs: int = 600
     """Objects to cut out of the source images, in equal parts of all classes."""
     feature_steps: int | None = None
@@ -58,8 +58,8 @@ class Args(common.Args):
     match_lr: float = 2e-3
     """Learning rate of these updates. The paper's code: 1e-3."""
     match_batch: int | None = None
-    """Scenes in an update by MMD. Default: 32; above 256x512 px 8, since a scene of 512x1024 px
-    needs 0.5 GB. The paper's code: 50."""
+    """Scenes in an update by MMD. Default: 32, or 8 for scenes of more than 256x512 px, since
+    each of 512x1024 px needs 0.5 GB. The paper's code: 50."""
     match_photos: int = 128
     """Photos in an update by MMD. The paper's code: 200."""
     lambda_content: float = 1.0
@@ -76,7 +76,7 @@ class Args(common.Args):
     """Updates of the task network for each reward. Before each it is copied from the network of
     the features. Default: 1/16 of --steps."""
     reward_sigma: float = 0.2
-    """Standard deviation of the attributes in REINFORCE, in units of each attribute's scale. The
+    """Standard deviation of the noise of REINFORCE, in units of each attribute's scale. The
     paper's code: 0.02."""
     reward_lr: float = 1e-3
     """Learning rate of REINFORCE."""
@@ -178,8 +178,11 @@ MAX_READ = 2000  # source images that are searched for objects
 
 
 def horizons(labels: np.ndarray, names: Sequence[str]) -> Tensor:
-    """The row at which a quarter of the columns have reached the ground, at least a quarter of the
-    height away from the edges. [B,H,W] train ids -> [B] in half heights, -1 at the top."""
+    """The horizon of each image: the first row by which a quarter of the columns have reached the
+    ground, at least a quarter of the height away from the edges.
+
+    [B,H,W] train ids -> [B] in half heights, -1 at the top.
+    """
     ground = np.isin(labels, [c for c, name in enumerate(names) if name in GROUND])
     reached = np.logical_or.accumulate(ground, axis=1).mean(axis=2)  # [B,H]
     return 2 * torch.from_numpy(reached < 0.25).float().mean(dim=1).clamp(0.25, 0.75) - 1
@@ -255,7 +258,7 @@ def retone(images: Tensor, target: Tensor) -> Tensor:
 
 
 class RoadScenes:
-    """Road scenes over the source images, of which a batch reads only its own."""
+    """Road scenes made from the source images. A batch reads only the images that it needs."""
 
     def __init__(self, split: Split, args: Args, device: torch.device) -> None:
         self.split, self.device, self.size = split, device, args.size
@@ -298,7 +301,7 @@ class RoadScenes:
         """Images and label maps of scene graphs, differentiable in their mutable attributes.
 
         graphs on the CPU, values [B,V,M] on the device -> images [B,3,H,W] in [0,1], labels int64
-        [B,H,W]. The label of a pixel is that of the layer with the greatest share of its colour.
+        [B,H,W]. Each pixel has the label of the layer that contributes most to its colour.
         """
         (height, width), v = self.size, self.grammar.read(values)
         source = graphs.picture[:, 0].numpy()
@@ -315,7 +318,7 @@ class RoadScenes:
         image = F.grid_sample(image, grid, padding_mode="border", align_corners=False)
         labels = (common.to_device(labels, self.device)[:, None] + 1.0).to(values)
         labels = F.grid_sample(labels, grid, mode="nearest", align_corners=False)[:, 0].long()
-        labels = labels.where(labels > 0, IGNORE + 1) - 1  # 0 beyond the edge of the source image
+        labels = labels.where(labels > 0, IGNORE + 1) - 1  # 0: beyond the edge
 
         # Step 2: its surfaces get other colours, and more or less texture
         masks = F.pad(self.surfaces, (0, IGNORE + 1 - len(self.names)))[:, labels]  # [4,B,H,W]
@@ -376,8 +379,8 @@ class RoadScenes:
 
 # ---- Distribution transformer -------------------------------------------------------------------
 class GraphLayer(nn.Module):
-    """A graph convolution, [B,V,D] -> [B,V,O]. Messages from a node to itself, from the root to its
-    children and from the children to the root have weights and a gate each."""
+    """A graph convolution, [B,V,D] -> [B,V,O]. Each of three kinds of messages (from a node to
+    itself, from the root to its children, from the children to the root) has weights and a gate."""
 
     def __init__(self, i: int, o: int) -> None:
         super().__init__()
@@ -468,7 +471,7 @@ def scene_features(net: Network, images: Tensor) -> list[Tensor]:
     y = body.up4(torch.cat([common.upsample(y, x4.shape[2:]), x4], dim=1))
     share = body.head(y).softmax(dim=1)  # [B,C,H/4,W/4] of the classes
 
-    # Step 2: content. A class that is hardly there counts as having the colour of the whole image.
+    # Step 2: content. The colour of a class with few pixels is pulled towards the image's.
     layout = F.adaptive_avg_pool2d(share, (8, 4)).flatten(1)
     colours = F.avg_pool2d(images, 4).flatten(2)  # [B,3,HW/16]
     share = share.flatten(2) + 0.01
@@ -492,9 +495,9 @@ def scene_features(net: Network, images: Tensor) -> list[Tensor]:
 
 class Features:
     """Groups of features, scaled so that the median distance of a scene and a photo is 1 in each.
-    groups: images [B,C,H,W] -> one [B,D] a group; scenes, photos: batches of images. min_std, one a
-    group: the deviation of a feature counts as at least this share of the root mean square of its
-    group's."""
+    groups(images [B,C,H,W]) -> a list of [B,D], one for each group. scenes, photos: batches of
+    images. min_std, one for each group: the lower limit of a feature's standard deviation, as a
+    share of the root mean square of the standard deviations in its group."""
 
     @torch.no_grad()
     def __init__(self, groups: Callable, scenes: Any, photos: Any, min_std: Sequence) -> None:
@@ -511,8 +514,8 @@ class Features:
             self.photos.append((y - mean) / std)
 
     def mmd(self, images: Tensor, chosen: Tensor | slice) -> Tensor:
-        """Squared MMD between images, under torchrun those of all processes together, and the
-        chosen photos, one a group -> [groups]."""
+        """Squared MMD between images and the chosen photos. -> [groups]. Under torchrun the images
+        of all processes are put together."""
         groups = [(x - m) / s for x, (m, s) in zip(self.groups(images), self.scaling, strict=True)]
         if common.world_size() > 1:
             groups = [torch.cat(all_gather(x)) for x in groups]
@@ -594,8 +597,8 @@ def learn_attributes(run: Run, args: Args, roads: RoadScenes, photos: Split) -> 
         run.log(step, mmd_loss=weights @ mmd, mmd_content=mmd[3:].sum(), change=change, lr=lr)
 
     # Stage 3: REINFORCE. The reward of a set of scenes is the mIoU on the labelled photos, as a
-    # share, of a copy of `net` that is trained on the set. The paper adds noise to each attribute
-    # of each scene, which hardly changes the mean of a set. Here the scenes of a set share it.
+    # share, of a copy of `net` that is trained on the set. The paper draws new noise for each
+    # scene, which averages out over a set. Here all scenes of a set get the same noise.
     if not args.task_reward:
         return transformer
     few = datasets.load(args, "target_few")
@@ -636,8 +639,9 @@ def run(args: Args) -> Result:
     if args.task_reward and not learned:
         raise UserError("--task-reward: has no effect with --attributes prior")
     for name in ("match_batch", "match_photos", "reward_samples"):
-        if (getattr(args, name) or 2) < 2:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 2")
+        value = getattr(args, name)
+        if value is not None and value < 2:
+            raise UserError(f"--{name.replace('_', '-')} {value}: at least 2")
     run = Run(args, "metasim", stages=1 + 2 * learned + args.task_reward)
     if run.result:
         return run.result
@@ -808,7 +812,7 @@ def run_digits(args: DigitsArgs) -> None:
     images, truth = render_graphs(test, None, draw)
     draw = world.sample(1000, common.generator(seed, "scenes"))
     prior, _ = render_graphs(world, None, draw)
-    # Pixels near the edge hardly vary over the prior's scenes, but must not count for more.
+    # min_std: pixels near the edge hardly vary in the prior's scenes, but must not count for more.
     features = Features(blurred_pixels, [prior[:256]], [photos], min_std=(1, 1, 1, 1))
 
     # Step 2: the transformer with the lowest MMD of several
