@@ -325,13 +325,15 @@ def interval(method: np.ndarray, baseline: np.ndarray, draws: int = 2000) -> tup
     return float(estimate), float(low), float(high)
 
 
-def interval_of(folders: dict[Key, Path], *methods: list[Result]) -> tuple[float, ...] | None:
+def interval_of(
+    folders: dict[Key, Path], method: list[Result], baseline: list[Result]
+) -> tuple[float, ...] | None:
     """`interval` of a method over another, from the seeds that both have.
 
     None without such seeds or their run folders, or where these are not of the same test photos.
     """
     confusions = []
-    for rows in methods:
+    for rows in (method, baseline):
         paths = {r.seed: folders[key_of(r)] / "confusion.npy" for r in rows if key_of(r) in folders}
         confusions.append({seed: np.load(path) for seed, path in paths.items()})
     seeds = sorted(set.intersection(*map(set, confusions)))
@@ -377,8 +379,8 @@ def method_table(methods: Methods, folders: dict[Key, Path], labelled: bool) -> 
             text = "{:+.1f} [{:.1f}, {:.1f}]".format(*difference) if difference else ""
             cells[f"over {name}"] = text
         if rows:
-            gap = (mious.get(method, math.nan) - low) / (high - low) if high > low else math.nan
-            gap = "" if math.isnan(gap) else f"{gap:.0%}"
+            known = method in mious and high > low
+            gap = f"{(mious[method] - low) / (high - low):.0%}" if known else ""
             cells |= {"gap closed": gap, "updates": "/".join({f"{r.steps:,}": 0 for r in rows})}
             cells["other updates"] = "; ".join(dict.fromkeys(r.other_updates for r in rows))
             cells["seconds"] = f"{mean(r.seconds for r in rows):,.0f}"
@@ -480,11 +482,10 @@ def write_tables(results: list[Result], folders: dict[Key, Path], out: Path) -> 
 def draw_sheets(rows: list[Row], results: dict[Key, Result], args: Args) -> None:
     """figures/BENCHMARK.png: test photos, ground truth, and the first seed's predictions."""
     for benchmark in args.benchmarks:
-        networks = {}
+        networks, classes = {}, datasets.get_benchmark(benchmark, args.data).source.classes
         shared = common.resolve(shared_args(args, benchmark=benchmark, device="cpu"), "sheets")
         for row in rows:
             if row.key[::2] == (benchmark, args.seeds[0]) and not results[row.key].error:
-                classes = datasets.get_benchmark(benchmark, args.data).source.classes
                 net = common.Network(shared.net, len(classes))
                 common.load_weights(net, row.args.out / "checkpoint.pt")
                 networks[row.key[1].replace("+", "+\n")] = net

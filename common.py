@@ -509,9 +509,7 @@ def resolve(args: Any, method: str) -> Any:
     source = datasets.get_benchmark(args.benchmark, args.data).source
     datasets.files_of.cache_clear()
     pairs, unlabelled = datasets.files_of(source, datasets.dataset_root(args.data, source), "train")
-    with datasets.open_image(
-        [*[image for image, _ in pairs], *unlabelled][0], decode=False
-    ) as image:
+    with datasets.open_image(pairs[0][0] if pairs else unlabelled[0], decode=False) as image:
         small = image.width < 512
     defaults = {"net": "bisenet", **PRESETS["miniature" if small else args.benchmark]}
     defaults["pretrained"] = not small and args.net != "tiny"
@@ -872,9 +870,11 @@ BACKBONE_LR = 0.1  # of a backbone with ImageNet weights, as a multiple of --lr
 def make_optimizer(net: Network, lr: float) -> torch.optim.AdamW:
     """AdamW; a backbone with ImageNet weights learns at BACKBONE_LR times the rate of the rest."""
     backbone = list(net.body.backbone.parameters()) if net.pretrained else []
-    others = [p for p in net.parameters() if p not in set(backbone)]
-    groups = [{"params": others, "scale": 1.0}, {"params": backbone, "scale": BACKBONE_LR}]
-    return torch.optim.AdamW(groups[: 1 + net.pretrained], lr=lr, weight_decay=0.01, fused=True)
+    others = set(net.parameters()) - set(backbone)
+    groups = [{"params": [p for p in net.parameters() if p in others], "scale": 1.0}]
+    if backbone:
+        groups.append({"params": backbone, "scale": BACKBONE_LR})
+    return torch.optim.AdamW(groups, lr=lr, weight_decay=0.01, fused=True)
 
 
 def learning_rate(initial: float, step: int, total: int) -> float:
