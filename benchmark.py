@@ -24,12 +24,11 @@ import signal
 import subprocess
 import sys
 import time
-import typing
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -44,7 +43,7 @@ import datasets
 from common import Result
 from datasets import BENCHMARKS, UserError
 
-BASELINES = typing.get_args(baseline.Row)
+BASELINES = get_args(baseline.Row)
 METHODS = ("datarater", "metasim", "reward_opt", "adversarial_da", "diffusion_bridge")
 SET_METHODS = ("datarater", "metasim", "diffusion_bridge")  # these write a training set
 LABELLED = ("few_label", "oracle", "datarater", "reward_opt")  # these need labelled target photos
@@ -54,8 +53,7 @@ LABELLED = ("few_label", "oracle", "datarater", "reward_opt")  # these need labe
 @dataclass(frozen=True)
 class Args(common.SharedArgs):
     benchmarks: tuple[Literal["vkitti2kitti", "gta52cityscapes", "own"], ...] = tuple(BENCHMARKS)
-    """Benchmarks to run. own: your own data, see baseline.py --help. Without target labels, name
-    the --methods that need none."""
+    """Benchmarks to run. own: your own data, see baseline.py --help."""
     methods: tuple[str, ...] = (*BASELINES, *METHODS)
     """Rows of the table. reward_opt@600 is reward_opt with 600 updates."""
     combine: tuple[str, ...] = ()
@@ -97,6 +95,11 @@ class Row(NamedTuple):
 
 def key_of(result: Result) -> Key:
     return result.benchmark, result.method, result.seed
+
+
+def needs_labels(method: str) -> bool:
+    """Whether a method, or a part of a combination, needs labelled target photos."""
+    return any(part in LABELLED for part in re.split(r"[+@]", method))
 
 
 def shared_args(args: Args, **own: Any) -> common.Args:
@@ -287,9 +290,8 @@ def collected_results(roots: tuple[Path, ...]) -> tuple[dict[Key, Result], dict[
         if parent and not parent.error:
             result = combined(result, parent)
         elif before:
-            result = Result(
-                *key, "failed", f"the run of {before}, from which it starts, is missing"
-            )
+            error = f"the run of {before}, from which it starts, is missing"
+            result = Result(*key, "failed", error)
         results[key], folders[key] = result, folder
     if not folders:
         raise UserError(f"--collect {' '.join(map(str, roots))}: no finished run folder")
@@ -348,14 +350,6 @@ Methods = dict[str, list[Result]]  # results of a benchmark by method, one for e
 Cells = list[dict[str, str]]  # the rows of a table: cells by column
 
 
-def methods_of(results: list[Result], benchmark: str) -> Methods:
-    methods: Methods = {}
-    for result in results:
-        if result.benchmark == benchmark:
-            methods.setdefault(result.method, []).append(result)
-    return methods
-
-
 def method_table(methods: Methods, folders: dict[Key, Path], labelled: bool) -> Cells:
     """The rows with or without target labels: mIoU, difference from their baselines, cost."""
     finished = {name: [r for r in rows if not r.error] for name, rows in methods.items()}
@@ -364,7 +358,7 @@ def method_table(methods: Methods, folders: dict[Key, Path], labelled: bool) -> 
     low, high = (mious.get(name, math.nan) for name in ("source_only", "oracle"))
     table = []
     for method, rows in finished.items():
-        if any(part in LABELLED for part in re.split(r"[+@]", method)) != labelled:
+        if needs_labels(method) != labelled:
             continue
         text = [f"{mious[method]:.1f}"] if method in mious else []
         if len(scored[method]) > 1:
@@ -457,19 +451,21 @@ def write_tables(results: list[Result], folders: dict[Key, Path], out: Path) -> 
     """Prints the tables, and writes them as results.md."""
     tables = {}
     for name in dict.fromkeys(r.benchmark for r in results):
-        methods = methods_of(results, name)
-        tables[f"{name}, no target labels"] = method_table(methods, folders, labelled=False)
-        tables[f"{name}, with target labels"] = method_table(methods, folders, labelled=True)
-        for title in list(tables)[-2:]:
-            if tables[title]:
-                show(title, tables[title])
-        tables[f"{name}, IoU in percent"] = class_table(methods)
+        methods: Methods = {}
+        for result in results:
+            if result.benchmark == name:
+                methods.setdefault(result.method, []).append(result)
+        for kind, labelled in (("no target labels", False), ("with target labels", True)):
+            table = method_table(methods, folders, labelled)
+            if table:
+                show(f"{name}, {kind}", table)
+                tables[f"{name}, {kind}"] = table
+        if classes := class_table(methods):
+            tables[f"{name}, IoU in percent"] = classes
     below = notes(results, folders)
     Console().print("\n".join(below), highlight=False, markup=False)
     text = []
     for title, table in tables.items():
-        if not table:
-            continue
         names = list(dict.fromkeys(itertools.chain(*table)))
         rows = [[row.get(name, "").replace("|", "\\|") for name in names] for row in table]
         rows = [names, ["---", *["---:"] * (len(names) - 1)], *rows]
@@ -482,14 +478,13 @@ def write_tables(results: list[Result], folders: dict[Key, Path], out: Path) -> 
 def draw_sheets(rows: list[Row], results: dict[Key, Result], args: Args) -> None:
     """figures/BENCHMARK.png: test photos, ground truth, and the first seed's predictions."""
     for benchmark in args.benchmarks:
-        networks, classes = {}, datasets.get_benchmark(benchmark, args.data).source.classes
-        shared = common.resolve(shared_args(args, benchmark=benchmark, device="cpu"), "sheets")
+        networks = {}
         for row in rows:
             if row.key[::2] == (benchmark, args.seeds[0]) and not results[row.key].error:
-                net = common.Network(shared.net, len(classes))
-                common.load_weights(net, row.args.out / "checkpoint.pt")
+                net, _ = common.read_network(row.args.out / "checkpoint.pt")
                 networks[row.key[1].replace("+", "+\n")] = net
         if networks:
+            shared = common.resolve(shared_args(args, benchmark=benchmark, device="cpu"), "sheets")
             test, path = datasets.load(shared, "target_test"), args.out / f"figures/{benchmark}.png"
             common.draw_predictions(path, test, networks)
 
@@ -580,6 +575,11 @@ def main(args: Args) -> None:
             shared = common.resolve(shared, "benchmark")
             for role in ("source", "target_unlabelled", "target_test"):
                 datasets.load(shared, role)  # so that no row is charged with the cache
+            target = datasets.get_benchmark(benchmark, args.data).target
+            root = datasets.dataset_root(args.data, target)
+            if not datasets.files_of(target, root, "train")[0]:
+                datasets.note(f"{root}: no labels, so rows that need some are left out")
+                rows = [r for r in rows if r.key[0] != benchmark or not needs_labels(r.key[1])]
         run_rows(rows, args, results)
         folders = {key: args.out / key[0] / key[1] / f"seed{key[2]}" for key in results}
         for key, folder in list(folders.items()):  # another run may have taken its place

@@ -554,21 +554,24 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return checkpoint
 
 
-def read_network(path: Path) -> dict[str, Any]:
-    """A run's checkpoint.pt; UserError where the file holds no segmentation network."""
+def read_network(path: Path) -> tuple[Network, dict[str, Any]]:
+    """The segmentation network of a run's checkpoint.pt, on the CPU, and all that the file holds;
+    UserError where it holds no such network."""
     checkpoint = read_checkpoint(path)
     if "net" not in checkpoint:
         raise UserError(f"{path}: holds no segmentation network")
-    return checkpoint
+    net = Network(checkpoint["network"], len(checkpoint["classes"]))
+    net.load_state_dict(checkpoint["net"])
+    return net, checkpoint
 
 
 def load_weights(net: Network, path: Path) -> None:
-    """The segmentation network of a checkpoint into `net`; UserError where it is another."""
-    checkpoint = read_network(path)
-    kind = f"{checkpoint['network']} of {len(checkpoint['classes'])} classes"
-    if kind != f"{net.name} of {net.num_classes} classes":
-        raise UserError(f"{path}: holds {kind}, expected {net.name} of {net.num_classes}")
-    net.load_state_dict(checkpoint["net"])
+    """The weights of a run's checkpoint.pt into `net`; UserError where it is another network."""
+    other, _ = read_network(path)
+    kinds = [f"{n.name} of {n.num_classes}" for n in (other, net)]
+    if kinds[0] != kinds[1]:
+        raise UserError(f"{path}: holds {kinds[0]} classes, expected {kinds[1]}")
+    net.load_state_dict(other.state_dict())
 
 
 @dataclass
@@ -640,11 +643,6 @@ def peak_memory_mb(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 2**20
     unit = 1 if sys.platform == "darwin" else 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
-
-
-def read_scalars(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a run folder's scalars.json."""
-    return [json.loads(line) for line in (folder / "scalars.json").read_text().splitlines()]
 
 
 # ---- Run folder ---------------------------------------------------------------------------------

@@ -509,7 +509,7 @@ def run(args: Args) -> Result:
 # ---- Figures ------------------------------------------------------------------------------------
 def draw_kinds(run: Run, kinds: list[str]) -> None:
     """figures/augmentation_scores.png: the mean score of each kind of candidate."""
-    lines = [line for line in common.read_scalars(run.out) if "outer_loss" in line]
+    lines = [line for line in run.lines if "outer_loss" in line]
     figure = common.new_figure(6, 3.5)
     axis, steps = figure.subplots(), [line["step"] for line in lines]
     for kind in kinds:

@@ -39,11 +39,10 @@ class Args:
 
 
 def run(args: Args) -> None:
-    checkpoint = common.read_network(args.checkpoint)
+    net, checkpoint = common.read_network(args.checkpoint)
     device = torch.device(common.join_processes(args.device))
     classes, size, own = checkpoint["classes"], checkpoint["size"], checkpoint["benchmark"] == "own"
-    net = common.Network(checkpoint["network"], len(classes)).to(device).eval()
-    net.load_state_dict(checkpoint["net"])
+    net.to(device).eval()
     ids = {name: i if own else CITYSCAPES_IDS[name] for i, name in enumerate(classes)}
     photos, others = datasets.find_images(args.photos, "**/*")
     outputs = {Path(name).with_suffix(".png"): name for name in sorted(photos.values())}

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -64,6 +65,11 @@ def like(args: common.Args, kind: type, **changes: Any) -> Any:
     """A method's Args with the shared fields of `args`."""
     shared = {f.name: getattr(args, f.name) for f in dataclasses.fields(common.Args)}
     return kind(**{**shared, **changes})
+
+
+def read_scalars(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run folder's scalars.json."""
+    return [json.loads(line) for line in (folder / "scalars.json").read_text().splitlines()]
 
 
 @pytest.fixture

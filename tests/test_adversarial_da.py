@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import like, whole_and_cut
+from conftest import like, read_scalars, whole_and_cut
 from PIL import Image
 
 import adversarial_da as da
@@ -164,7 +164,7 @@ def test_all_stages_together(args: common.Args):
     result = da.run(make(args, "run", steps=12, statistics="target", **ALL_STAGES))
     assert (result.steps, result.target_labels) == (12, 0)
     assert result.other_updates == "6 discriminator updates"
-    assert any("discriminator_accuracy" in line for line in common.read_scalars(Path("run")))
+    assert any("discriminator_accuracy" in line for line in read_scalars(Path("run")))
     assert Path("run/figures/adaptation.png").stat().st_size > 10_000
 
 
@@ -204,7 +204,7 @@ def test_minimal_entropy_needs_no_discriminator(args: common.Args, monkeypatch: 
     da.run(make(args, "off", self_train=False))
     da.run(make(args, "on", self_train=False, lambda_ent=1.0))
     assert not equal(weights("off"), weights("on"))
-    lines = common.read_scalars(Path("on"))
+    lines = read_scalars(Path("on"))
     assert any("entropy" in line for line in lines)
     assert not any("adversarial_loss" in line for line in lines)
 

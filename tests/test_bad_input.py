@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, environment, interrupted, like
+from conftest import ROOT, environment, interrupted, like, read_scalars
 from PIL import Image
 
 import baseline
@@ -282,7 +282,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(args: common.Args):
     with pytest.raises(UserError, match="loss is nan at step 20; try a lower learning rate"):
         for step in one.steps("train", 40):
             one.log(step, loss=torch.tensor(float("nan") if step > 16 else 1.0), lr=0.1)
-    assert [line["step"] for line in common.read_scalars(Path("run"))] == [10]
+    assert [line["step"] for line in read_scalars(Path("run"))] == [10]
 
 
 # ---- Scripts ------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import interrupted, like
+from conftest import interrupted, like, read_scalars
 from PIL import Image
 from torch import Tensor
 
@@ -293,7 +293,7 @@ def test_row_continues_where_it_was_cut_off(args: common.Args, no_figures, monke
     assert cut.other_updates == "4 U-Net updates, 4 of the reader"
     for name in ("set/images.npy", "set/labels.npy"):
         np.testing.assert_array_equal(*(np.load(f"{run}/{name}") for run in ("whole", "cut")))
-    steps = [[line["step"] for line in common.read_scalars(Path(o))] for o in ("whole", "cut")]
+    steps = [[line["step"] for line in read_scalars(Path(o))] for o in ("whole", "cut")]
     old, new = (common.read_checkpoint(Path(o, "bridge.pt"))["bridge"] for o in ("whole", "cut"))
     assert steps[0] == steps[1]
     torch.testing.assert_close(new, old, rtol=0, atol=0, equal_nan=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, environment, like, whole_and_cut
+from conftest import ROOT, environment, like, read_scalars, whole_and_cut
 
 import common
 import datasets
@@ -403,7 +403,7 @@ def test_a_run_writes_its_scenes_and_pictures(args: common.Args):
         assert Path(f"run/figures/{name}.png").stat().st_size > 10_000
     scenes = datasets.load_set(Path("run/set"), datasets.VKITTI2, (32, 64))
     assert len(scenes) == 12 and set(np.unique(scenes.labels)) <= {*range(10), IGNORE}
-    names = set().union(*common.read_scalars(Path("run")))
+    names = set().union(*read_scalars(Path("run")))
     assert {"features_loss", "mmd_loss", "mmd_content", "change", "reward", "loss"} <= names
 
 
@@ -456,7 +456,7 @@ def test_a_single_photo_is_refused(args: common.Args, monkeypatch: pytest.Monkey
 def test_a_white_image_does_no_harm(args: common.Args, monkeypatch: pytest.MonkeyPatch, role: str):
     changed_data(monkeypatch, role, lambda images: np.concatenate([images[:1] | 255, images[1:]]))
     metasim.run(made(args, "run", match_batch=16, match_photos=16))
-    losses = [line["mmd_loss"] for line in common.read_scalars(Path("run")) if "mmd_loss" in line]
+    losses = [line["mmd_loss"] for line in read_scalars(Path("run")) if "mmd_loss" in line]
     assert losses and np.isfinite(losses).all()
     assert all(weight.isfinite().all() for weight in weights("run").values())
 
@@ -483,7 +483,7 @@ def test_two_processes_learn_the_attributes_of_one(args: common.Args):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     command = [*torchrun, str(ROOT / "metasim.py"), *flags.split()]
     subprocess.run(command, check=True, env=environment(), timeout=120)
-    one, two = (common.read_scalars(Path(out)) for out in ("one", "two"))
+    one, two = (read_scalars(Path(out)) for out in ("one", "two"))
     for name in ("mmd_loss", "mmd_content", "change"):
         values = [[row[name] for row in rows if name in row] for rows in (one, two)]
         assert values[0] and values[0] == pytest.approx(values[1], abs=1e-4)

@@ -8,7 +8,7 @@ from typing import get_args
 import numpy as np
 import pytest
 import torch
-from conftest import like, whole_and_cut
+from conftest import like, read_scalars, whole_and_cut
 
 import baseline
 import common
@@ -230,7 +230,7 @@ def test_the_row_says_what_it_used(args: common.Args):
     result = ro.run(make(args, "one", objective="object_recall", epochs=1))
     assert (result.steps, result.target_labels) == (6, 2)
     assert Path("one/figures/gradient.png").exists()
-    lines = [line for line in common.read_scalars(Path("one")) if "test_iou" in line]
+    lines = [line for line in read_scalars(Path("one")) if "test_iou" in line]
     assert [line["step"] for line in lines] == [5, 6]
     values = json.loads(Path("one/rewards/1.json").read_text())["iou"]
     assert sum(values) / len(values) == pytest.approx(lines[1]["test_iou"])
@@ -247,10 +247,10 @@ def test_photos_without_objects_are_left_out_of_the_mean_recall(args: common.Arg
     recalls = json.loads(Path("run/rewards/3.json").read_text())["object_recall"]
     kept = [value for value in recalls if value is not None]
     assert 0 < len(kept) < len(recalls)
-    lines = [line for line in common.read_scalars(Path("run")) if "test_object_recall" in line]
+    lines = [line for line in read_scalars(Path("run")) if "test_object_recall" in line]
     assert lines[-1]["test_object_recall"] == pytest.approx(sum(kept) / len(kept))
     ro.run(make(args, "none", smallest=1.0))
-    assert not any("test_object_recall" in line for line in common.read_scalars(Path("none")))
+    assert not any("test_object_recall" in line for line in read_scalars(Path("none")))
 
 
 @pytest.mark.usefixtures("no_figures")

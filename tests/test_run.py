@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import environment, interrupted, like
+from conftest import environment, interrupted, like, read_scalars
 from PIL import Image
 
 import baseline
@@ -55,7 +55,7 @@ def test_a_run_writes_what_the_contract_says(args: common.Args):
     assert row["iou"] == ious
 
     # JSON lines as MMSegmentation writes them, and the same as tables.
-    lines = common.read_scalars(Path("run"))
+    lines = read_scalars(Path("run"))
     training, metrics = ([x for x in lines if ("mIoU" in x) == kind] for kind in (False, True))
     assert [line["step"] for line in training] == [10, 20, 25, 35, 45, 50]
     assert all(set(line) == {"loss", "lr", "memory", "iter", "step"} for line in training)
@@ -78,7 +78,7 @@ def test_every_tenth_step_is_logged_with_the_keys_that_it_has(args: common.Args)
         one.log(step, loss=torch.tensor(float(step)), **extra)
     for step in one.steps("second", 2):
         one.log(step, gap_loss=step)
-    lines = common.read_scalars(Path("run"))
+    lines = read_scalars(Path("run"))
     assert [line.get("loss") for line in lines] == [10, 20, 25, None]
     assert [line["step"] for line in lines] == [10, 20, 25, 27]
     assert lines[1]["images"] == 3 and lines[3]["gap_loss"] == 2
@@ -188,7 +188,7 @@ def start(mini: Path, out: str, wait: float = 0, **options) -> subprocess.Popen:
 
 def scalars(folder: str) -> list[dict]:
     """Without what differs from process to process."""
-    lines = common.read_scalars(Path(folder))
+    lines = read_scalars(Path(folder))
     return [{k: v for k, v in line.items() if k != "memory"} for line in lines]
 
 
