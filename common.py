@@ -173,28 +173,30 @@ def random_augmentation(images: Tensor, rng: torch.Generator) -> Tensor:
     """One of AUGMENTATIONS for each image, all equally likely. images [B,3,H,W]."""
     choice = (draw(rng, len(images)) * len(AUGMENTATIONS)).long()  # [B]
     versions = torch.stack([augment(images, rng) for augment in AUGMENTATIONS.values()])
-    return versions[choice, torch.arange(len(images))]
+    choice = to_device(choice, images.device)
+    return versions[choice, torch.arange(len(images), device=images.device)]
 
 
 def color_transfer(source: Tensor, target: Tensor) -> Tensor:
     """Source images with the target's mean and covariance of RGB. [B,3,H,W] twice -> [B,3,H,W].
 
     The linear map is the one that moves colours least (Monge-Kantorovich; Pitie and Kokaram, CVMP
-    2007): A = S^-1/2 (S^1/2 T S^1/2)^1/2 S^-1/2 for covariances S and T. Not clamped.
+    2007): A = S^-1/2 (S^1/2 T S^1/2)^1/2 S^-1/2 = S^-1 (S T)^1/2 for covariances S and T. Not
+    clamped.
     """
-
-    def power(matrix: Tensor, exponent: float) -> Tensor:
-        values, vectors = torch.linalg.eigh(matrix)
-        return vectors * values.clamp(min=1e-8)[:, None] ** exponent @ vectors.mT
-
-    with torch.autocast(source.device.type, enabled=False):  # bfloat16 has no eigenvectors
+    with torch.autocast(source.device.type, enabled=False):  # bfloat16 has no inverse
         x, y = source.float().flatten(2), target.float().flatten(2)  # [B,3,HW]
         x_mean, y_mean = x.mean(dim=2, keepdim=True), y.mean(dim=2, keepdim=True)
-        x, y, ridge = x - x_mean, y - y_mean, 1e-5 * torch.eye(3, device=x.device)
-        s, t = x @ x.mT / x.shape[2] + ridge, y @ y.mT / y.shape[2] + ridge
-        root, inverse = power(s, 0.5), power(s, -0.5)
-        matrix = inverse @ power(root @ t @ root, 0.5) @ inverse  # [B,3,3]
-        return (matrix @ x + y_mean).view_as(source)
+        x, y, identity = x - x_mean, y - y_mean, torch.eye(3, device=x.device).double()
+        s, t = (z @ z.mT / z.shape[2] + 1e-5 * identity for z in (x, y))  # [B,3,3]
+        # Denman and Beavers (1976): converges to (S T)^1/2 and its inverse. 24 iterations serve a
+        # smallest eigenvalue of 1e-10. Unlike eigenvectors, they do not make CUDA wait.
+        root, inverse = s @ t, identity.expand_as(s)
+        for _ in range(24):
+            pair = torch.linalg.inv_ex(torch.stack([inverse, root])).inverse
+            root, inverse = (torch.stack([root, inverse]) + pair) / 2
+        matrix = torch.linalg.inv_ex(s).inverse @ root  # A
+        return (matrix.float() @ x + y_mean).view_as(source)
 
 
 def fourier_transfer(source: Tensor, target: Tensor, beta: float) -> Tensor:
@@ -351,9 +353,12 @@ def join_processes(device: str) -> str:
     """Joins the other processes of torchrun, if there are any. -> this process's device."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    cuda = device.startswith("cuda")
+    if cuda:
+        torch.backends.cudnn.benchmark = True
+        torch.set_float32_matmul_precision("high")  # TF32
     if "LOCAL_RANK" not in os.environ:
         return device
-    cuda = device.startswith("cuda")
     if cuda:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
@@ -686,8 +691,6 @@ class Run:
         self.commit = commit()  # now, since the code may be edited meanwhile
         torch.manual_seed(args.seed)  # initial weights
         if self.device.type == "cuda":
-            torch.backends.cudnn.benchmark = True
-            torch.set_float32_matmul_precision("high")  # TF32
             torch.cuda.reset_peak_memory_stats(self.device)
         images, photos, test = (config[f"{n}_images"] for n in ("source", "target", "test"))
         kind = " (miniature)" if config["miniature"] else ""
@@ -1003,14 +1006,13 @@ def main(args_class: type, run: Callable[[Any], Any], doc: str | None) -> None:
             pictures = "no test label, so no score; see figures/predictions.png in its run folder"
             score = pictures if result.miou is None else f"mIoU {result.miou:.1f}"
             print(f"{name}: {score}", flush=True)
+        if dist.is_initialized():  # not after an error: it waits for others, which wait for this
+            dist.destroy_process_group()
     except (UserError, OSError) as error:  # of the latter: a full disk, no permission
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         print("interrupted; the same command continues from the last checkpoint", file=sys.stderr)
         sys.exit(130)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 def parse(args_class: type, doc: str | None) -> Any:

@@ -307,8 +307,9 @@ def meta_train(run: Run, source: Split, augmentations: Augmentations) -> Rater:
     def draw_batch(index: int, rng: torch.Generator) -> Batch:
         """N images with all A candidates. -> [A*N,3,H,W], [A*N,H,W]"""
         images, labels = source_loader(index)  # [N,3,H,W], [N,H,W]
-        candidates = [augment(images, rng) for augment in augmentations.values()]
-        return torch.cat(candidates), labels.repeat(num_kinds, 1, 1)
+        candidates = torch.cat([augment(images, rng) for augment in augmentations.values()])
+        candidates = candidates.contiguous(memory_format=torch.channels_last)
+        return candidates, labels.repeat(num_kinds, 1, 1)
 
     # The fixed scale of inner updates, from second moments at equal weights. One batch would be too
     # noisy, so 16 are averaged. Adding 0.01 of the mean root limits the updates of parameters whose

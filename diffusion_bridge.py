@@ -876,12 +876,14 @@ def translate_folder(args: TranslateArgs) -> None:
 
     # Step 3: translate what is missing, each process its share of the batches
     own = range(common.rank(), len(batches), common.world_size())
+    unfinished: list[tuple[Path, Any]] = []  # the batch that threads write: its record and images
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for number in datasets.show_progress(own, "translating"):
             batch = batches[number]
             if records[number].exists():
                 continue
-            # Reading and writing files takes longer than translating on a GPU: threads share it.
+            # Files take longer than the network on a GPU, so threads read and write them, and
+            # write a batch while the next one is translated.
             old = pool.map(
                 lambda p: np.asarray(datasets.to_rgb(datasets.open_image(p.image))), batch
             )
@@ -895,8 +897,12 @@ def translate_folder(args: TranslateArgs) -> None:
                 new, noise = bridge.translate(old, labels, [pair.name for pair in batch], args)
             predicted, _ = read(bridge.reader, new)
             shares = agreement(predicted, labels)
-            record = list(pool.map(partial(write_pair, args), batch, new, shares, noise))
-            datasets.write_json(records[number], record)
+            for record, images in unfinished:
+                datasets.write_json(record, list(images))
+            images = pool.map(partial(write_pair, args), batch, new, shares, noise)
+            unfinished = [(records[number], images)]
+        for record, images in unfinished:
+            datasets.write_json(record, list(images))
 
     # Step 4: the process that is last checks up to 1000 images at the size of training. Several
     # that end at the same time all do so, and write the same bytes.
