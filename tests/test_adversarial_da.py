@@ -65,6 +65,25 @@ def test_color_transfer_gives_the_moments_of_the_target():
     torch.testing.assert_close(common.color_transfer(source, source), source, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("dark", [1.0, 1e-3])
+def test_color_transfer_is_the_map_that_moves_colours_least(dark: float):
+    """Against eigenvectors in float64, also for channels that are nearly flat."""
+    scale = torch.tensor([1.0, dark, 0.3])[:, None, None]
+    source, target = torch.rand(3, 16, 20) * scale, torch.rand(3, 16, 20) * scale.flip(0) ** 2
+    x, y = (z.flatten(1).double().numpy() for z in (source, target))
+
+    def power(matrix: np.ndarray, exponent: float) -> np.ndarray:
+        values, vectors = np.linalg.eigh(matrix)
+        return vectors * values**exponent @ vectors.T
+
+    s, t = (np.cov(z, bias=True) + 1e-5 * np.eye(3) for z in (x, y))
+    root, inverse = power(s, 0.5), power(s, -0.5)
+    matrix = inverse @ power(root @ t @ root, 0.5) @ inverse
+    expected = matrix @ (x - x.mean(axis=1, keepdims=True)) + y.mean(axis=1, keepdims=True)
+    result = common.color_transfer(source[None], target[None])[0].flatten(1)
+    np.testing.assert_allclose(result, expected, atol=1e-5)
+
+
 # ---- Alignment ----------------------------------------------------------------------------------
 def test_self_information_by_hand():
     """p = (1/2, 1/4, 1/4): -p log p is (1/2, 1/2, 1/2) bit, 1.5 bit in all, of log2 3 at most."""
