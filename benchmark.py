@@ -551,7 +551,6 @@ def study_networks(args: Args) -> None:
 
 # ---- Command line -------------------------------------------------------------------------------
 def main(args: Args) -> None:
-    sys.stdout.reconfigure(errors="replace")  # not every terminal has every character
     if args.jobs < 1 or any("+" in name for name in args.methods):
         raise UserError("--jobs: expected at least 1; --methods: joined methods go to --combine")
     if args.curves:

@@ -165,8 +165,7 @@ def rgbshift(images: Tensor, rng: torch.Generator) -> Tensor:
 
 
 Augmentation = Callable[[Tensor, torch.Generator], Tensor]  # images [B,3,H,W] -> [B,3,H,W]
-AUGMENTATIONS = {"original": identity, "blur": blur, "colorjitter": colorjitter}
-AUGMENTATIONS["rgbshift"] = rgbshift
+AUGMENTATIONS = dict(original=identity, blur=blur, colorjitter=colorjitter, rgbshift=rgbshift)
 
 
 def random_augmentation(images: Tensor, rng: torch.Generator) -> Tensor:
@@ -999,6 +998,7 @@ def draw_predictions(path: Path, split: Split, networks: dict[str, Network]) -> 
 def main(args_class: type, run: Callable[[Any], Any], doc: str | None) -> None:
     """The command line of a script: one line and exit status 1 for what the user can mend."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C, it cleans up
+    sys.stdout.reconfigure(errors="replace")  # not every terminal has every character
     try:
         result = run(parse(args_class, doc))
         if isinstance(result, Result) and rank() == 0:

@@ -626,10 +626,12 @@ def verdict(table: dict[str, Any], unet_steps: int) -> list[str]:
 
 
 def draw_translations(path: Path, columns: dict[str, np.ndarray], masks: np.ndarray) -> None:
-    """Draws five images of each column, uint8 [N,H,W,3], and those of "source" and "translated"
-    once more, with the borders of the masks, [N,H,W] of any ids, in yellow."""
-    shown = {title: images[datasets.spaced(len(images), 5)] for title, images in columns.items()}
-    edges = np.stack([borders(mask) for mask in masks[datasets.spaced(len(masks), 5)]])[..., None]
+    """Draws up to five images of each column, uint8 [N,H,W,3], and those of "source" and
+    "translated" once more, with the borders of the masks, [N,H,W] of any ids, in yellow."""
+    count = min(5, *map(len, columns.values()))
+    shown = {title: x[datasets.spaced(len(x), count)] for title, x in columns.items()}
+    masks = masks[datasets.spaced(len(masks), count)]
+    edges = np.stack([borders(mask) for mask in masks])[..., None]
     yellow = np.array([255, 230, 0], np.uint8)
     for title in ("source", "translated"):
         shown[f"mask on {title}"] = np.where(edges, yellow, shown[title])

@@ -61,6 +61,7 @@ def run(args: Args) -> None:
     colours, both = palette(dataset.classes), zip(pictures, labels, strict=True)
     overlays = [picture // 2 + colours[label] // 2 for picture, label in both]
     columns = {"image": pictures, "with its label": overlays}
+    datasets.check_labels(dataset, pairs)
     common.draw_sheet(args.out / f"{dataset.name}-{args.split}.png", columns, dataset.classes)
 
 

@@ -1,10 +1,8 @@
-"""Measures speed and memory, each figure beside a yardstick that is timed in turns with it.
+"""Measures speed, each figure beside a yardstick that is timed in turns with it.
 
     python tests/bench.py                               (ten minutes on one CPU core)
 
     python tests/bench.py --only training evaluation --out bench.json
-
-    python tests/bench.py --growth                      (draws docs/cost_growth.png)
 
 It is no test: run it by hand, on a machine that does nothing else. A line has the seconds of the
 figure, and its speed over that of its yardstick: medians over the rounds, each of which times both.
@@ -48,8 +46,6 @@ class Args:
     only: tuple[str, ...] = ()
     """Lines to measure: training input_pipeline evaluation meta_gradient reward diffusion start_up.
     Default: all."""
-    growth: bool = False
-    """Instead of the lines: how cost grows with batch size, image size and number of images."""
     out: Path | None = None
     """Write the lines as JSON too."""
     data: str = "mini"
@@ -86,23 +82,6 @@ def compare(
     seconds = measure(args, function, other)
     speed = {"seconds": median(seconds[:, 0]), "ratio": median(seconds[:, 1] / seconds[:, 0])}
     return {"figure": figure, **speed, "yardstick": yardstick, "least": least}
-
-
-def tensor_memory(device: torch.device, function: Callable[[], Any]) -> float:
-    """Most MB of tensors that a function holds at a time, beyond those that were there before; on
-    the CPU the allocations less the freed ones, as torch's profiler records them."""
-    function()  # so that nothing is allocated for the first time
-    if device.type == "cuda":
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        function()
-        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
-    cpu = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=cpu, profile_memory=True) as profile:
-        function()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    events.sort(key=lambda event: event.start_ns())
-    return max(np.cumsum([event.nbytes() for event in events])) / 2**20
 
 
 def start_run(args: Args, folder: Path, module: Any = common) -> Run:
@@ -284,58 +263,12 @@ def start_up(args: Args, folder: Path) -> Iterator[dict]:
 LINES = (training, input_pipeline, evaluation, meta_gradient, reward, diffusion, start_up)
 
 
-# ---- How cost grows -----------------------------------------------------------------------------
-def growth(args: Args, folder: Path) -> None:
-    """docs/cost_growth.png: time and memory, with exponents over the three largest amounts."""
-    run = start_run(args, folder)
-    net, source, test = run.network(), datasets.load(run.args, "source"), run.test
-
-    def step(batch_size: int, height: int) -> Callable[[], Any]:
-        images = torch.rand(batch_size, 3, height, 2 * height, device=run.device)
-        labels = torch.randint(len(run.classes), images[:, 0].shape, device=run.device)
-        return partial(training_step, run, net, images, labels)
-
-    def epoch(n: int) -> Callable[[], Any]:
-        loader = common.Loader(replace(source, names=source.names[:n]), 4, run.device, "growth")
-        return lambda: [loader(k)[0].shape for k in range(n // 4)]
-
-    def evaluate(n: int) -> Callable[[], Any]:
-        first = {name: getattr(test, name)[:n] for name in ("names", "images", "test_files")}
-        return partial(common.evaluate, net, replace(test, **first), run.device)
-
-    batches, heights, counts = (2, 4, 8, 16, 32), (32, 64, 128, 256), (12, 25, 50, 100)
-    curves = {  # what grows: what is done, and the function for each amount
-        "batch size": ("training step", {n: step(n, run.args.size[0]) for n in batches}),
-        "image size (px)": ("training step", {2 * h * h: step(4, h) for h in heights}),
-        "source images": ("epoch of batches", {4 * n: epoch(4 * n) for n in counts}),
-        "test photos": ("evaluation", {n: evaluate(n) for n in counts}),
-    }
-    figure = common.new_figure(3 * len(curves), 6)
-    axes = figure.subplots(2, len(curves))
-    for column, (amount, (what, functions)) in enumerate(curves.items()):
-        x = list(functions)
-        seconds = measure(args, *functions.values()).min(axis=0)  # the quietest round
-        memory = [tensor_memory(run.device, function) for function in functions.values()]
-        for axis, y, unit in zip(axes[:, column], (seconds, memory), ("s", "MB"), strict=True):
-            exponent = np.polyfit(np.log(x[-3:]), np.log(y[-3:]), 1)[0]
-            axis.loglog(x, y, marker="o", label=f"{what}, $n^{{{exponent:.2f}}}$")
-            axis.loglog(x, y[-1] * np.divide(x, x[-1]), ":", color="grey", label="proportional")
-            axis.set(xlabel=amount, ylabel=unit)
-            axis.set_xticks(x, [f"{n:,}" for n in x])
-            axis.minorticks_off()
-            axis.legend(fontsize=7)
-            print(f"{what}, {amount}, {unit}: n^{exponent:.2f}", flush=True)
-    common.save_figure(figure, ROOT / "docs/cost_growth.png")
-
-
 # ---- Command line -------------------------------------------------------------------------------
 def main(args: Args) -> None:
     lines, rows = {line.__name__: line for line in LINES}, []
     if not lines.keys() >= {*args.only}:
         raise UserError(f"--only {' '.join(args.only)}: expected names of {' '.join(lines)}")
     with tempfile.TemporaryDirectory() as folder:
-        if args.growth:
-            return growth(args, Path(folder))
         for name in args.only or lines:
             for row in lines[name](args, Path(folder)):
                 speed = "{figure}: {seconds:.3g} s, {ratio:.2f} x {yardstick}".format(**row)

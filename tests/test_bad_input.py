@@ -147,9 +147,27 @@ def relabel(pattern: str, values: Callable[[np.ndarray], np.ndarray]) -> None:
 @pytest.mark.parametrize("row", ["source_only", "few_label", "oracle"])
 def test_train_ids_under_the_names_of_label_ids(bad: common.Args, row: str):
     """They are valid label ids as well, and would give a wrong number."""
+    train_ids, void = datasets.label_table(datasets.CITYSCAPES), 19
+    relabel(GREY, lambda ids: np.minimum(train_ids[ids], void))
+    expect(bad, r"_10.png: no id is above 20; expected label ids, not train ids", row=row)
+
+
+def test_train_ids_in_a_part_of_the_files(bad: common.Args):
     train_ids = datasets.label_table(datasets.CITYSCAPES)
-    relabel(GREY, lambda ids: np.minimum(train_ids[ids], 18))
-    expect(bad, r"_10.png: no id is above 18; expected label ids, not train ids", row=row)
+    relabel(GREY.replace("*.png", "*[05]_10.png"), lambda ids: np.minimum(train_ids[ids], 18))
+    expect(bad, r"[05]_10.png: no id is above 20", row="oracle")
+    ended = look("--data", "copy")
+    assert ended.returncode == 1 and "no id is above 20" in ended.stderr
+
+
+def test_a_cache_of_labels_is_one_of_their_images(bad: common.Args):
+    """What was wrong with an image is found although its label has been cached before."""
+    run(bad, "oracle")
+    shutil.rmtree("run")
+    for path in Path("copy/kitti/training/image_2").iterdir():
+        image = Image.open(path)
+        image.crop((0, 0, image.width // 2, image.height)).save(path)
+    expect(bad, r"_10.png: is \d+x\d+, its image \d+x\d+", row="oracle")
 
 
 def test_train_ids_with_their_255(bad: common.Args):
@@ -307,3 +325,10 @@ def test_a_script_ends_with_one_line_and_no_traceback():
     ended = look("--data", "nowhere")
     assert ended.returncode == 1 and ended.stdout == ""
     assert ended.stderr.startswith("error: nowhere/kitti") and ended.stderr.count("\n") == 1
+
+
+def test_windows_gets_one_line():
+    code = "import sys; sys.modules['resource'] = None; import common"  # as if it did not exist
+    command = [sys.executable, "-c", code]
+    ended = subprocess.run(command, env=environment(), capture_output=True, text=True)
+    assert ended.returncode == 1 and ended.stderr.startswith("error: this needs Linux or macOS")

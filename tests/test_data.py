@@ -164,6 +164,17 @@ def test_archives_unpacked_into_folders_of_their_own(copy: Path, name: str):
         assert [path.name for path in old] == [path.name for path in new]
 
 
+def test_images_at_two_depths_are_not_mixed_and_that_is_said(copy: Path, capsys):
+    root = copy / "vkitti2"
+    before = datasets.list_files(datasets.VKITTI2, root, "train")[0]
+    (root / "vkitti_2.0.3_rgb").mkdir()
+    (root / "Scene20").rename(root / "vkitti_2.0.3_rgb/Scene20")
+    datasets.note.cache_clear()
+    after = datasets.list_files(datasets.VKITTI2, root, "train")[0]
+    assert 0 < len(after) < len(before)
+    assert "images one folder deeper are not used, such as vkitti_2.0.3" in capsys.readouterr().err
+
+
 def test_the_same_name_twice_one_folder_deeper_is_refused():
     for part in ("a", "b"):
         Path(part, "images").mkdir(parents=True)
@@ -230,7 +241,7 @@ ROWS = ["color_transfer", "adversarial_da", "metasim", "diffusion_bridge", "brid
 @pytest.mark.parametrize("row", ROWS)
 def test_photos_without_any_label_are_enough(args: common.Args, copy: Path, row: str):
     """For every row that uses no target label; it ends with pictures instead of a score."""
-    if row == "adversarial_da":  # as someone has them who has a folder of photos: no val either
+    if row in ("adversarial_da", "bridge_train"):  # only a folder of photos: no val either
         args = replace(args, benchmark="gta52cityscapes")
         shutil.rmtree(copy / "cityscapes/gtFine")
         shutil.rmtree(copy / "cityscapes/leftImg8bit/val")

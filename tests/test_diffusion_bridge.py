@@ -194,6 +194,13 @@ def test_own_statistics_use_none_of_a_photo(trained: tuple):
     assert np.array_equal(before, after) and not np.array_equal(before, photo)
 
 
+def test_a_figure_of_fewer_images_than_it_has_rows():
+    images, masks = np.zeros((7, 8, 16, 3), np.uint8), np.zeros((7, 8, 16), np.uint8)
+    columns = {"source": images, "translated": images, "photo": images[:2]}
+    db.draw_translations(Path("figure.png"), columns, masks)
+    assert Path("figure.png").exists()
+
+
 @pytest.mark.parametrize("colour", [0.0, 0.5, 1.0])
 def test_any_size_and_flat_images(trained: tuple, colour: float):
     images, labels, names = batch(trained, 2)
