@@ -1,6 +1,6 @@
 """Measures speed, each figure beside a yardstick that is timed in turns with it.
 
-    python tests/bench.py                               (ten minutes on one CPU core)
+    python tests/bench.py                               (five minutes on one CPU core)
 
     python tests/bench.py --only training evaluation --out bench.json
 
@@ -11,7 +11,6 @@ figure, and its speed over that of its yardstick: medians over the rounds, each 
 import contextlib
 import math
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -29,23 +28,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import benchmark
 import common
-import datarater
 import datasets
 import diffusion_bridge
-import reward_opt
 from common import Run
 from datasets import UserError
-
-ROOT = Path(common.__file__).parent
 
 
 @dataclass(frozen=True)
 class Args:
     only: tuple[str, ...] = ()
-    """Lines to measure: training input_pipeline evaluation meta_gradient reward diffusion start_up.
-    Default: all."""
+    """Lines to measure: training input_pipeline evaluation diffusion. Default: all."""
     out: Path | None = None
     """Write the lines as JSON too."""
     data: str = "mini"
@@ -103,16 +96,12 @@ def forget(run: Run) -> None:
         path.unlink()
 
 
-def training_step(
-    run: Run, net: common.Network, images: Tensor, labels: Tensor, objective: Callable | None = None
-) -> None:
-    """Both passes of the cross-entropy, to which a function of logits and labels may be added."""
+def training_step(run: Run, net: common.Network, images: Tensor, labels: Tensor) -> None:
+    """Both passes of the cross-entropy."""
     net.train()
     with run.autocast():
         outputs = net(images, aux=True)
         loss = common.segmentation_loss(outputs, labels)
-    if objective:
-        loss = loss + objective(outputs[0], labels)
     net.zero_grad()
     loss.backward()
 
@@ -190,40 +179,6 @@ def evaluation(args: Args, folder: Path) -> Iterator[dict]:
     yield compare(args, "evaluation", function, "interpolate, argmax", plain, least=0.8)
 
 
-def meta_gradient(args: Args, folder: Path) -> Iterator[dict]:
-    """DataRater's mixed mode against reverse mode, which keeps the graph of all updates."""
-    run = start_run(args, folder, datarater)
-    net = common.Network(run.args.net, len(run.classes))
-    member = datarater.InnerNetwork(net, run.autocast).to(run.device)
-    batch, photos = first_batch(run, "source"), first_batch(run, "target_train")
-
-    def unroll(member: Any, batches: list, weights: Tensor, photos: tuple, lr: float) -> None:
-        theta, momentum = member.theta().requires_grad_(), member.momentum
-        for batch, w in zip(batches, weights, strict=True):
-            loss = w @ member.losses(theta, *batch)
-            (gradient,) = torch.autograd.grad(loss, theta, create_graph=True)
-            theta, momentum = datarater.adam(theta, momentum, gradient, member.scale, lr)
-        torch.autograd.grad(member.losses(theta, *photos).mean(), weights)
-
-    weights = torch.ones(2, len(batch[0]), device=run.device, requires_grad=True)
-    given = (member, [batch] * 2, weights, photos, run.args.inner_lr)
-    mixed, reverse = partial(datarater.weight_gradient, *given), partial(unroll, *given)
-    yield compare(args, "meta-gradient", mixed, "create_graph", reverse, least=0.9)
-
-
-def reward(args: Args, folder: Path) -> Iterator[dict]:
-    """The reward's gradient, with the cross-entropy that anchors it, against that alone."""
-    run = start_run(args, folder, reward_opt)
-    net, rng = run.network(), common.generator("bench")
-
-    def objective(logits: Tensor, labels: Tensor) -> Tensor:
-        return run.args.weight * reward_opt.iou_objective(logits, labels, rng)[0]
-
-    plain = partial(training_step, run, net, *first_batch(run, "target_train"))
-    rewarded = partial(plain, objective)
-    yield compare(args, "step with the reward", rewarded, "plain step", plain, least=0.4)
-
-
 def diffusion(args: Args, folder: Path) -> Iterator[dict]:
     """Training of the U-Net, with loaders, noise and average, against the bare U-Net."""
     run, steps = start_run(args, folder, diffusion_bridge), math.ceil(args.steps / 5)
@@ -252,15 +207,7 @@ def diffusion(args: Args, folder: Path) -> Iterator[dict]:
     yield compare(args, "training of the U-Net", method, "bare loop", bare_loop, least=0.9)
 
 
-def start_up(args: Args, folder: Path) -> Iterator[dict]:
-    command = partial(subprocess.run, check=True, stdout=subprocess.DEVNULL)
-    libraries = partial(command, [sys.executable, "-c", "import torch, torchvision"])
-    for method in benchmark.METHODS:
-        show_help = partial(command, [sys.executable, str(ROOT / f"{method}.py"), "--help"])
-        yield compare(args, f"{method}.py --help", show_help, "libraries", libraries, least=0.67)
-
-
-LINES = (training, input_pipeline, evaluation, meta_gradient, reward, diffusion, start_up)
+LINES = (training, input_pipeline, evaluation, diffusion)
 
 
 # ---- Command line -------------------------------------------------------------------------------

@@ -53,7 +53,7 @@ line "BiSeNet at 512x1024, 60 updates of 8, float32" card row large32 --device c
 line "BiSeNet at 512x1024, 60 updates of 8, bfloat16" card row large16 --device cuda \
   --net bisenet --size 512 1024 --batch-size 8 --steps 60
 line "all rows of the miniature, 60 updates" card all_rows
-for figure in training input_pipeline evaluation meta_gradient reward diffusion; do
+for figure in training input_pipeline evaluation diffusion; do
   line "speed of $figure" card bench "$figure"
 done
 printf "%b" "$table"
