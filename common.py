@@ -1011,7 +1011,7 @@ def main(args_class: type, run: Callable[[Any], Any], doc: str | None) -> None:
     except (UserError, OSError) as error:  # of the latter: a full disk, no permission
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        print("interrupted; the same command continues from the last checkpoint", file=sys.stderr)
+        print("interrupted; the same command continues from what was saved", file=sys.stderr)
         sys.exit(130)
 
 

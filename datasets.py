@@ -145,13 +145,14 @@ def get_benchmark(name: str, data: str) -> Benchmark:
                 valid = valid and all(type(n) is int and 0 <= n < 256 for n in numbers)
                 if not valid or key in values:
                     raise ValueError(f"{v!r} of {class_name} is no id or colour, or is given twice")
-                values[key] = None if class_name == "ignore" else class_name
+                values[key] = None if class_name.lower() == "ignore" else class_name
         classes = tuple(dict.fromkeys(filter(None, values.values())))
         if not classes:
             raise ValueError("names no class")
     except (OSError, ValueError, TypeError, AttributeError) as error:
         example = '{"road": 7, "car": [26, 27], "sky": [[70, 130, 180]], "ignore": 0}'
-        raise UserError(f"{path}: {error}; expected {example}, say") from error
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path}: {reason}; expected for example {example}") from error
     source = Dataset("source", "images/**/*", GTA5_RENAMES, classes, tuple(values.items()))
     return Benchmark(source, source._replace(name="target", halves=True))
 
@@ -230,7 +231,10 @@ def list_files(dataset: Dataset, root: Path, split: str) -> tuple[list, list[Pat
     labels, other_labels = find_images(root, dataset.label_of(pattern))
     if not images and split == "train":
         raise UserError(f"{root}: no image of {dataset.name}, expected {pattern}")
-    others += other_labels + sorted(labels.keys() - {dataset.label_of(key) for key in images})
+    image_of = {dataset.label_of(key): key for key in images}
+    for key in images.keys() - image_of.values():
+        raise UserError(f"{root}: {key} and {image_of[dataset.label_of(key)]} have one label")
+    others += other_labels + sorted(labels.keys() - image_of.keys())
     if others:
         note(f"{root}: {len(others)} other files are ignored, such as {others[0]}")
     if dataset is GTA5 and len(images) >= GTA5_FRAMES - len(GTA5_MISMATCHED):
@@ -452,6 +456,7 @@ def dataset_root(data: str, dataset: Dataset) -> Path:
     if data == "mini":
         data = "data/mini"
         if rank() == 0 and not miniature.is_current(Path(data)):
+            note(f"writing the miniature to {data}, which takes about a minute")
             miniature.write(Path(data))
         while not miniature.is_current(Path(data)):  # rank 0 is writing it
             time.sleep(1)
@@ -478,12 +483,12 @@ def load(args: Any, role: Role) -> Split:
         return load(args, "target_unlabelled")
     if unlabelled and (role == "source" or (role == "target_test" and pairs)):
         label = dataset.label_of(unlabelled[0].relative_to(root).as_posix())
-        expected = f"expected {label} ({len(unlabelled)} such files)"
+        expected = f"expected {label}; such images: {len(unlabelled)}"
         raise UserError(f"{unlabelled[0]}: image without a label, {expected}")
     if role == "target_few":  # evenly spaced, each in the middle of its stretch of the drive
         n, k = len(pairs), args.labelled
         if not 1 <= k <= n:
-            hint = f"; give --labelled {n} or less" if n else ""
+            hint = f"; give --labelled {n} or less" if n else "; this row needs some"
             raise UserError(f"--labelled {k}: {root} has {n} labelled training photos{hint}")
         pairs = [pairs[(2 * i + 1) * n // (2 * k)] for i in range(k)]
     elif role == "target_train" and not pairs:

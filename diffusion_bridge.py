@@ -135,8 +135,9 @@ class TranslateArgs:
     """The file bridge.pt of the command train."""
     config: Path | None = None
     """TOML or JSON file of these options; flags override it."""
-    mask_labels: Literal["none", "vkitti2", "kitti", "gta5", "cityscapes"] = "none"
-    """Dataset whose ids or colours the masks have. none: another; the reader labels the images."""
+    mask_labels: Literal["none", "own", "vkitti2", "kitti", "gta5", "cityscapes"] = "none"
+    """Dataset whose ids or colours the masks have. own: the own data that the bridge was trained
+    on. none: another; the reader labels the images."""
     bridge: Literal["ddib", "sdedit"] = "ddib"
     """ddib encodes and decodes; sdedit adds noise once and decodes."""
     strength: float = 0.97
@@ -395,6 +396,8 @@ def train_bridge(run: Run, args: Args, source: Split, photos: Split) -> Bridge:
     device = run.device
     config = {name: getattr(args, name) for name in ("patch", "width", "levels", "unet_steps")}
     config |= {"classes": list(run.classes), "size": list(args.size)}
+    if args.benchmark == "own":  # for masks of the same values, see --mask-labels
+        config["own_values"] = list(source.dataset.values)
     bridge = Bridge(config, len(photos)).to(device)
 
     # Step 1: the reader is trained on the source, partly in photos' colours, and labels the photos.
@@ -615,7 +618,9 @@ def verdict(table: dict[str, Any], unet_steps: int) -> list[str]:
             lines.append(f"{key}: {meaning}: {before:.3f} -> {after:.3f}, {result}")
     if table["kid_of_classes"]:
         pairs = table["kid_of_classes"].items()
-        lines.append("kid: " + ", ".join(f"{name} {b:.1f} -> {a:.1f}" for name, (b, a) in pairs))
+        lines.append(
+            "kid by class: " + ", ".join(f"{name} {b:.1f} -> {a:.1f}" for name, (b, a) in pairs)
+        )
     if table["affine_share"] is not None:
         lines.append(f"an affine colour map explains {table['affine_share']:.2f} of the change")
     noise = table["noise_deviation"]
@@ -756,11 +761,10 @@ def find_pairs(inputs: Path, mask_dir: Path) -> tuple[list[Pair], int]:
     return sorted(pairs, key=lambda pair: pair.size), ignored
 
 
-def read_mask(pair: Pair, mask_labels: str) -> np.ndarray:
-    """A mask's train ids, uint8 [H,W]. With `mask_labels` "none", int32: one number for each id or
-    colour."""
-    if mask_labels != "none":
-        return datasets.read_label(pair.mask, datasets.DATASETS[mask_labels], pair.image)
+def read_mask(pair: Pair, dataset: datasets.Dataset | None) -> np.ndarray:
+    """A mask's train ids, uint8 [H,W]. Without a dataset, int32: a number for each id or colour."""
+    if dataset:
+        return datasets.read_label(pair.mask, dataset, pair.image)
     values = np.atleast_3d(datasets.open_image(pair.mask)).astype(np.int32)  # [H,W,channels]
     return values @ 256 ** np.arange(values.shape[2], dtype=np.int32)
 
@@ -835,7 +839,11 @@ def translate_folder(args: TranslateArgs) -> None:
     device = torch.device(common.join_processes("auto"))
     bridge = load_bridge(args.checkpoint, device)
     classes = bridge.config["classes"]
-    if args.mask_labels != "none" and classes != [*datasets.DATASETS[args.mask_labels].classes]:
+    dataset = datasets.DATASETS.get(args.mask_labels)  # None: the masks' labels are not known
+    if args.mask_labels == "own":
+        values = tuple(bridge.config.get("own_values", ()))
+        dataset = datasets.Dataset("source", "", (), tuple(classes) if values else (), values)
+    if dataset and classes != [*dataset.classes]:
         raise UserError(f"--mask-labels {args.mask_labels}: the checkpoint has other classes")
 
     # Step 1: batches of images of one size
@@ -890,11 +898,11 @@ def translate_folder(args: TranslateArgs) -> None:
                 lambda p: np.asarray(datasets.to_rgb(datasets.open_image(p.image))), batch
             )
             old = np.stack(list(old))  # [B,H,W,3]
-            if args.mask_labels == "none":
-                labels, _ = read(bridge.reader, old)
-            else:
-                labels = pool.map(partial(read_mask, mask_labels=args.mask_labels), batch)
+            if dataset:
+                labels = pool.map(partial(read_mask, dataset=dataset), batch)
                 labels = np.stack(list(labels))  # [B,H,W]
+            else:
+                labels, _ = read(bridge.reader, old)
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 new, noise = bridge.translate(old, labels, [pair.name for pair in batch], args)
             predicted, _ = read(bridge.reader, new)
@@ -917,10 +925,10 @@ def translate_folder(args: TranslateArgs) -> None:
         sample, size = kept[:: math.ceil(len(kept) / 1000)], bridge.config["size"]
         before = np.stack([datasets.read_image(pair.image, size) for pair in sample])
         after = np.stack([datasets.read_image(out / pair.name, size) for pair in sample])
-        masks = (read_mask(pair, args.mask_labels) for pair in sample)
+        masks = (read_mask(pair, dataset) for pair in sample)
         masks = np.stack([datasets.resize_label(mask, size) for mask in masks])
         table["noise_deviation"] = sum(i["noise_deviation"] for i in images) / len(images)
-        table |= check(bridge, before, after, masks, args.mask_labels != "none")
+        table |= check(bridge, before, after, masks, dataset is not None)
         # The figure is not in the folder, so that no loader takes it for an image of the set.
         sheet = out.with_name(f"{out.name}-sheet.png")
         draw_translations(sheet, {"source": before, "translated": after}, masks)

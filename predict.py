@@ -48,13 +48,20 @@ def run(args: Args) -> None:
     outputs = {Path(name).with_suffix(".png"): name for name in sorted(photos.values())}
     if not photos:
         raise UserError(f"{args.photos}: no JPG or PNG file")
-    if len(outputs) < len(photos):
-        raise UserError(f"{args.photos}: two photos have the same name but for the suffix")
+    same = sorted(set(photos.values()) - set(outputs.values()))
+    if same:
+        raise UserError(f"{args.photos / same[0]}: another photo differs by its suffix alone")
     if args.out.resolve().is_relative_to(args.photos.resolve()):
         raise UserError(f"--out {args.out}: lies in the folder of the photos")
     write_json(args.out / "classes.json", ids)
+    failed = 0
     for output, name in show_progress(outputs.items(), "labelling"):
-        photo = read_image(args.photos / name)  # [h,w,3]
+        try:
+            photo = read_image(args.photos / name)  # [h,w,3]
+        except UserError as error:  # the other photos are labelled
+            failed += 1
+            print(f"left out: {error}")
+            continue
         small = Image.fromarray(photo).resize(size[::-1], Image.Resampling.BILINEAR)
         logits = common.predict(net, np.array(small)[None], device)  # [1,C,H,W]
         train_ids = common.upsample(logits, photo.shape[:2])[0].argmax(dim=0).cpu().numpy()
@@ -64,7 +71,10 @@ def run(args: Args) -> None:
         for folder, picture in pictures.items():
             with replacing(args.out / folder / output) as temporary:
                 Image.fromarray(picture).save(temporary, format="PNG")
-    print(f"{args.out}: {len(photos)} photos labelled, {len(others)} other files ignored")
+    ignored = f"{len(others)} other files ignored" + (f", such as {others[0]}" if others else "")
+    print(f"{args.out}: {len(photos) - failed} photos labelled, {ignored}")
+    if failed:
+        raise UserError(f"{args.photos}: {failed} photos cannot be read; they are named above")
 
 
 if __name__ == "__main__":

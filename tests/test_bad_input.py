@@ -72,7 +72,9 @@ def test_only_one_side_of_the_benchmark_is_there(bad: common.Args):
 # ---- Files --------------------------------------------------------------------------------------
 def test_image_without_a_label(bad: common.Args):
     first(LABEL).unlink()
-    expect(bad, r"rgb_00000.jpg: image without a label, expected .*classgt_00000.png \(1 such")
+    expect(
+        bad, r"rgb_00000.jpg: image without a label, expected .*classgt_00000.png; such images: 1"
+    )
 
 
 @pytest.mark.parametrize("pattern", [RGB, LABEL])
@@ -313,8 +315,9 @@ def test_the_look_at_a_dataset(bad: common.Args):
     first(GREY).unlink()  # it says what is missing, and goes on
     ended = look("--data", "copy")
     assert ended.returncode == 0, ended.stderr
-    assert ended.stdout.startswith("5 pairs, 1 images without a label\n")
-    lines = ended.stdout.splitlines()[1:]
+    first_line, *lines, last_line = ended.stdout.splitlines()
+    assert first_line == "images with a label: 5, without: 1"
+    assert last_line == "written: runs/inspect/kitti-train.png"
     assert [line[:14].strip() for line in lines] == [*datasets.KITTI_CLASSES, "ignored"]
     shares = [float(line[14:].split("%")[0]) for line in lines]
     assert sum(shares) == pytest.approx(100, abs=0.01) and max(map(len, lines)) <= 80

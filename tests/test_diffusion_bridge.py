@@ -281,7 +281,7 @@ def test_verdict_says_what_is_better_and_that_few_updates_are_no_bridge():
     table = {"kid_before": 2.0, "kid_after": 1.0, "edges_before": 0.8, "edges_after": 0.7}
     table |= {"kid_of_classes": {"road": [2.0, 1.0]}, "affine_share": 0.7, "noise_deviation": 0.9}
     lines = db.verdict(table, unet_steps=10)
-    assert "not Inception" in lines[0] and lines[2] == "kid: road 2.0 -> 1.0"
+    assert "not Inception" in lines[0] and lines[2] == "kid by class: road 2.0 -> 1.0"
     assert lines[3].endswith("explains 0.70 of the change")
     assert "noise: 0.90 (1 is right for ddib near --strength 1)" in lines[4]
     assert lines[5].startswith("10 updates of the U-Net are too few")
@@ -568,7 +568,8 @@ def test_bad_folders(trained: tuple, tmp_path: Path):
     (images / "wide.jpg").unlink()
     fails("--mask-dir .*in/masks: no such folder", made(tmp_path, trained, mask_dir=None))
     fails("--checkpoint: not given", made(tmp_path, trained, checkpoint=None))
-    fails("other classes", made(tmp_path, trained, mask_labels="gta5"))
+    for dataset in ("gta5", "own"):  # this bridge was not trained on own data
+        fails("other classes", made(tmp_path, trained, mask_labels=dataset))
     fails("the same folder as --input-dir", made(tmp_path, trained, mask_dir=images))
     (tmp_path / "empty").mkdir()
     fails("no image", made(tmp_path, trained, input_dir=tmp_path / "empty"))

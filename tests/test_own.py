@@ -15,6 +15,8 @@ import baseline
 import benchmark
 import common
 import datasets
+import diffusion_bridge
+import inspect_dataset
 import predict
 from datasets import IGNORE
 
@@ -80,7 +82,8 @@ def test_a_run_on_own_data_and_its_network_on_own_photos(own: common.Args, capsy
     Path("photos/._0.png").touch()
     checkpoint = Path("runs/own/few_label/seed0/checkpoint.pt")
     predict.run(predict.Args(checkpoint, Path("photos"), Path("out"), "cpu"))
-    assert "8 photos labelled, 1 other files ignored" in capsys.readouterr().out
+    said = "8 photos labelled, 1 other files ignored, such as ._0.png"
+    assert said in capsys.readouterr().out
     ids, names = json.loads(Path("out/classes.json").read_text()), result.iou.keys()
     assert ids == {name: i for i, name in enumerate(names)}
     net, _ = common.read_network(checkpoint)
@@ -95,9 +98,15 @@ def test_a_run_on_own_data_and_its_network_on_own_photos(own: common.Args, capsy
         np.testing.assert_array_equal(labels, expected)
         np.testing.assert_array_equal(colours, datasets.palette([*names])[labels])
         np.testing.assert_array_equal(overlay, datasets.read_image(path) // 2 + colours // 2)
+    args = predict.Args(checkpoint, Path("photos"), Path("again"), "cpu")
+    Path("photos/cut.jpg").write_bytes(b"cut")
+    with pytest.raises(datasets.UserError, match="photos: 1 photos cannot be read"):
+        predict.run(args)
+    assert "left out: photos/cut.jpg: cannot be read" in capsys.readouterr().out
+    assert len([*Path("again/ids").rglob("*.png")]) == 8  # the others are labelled
     Path("photos/day 0/0.jpg").touch()
-    with pytest.raises(datasets.UserError, match="the same name but for the suffix"):
-        predict.run(predict.Args(checkpoint, Path("photos"), Path("out"), "cpu"))
+    with pytest.raises(datasets.UserError, match=r"day 0/0.*: another photo differs by its suffix"):
+        predict.run(args)
 
 
 def test_cityscapes_label_ids_come_out_where_its_classes_went_in(args: common.Args, mini: Path):
@@ -120,11 +129,11 @@ def refused(args: common.Args, message: str) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "No such file"),
+        (None, "No such file or directory"),
         ("{", "Expecting"),
         ("[7]", "no attribute"),
         ("{}", "names no class"),
-        ('{"ignore": 0}', "names no class"),
+        ('{"Ignore": 0}', "names no class"),
         ('{"road": 256}', "256 of road is no id or colour"),
         ('{"road": "7"}', "'7' of road is no id or colour"),
         ('{"road": 1.0}', "1.0 of road is no id or colour"),
@@ -139,7 +148,7 @@ def test_own_classes_that_cannot_be(args: common.Args, content: str | None, mess
     Path("own").mkdir()
     if content is not None:
         Path("own/classes.json").write_text(content)
-    message = rf"^own/classes.json: .*{message}.*; expected \{{\"road\": 7"
+    message = rf"^own/classes.json: .*{message}.*; expected for example \{{\"road\": 7"
     refused(replace(args, data="own", benchmark="own"), message)
 
 
@@ -155,7 +164,22 @@ def test_own_labels_are_strict(args: common.Args):
         Path("own/classes.json").write_text(classes)
         refused(own, message)
     Path("own/source/labels/a.png").unlink()
-    refused(own, r"images/a.png: image without a label, expected labels/a.png \(1 such files\)")
+    refused(own, "images/a.png: image without a label, expected labels/a.png; such images: 1")
+    with pytest.raises(datasets.UserError, match=r"images/a.png: has no label, which every image"):
+        inspect_dataset.run(inspect_dataset.Args("source", data="own"))
+    inspect_dataset.run(inspect_dataset.Args("target", data="own"))  # a target needs none
+    Path("own/source/images/a.jpg").touch()
+    refused(own, r"images/a\.(png|jpg) and images/a\.(png|jpg) have one label")
+
+
+def test_a_bridge_of_own_data_reads_own_masks(own: common.Args, no_figures: None):
+    fields = {"width": 8, "levels": 3, "unet_steps": 2, "reader_steps": 2, "out": Path("bridge")}
+    diffusion_bridge.train(like(own, diffusion_bridge.Args, **fields))
+    source = {"input_dir": Path("own/source/images"), "mask_dir": Path("own/source/labels")}
+    fields = {"checkpoint": Path("bridge/bridge.pt"), "mask_labels": "own", "sample_steps": 2}
+    args = diffusion_bridge.TranslateArgs(**source, output_dir=Path("out"), **fields)
+    diffusion_bridge.translate_folder(args)
+    assert 0 <= json.loads(Path("out/metadata.json").read_text())["checks"]["agreement_after"] <= 1
 
 
 @pytest.mark.parametrize("labels", [True, False])
