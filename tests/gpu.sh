@@ -19,7 +19,12 @@ line() {  # title, "cpu" or "card", a command whose last line of output is the r
   shift 2
   if [[ $device == cpu || -n $card ]]; then
     echo "$title ..." >&2
-    result=$("$@" 2>"$scratch/errors" | tail -n 1) || { failed=1; tail -n 20 "$scratch/errors" >&2; result="failed"; }
+    if "$@" >"$scratch/output" 2>"$scratch/errors"; then
+      result=$(tail -n 1 "$scratch/output")
+    else
+      failed=1 result=failed
+      tail -n 30 "$scratch/output" "$scratch/errors" >&2
+    fi
   fi
   table+="| $title | $result |\n"
 }
