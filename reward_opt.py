@@ -365,31 +365,33 @@ def run(args: Args) -> Result:
 
 # ---- Figure -------------------------------------------------------------------------------------
 def draw_gradient(run: Run, start: Network, split: Split) -> None:
-    """figures/gradient.png: an estimate of each reward's gradient by the logit of the true class.
-    Titles: the summed variance of 64 estimates, divided by the squared length of their mean."""
+    """figures/gradient.png: an estimate of each reward's gradient by the logit of the true class:
+    blue where a higher logit raises the reward, red where it lowers it. noise: the summed variance
+    of 64 estimates, divided by the squared length of their mean."""
     truth = torch.from_numpy(split.labels[:1].astype(np.int64)).to(run.device)  # [1,H,W]
     logits = common.predict(start, split.images[:1], run.device).clone().requires_grad_()
     recall = partial(object_objective, logits, truth)
     objectives = {
-        "object recall": partial(recall, replace(run.args, credit="object")),
-        "credit image": partial(recall, replace(run.args, credit="image")),
+        "object recall, credit by object": partial(recall, replace(run.args, credit="object")),
+        "object recall, credit by image": partial(recall, replace(run.args, credit="image")),
         "IoU": partial(iou_objective, logits, truth),
     }
-    figure = common.new_figure(12, 1.6)
+    figure = common.new_figure(12, 2.1)
     axes = figure.subplots(1, 4, subplot_kw={"xticks": [], "yticks": []})
     axes[0].imshow(split.images[0])
+    axes[0].set_title("labelled photo", fontsize=9)
     for axis, (title, objective) in zip(axes[1:], objectives.items(), strict=True):
         rng = common.generator("gradient.png", title)
         losses = (objective(rng=rng)[0] for _ in range(64))
         gradients = -torch.cat([torch.autograd.grad(loss, logits)[0] for loss in losses])
         # Both credits have the same expected gradient. The mean of the first is the more exact one.
-        if title != "credit image":
+        if "image" not in title:
             square = gradients.mean(dim=0).square().sum()
         valid = truth != IGNORE  # [1,H,W]; ignored pixels are shown as 0
         gradient = (gradients[0].gather(0, truth.where(valid, 0)) * valid)[0].cpu()  # [H,W]
         limit = 3 * gradient.std().item()
         axis.imshow(gradient.numpy(), cmap="RdBu", vmin=-limit, vmax=limit)
-        axis.set_title(f"{title}: {gradients.var(dim=0).sum() / square:.2g}", fontsize=8)
+        axis.set_title(f"{title}\nnoise {gradients.var(dim=0).sum() / square:.3g}", fontsize=9)
     common.save_figure(figure, run.out / "figures/gradient.png")
 
 
