@@ -96,22 +96,13 @@ def forget(run: Run) -> None:
         path.unlink()
 
 
-def training_step(run: Run, net: common.Network, images: Tensor, labels: Tensor) -> None:
-    """Both passes of the cross-entropy."""
-    net.train()
-    with run.autocast():
-        outputs = net(images, aux=True)
-        loss = common.segmentation_loss(outputs, labels)
-    net.zero_grad()
-    loss.backward()
-
-
 # ---- The lines ----------------------------------------------------------------------------------
 def training(args: Args, folder: Path) -> Iterator[dict]:
     """The recipe with loader, zoom and flip, schedule, log and checkpoints against a bare loop."""
     run = start_run(args, folder)
     source, net = datasets.load(run.args, "source"), run.network()
-    batch, optimizer = first_batch(run, "source"), common.make_optimizer(net, run.args.lr)
+    images, labels = first_batch(run, "source")
+    optimizer = common.make_optimizer(net, run.args.lr)
 
     def recipe() -> None:
         forget(run)
@@ -119,7 +110,10 @@ def training(args: Args, folder: Path) -> Iterator[dict]:
 
     def bare_loop() -> None:
         for _ in range(args.steps):
-            training_step(run, net, *batch)
+            with run.autocast():
+                loss = common.segmentation_loss(net(images, aux=True), labels)
+            optimizer.zero_grad()
+            loss.backward()
             optimizer.step()
 
     yield compare(args, "training", recipe, "bare loop", bare_loop, least=0.92)
@@ -133,26 +127,14 @@ def read_pairs(pairs: Sequence, dataset: datasets.Dataset, size: tuple) -> tuple
 
 
 def input_pipeline(args: Args, folder: Path) -> Iterator[dict]:
-    """Caching against decoding the images one by one; then the loader against torch's DataLoader
-    over the files."""
+    """The loader over the cache against torch's DataLoader over the files."""
     run = start_run(args, folder)
     dataset = datasets.BENCHMARKS[args.benchmark].source
     pairs, _ = datasets.list_files(dataset, datasets.dataset_root(args.data, dataset), "train")
-    size, batch_size, cores = run.args.size, run.args.batch_size, os.cpu_count()
-    images = [image for image, _ in pairs]
-    read = partial(datasets.read_image, size=size)
-
-    def build_cache() -> None:
-        for path in folder.glob("bench-*.npy"):
-            path.unlink()
-        datasets.cached(folder, "bench", images, (*size, 3), lambda i: read(images[i]))
-
-    figure, decode = f"caching, {cores} cores", lambda: [read(image) for image in images]
-    yield compare(args, figure, build_cache, "decoding one by one", decode, least=1.8)
-
+    size, batch_size = run.args.size, run.args.batch_size
     loader = common.Loader(datasets.load(run.args, "source"), batch_size, run.device, "bench")
     collate = partial(read_pairs, dataset=dataset, size=size)
-    options = {"num_workers": cores, "persistent_workers": True, "collate_fn": collate}
+    options = {"num_workers": os.cpu_count(), "persistent_workers": True, "collate_fn": collate}
     data_loader = torch.utils.data.DataLoader(pairs, batch_size, shuffle=True, **options)
 
     def epoch() -> None:

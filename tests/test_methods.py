@@ -3,6 +3,8 @@
 import dataclasses
 import importlib
 import re
+import runpy
+import shlex
 import shutil
 import subprocess
 import sys
@@ -84,6 +86,19 @@ def test_help_shows_the_own_flags_first(method: str, monkeypatch, capsys):
 def test_a_method_imports_common_alone(method: str):
     modules = re.findall(r"^\s*(?:import|from) (\w+)", (ROOT / f"{method}.py").read_text(), re.M)
     assert "common" in modules and not {"miniature", "benchmark", *METHODS} & set(modules)
+
+
+PAGES = (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))
+TEXT = "\n".join(page.read_text(encoding="utf-8") for page in PAGES).replace("\\\n", " ")
+COMMANDS = set(re.findall(r"(?:python|--nproc-per-node \d+) (\w+\.py)\b([^`\n#>|&]*)", TEXT))
+
+
+@pytest.mark.parametrize(("script", "flags"), sorted(COMMANDS - {("METHOD.py", " --steps 20")}))
+def test_commands_of_the_documentation_have_flags_that_exist(script, flags, monkeypatch):
+    """They are parsed, not run. What stands for a name, such as DIR, is one."""
+    monkeypatch.setattr(common, "main", lambda kind, _, doc: common.parse(kind, doc))
+    monkeypatch.setattr(sys, "argv", [script, *shlex.split(flags)])
+    runpy.run_path(str(ROOT / script), run_name="__main__")
 
 
 IMPORT = """
