@@ -36,6 +36,7 @@ from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
+from torch.utils.benchmark import Timer
 
 import baseline
 import common
@@ -527,8 +528,6 @@ def draw_curves(args: Args) -> None:
 
 def study_networks(args: Args) -> None:
     """Prints size and speed of every network at inference, at each benchmark's training size."""
-    from torch.utils.benchmark import Timer
-
     table = []
     for benchmark, name in itertools.product(args.benchmarks, common.NETWORKS):
         flags = shared_args(args, benchmark=benchmark, device=args.devices[0])
@@ -577,8 +576,10 @@ def main(args: Args) -> None:
             target = datasets.get_benchmark(benchmark, args.data).target
             root = datasets.dataset_root(args.data, target)
             if not datasets.files_of(target, root, "train")[0]:
-                datasets.note(f"{root}: no labels, so rows that need some are left out")
+                datasets.note(f"{root}: no labelled training photo, so some rows are left out")
                 rows = [r for r in rows if r.key[0] != benchmark or not needs_labels(r.key[1])]
+        if not rows:
+            raise UserError("--methods: all of these rows need labelled training photos")
         run_rows(rows, args, results)
         folders = {key: args.out / key[0] / key[1] / f"seed{key[2]}" for key in results}
         for key, folder in list(folders.items()):  # another run may have taken its place

@@ -186,11 +186,11 @@ def color_transfer(source: Tensor, target: Tensor) -> Tensor:
     with torch.autocast(source.device.type, enabled=False):  # bfloat16 has no inverse
         x, y = source.float().flatten(2), target.float().flatten(2)  # [B,3,HW]
         x_mean, y_mean = x.mean(dim=2, keepdim=True), y.mean(dim=2, keepdim=True)
-        x, y, identity = x - x_mean, y - y_mean, torch.eye(3, device=x.device).double()
-        s, t = (z @ z.mT / z.shape[2] + 1e-5 * identity for z in (x, y))  # [B,3,3]
+        x, y, eye = x - x_mean, y - y_mean, torch.eye(3, device=x.device).double()
+        s, t = (z @ z.mT / z.shape[2] + 1e-5 * eye for z in (x, y))  # [B,3,3]
         # Denman and Beavers (1976): converges to (S T)^1/2 and its inverse. 24 iterations serve a
         # smallest eigenvalue of 1e-10. Unlike eigenvectors, they do not make CUDA wait.
-        root, inverse = s @ t, identity.expand_as(s)
+        root, inverse = s @ t, eye.expand_as(s)
         for _ in range(24):
             pair = torch.linalg.inv_ex(torch.stack([inverse, root])).inverse
             root, inverse = (torch.stack([root, inverse]) + pair) / 2
@@ -354,7 +354,6 @@ def join_processes(device: str) -> str:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     cuda = device.startswith("cuda")
     if cuda:
-        torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("high")  # TF32
     if "LOCAL_RANK" not in os.environ:
         return device
@@ -471,8 +470,7 @@ class SharedArgs:
     lr: float | None = None
     """Initial learning rate of AdamW. Default: 0.01 for the miniature, else 0.001."""
     pretrained: bool | None = None
-    """ImageNet weights of the backbone, which then learns at a tenth of --lr. Default: on for real
-    data, but tiny has none."""
+    """ImageNet weights of the backbone (its rate: a tenth of --lr). Default: on for real data."""
     labelled: int = 16
     """Labelled target photos that a method may use, evenly spaced in the target's training part."""
     amp: bool = True
@@ -486,9 +484,8 @@ class SharedArgs:
 @dataclass(frozen=True)
 class Args(SharedArgs):
     benchmark: Literal["vkitti2kitti", "gta52cityscapes", "own"] = "vkitti2kitti"
-    """Source and target: Virtual KITTI 2 to KITTI (10 classes), GTA5 to Cityscapes (19 classes), or
-    own: source/images/, source/labels/, target/images/, classes.json and, where the target has
-    labels, target/labels/, all below --data."""
+    """Virtual KITTI 2 to KITTI (10 classes), GTA5 to Cityscapes (19), or own: source/images/ and
+    labels/, target/images/, perhaps target/labels/, and classes.json, all below --data."""
     out: Path | None = None
     """Run folder. Default: runs/BENCHMARK/METHOD/seedSEED."""
     seed: int = 0
@@ -559,8 +556,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def read_network(path: Path) -> tuple[Network, dict[str, Any]]:
-    """The segmentation network of a run's checkpoint.pt, on the CPU, and all that the file holds;
-    UserError where it holds no such network."""
+    """The network of a checkpoint.pt, on the CPU, and all that the file holds; else UserError."""
     checkpoint = read_checkpoint(path)
     if "net" not in checkpoint:
         raise UserError(f"{path}: holds no segmentation network")
@@ -571,11 +567,13 @@ def read_network(path: Path) -> tuple[Network, dict[str, Any]]:
 
 def load_weights(net: Network, path: Path) -> None:
     """The weights of a run's checkpoint.pt into `net`; UserError where it is another network."""
-    other, _ = read_network(path)
-    kinds = [f"{n.name} of {n.num_classes}" for n in (other, net)]
-    if kinds[0] != kinds[1]:
-        raise UserError(f"{path}: holds {kinds[0]} classes, expected {kinds[1]}")
-    net.load_state_dict(other.state_dict())
+    checkpoint = read_checkpoint(path)
+    if "net" not in checkpoint:
+        raise UserError(f"{path}: holds no segmentation network")
+    found = f"{checkpoint['network']} of {len(checkpoint['classes'])} classes"
+    if found != f"{net.name} of {net.num_classes} classes":
+        raise UserError(f"{path}: holds {found}, expected {net.name} of {net.num_classes}")
+    net.load_state_dict(checkpoint["net"])
 
 
 @dataclass
@@ -690,6 +688,7 @@ class Run:
         self.commit = commit()  # now, since the code may be edited meanwhile
         torch.manual_seed(args.seed)  # initial weights
         if self.device.type == "cuda":
+            torch.backends.cudnn.benchmark = True  # all batches of a run have one size
             torch.cuda.reset_peak_memory_stats(self.device)
         images, photos, test = (config[f"{n}_images"] for n in ("source", "target", "test"))
         kind = " (miniature)" if config["miniature"] else ""
@@ -998,7 +997,8 @@ def draw_predictions(path: Path, split: Split, networks: dict[str, Network]) -> 
 def main(args_class: type, run: Callable[[Any], Any], doc: str | None) -> None:
     """The command line of a script: one line and exit status 1 for what the user can mend."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C, it cleans up
-    sys.stdout.reconfigure(errors="replace")  # not every terminal has every character
+    if hasattr(sys.stdout, "reconfigure"):  # that of a notebook has not
+        sys.stdout.reconfigure(errors="replace")  # not every terminal has every character
     try:
         result = run(parse(args_class, doc))
         if isinstance(result, Result) and rank() == 0:

@@ -9,6 +9,7 @@ import contextlib
 import functools
 import glob
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -215,9 +216,9 @@ def find_images(root: Path, pattern: str) -> tuple[dict[str, str], list[str]]:
         if images:
             break
     if not prefix and "**" not in pattern:
-        for path in glob.iglob(f"*/{pattern}", **options):
-            note(f"{root}: images one folder deeper are not used, such as {path}")
-            break
+        deeper = (path for path in glob.iglob(f"*/{pattern}", **options) if not is_foreign(path))
+        for path in itertools.islice(deeper, 1):
+            note(f"{root}: files one folder deeper are not used, such as {path}")
     return images, others
 
 
@@ -232,8 +233,9 @@ def list_files(dataset: Dataset, root: Path, split: str) -> tuple[list, list[Pat
     if not images and split == "train":
         raise UserError(f"{root}: no image of {dataset.name}, expected {pattern}")
     image_of = {dataset.label_of(key): key for key in images}
-    for key in images.keys() - image_of.values():
-        raise UserError(f"{root}: {key} and {image_of[dataset.label_of(key)]} have one label")
+    for key in sorted(images.keys() - image_of.values()):
+        if dataset.label_of(key) in labels:
+            raise UserError(f"{root}: {key} and {image_of[dataset.label_of(key)]} have one label")
     others += other_labels + sorted(labels.keys() - image_of.keys())
     if others:
         note(f"{root}: {len(others)} other files are ignored, such as {others[0]}")
@@ -276,7 +278,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def read_image(path: Path, size: tuple[int, int] | None = None) -> np.ndarray:
     """An image, upright as its EXIF data say. uint8 [H,W,3], at `size` (height, width) if given."""
     with open_image(path) as image:
-        image = to_rgb(ImageOps.exif_transpose(image))
+        try:
+            image = to_rgb(ImageOps.exif_transpose(image))
+        except Exception as error:  # damaged EXIF data make Pillow raise errors of many kinds
+            raise UserError(f"{path}: its EXIF data cannot be read ({error})") from error
     return np.asarray(image.resize(size[::-1], Image.Resampling.BILINEAR) if size else image)
 
 
@@ -316,7 +321,7 @@ def read_label(path: Path, dataset: Dataset, image: Path | None = None) -> np.nd
 
 
 def check_labels(dataset: Dataset, pairs: Sequence[tuple[Path, Path]]) -> None:
-    """UserError where all labels are void, or of a sample a fifth has train ids as label ids."""
+    """UserError where all labels are void, or train ids where label ids are expected."""
     if not any((read_label(label, dataset) != IGNORE).any() for _, label in pairs):
         raise UserError(f"{pairs[0][1]}: no pixel of any class, as in all {len(pairs)} labels")
     if dataset.values[:34] == LABEL_IDS:
@@ -328,7 +333,8 @@ def check_labels(dataset: Dataset, pairs: Sequence[tuple[Path, Path]]) -> None:
             counts = np.bincount(read_label(label, dataset).ravel(), minlength=256)
             if not counts[later].any() and counts[IGNORE] > counts.sum() / 2:
                 wrong.append(label)
-        if len(wrong) > len(sample) / 5:  # part of the files may have been converted
+        # Part of the files may have been converted. A single odd frame among others is none.
+        if len(wrong) > max(len(sample) / 5, min(1, len(sample) - 1)):
             raise UserError(f"{wrong[0]}: no id is above 20; expected label ids, not train ids")
 
 
@@ -488,7 +494,7 @@ def load(args: Any, role: Role) -> Split:
     if role == "target_few":  # evenly spaced, each in the middle of its stretch of the drive
         n, k = len(pairs), args.labelled
         if not 1 <= k <= n:
-            hint = f"; give --labelled {n} or less" if n else "; this row needs some"
+            hint = f"; give --labelled 1 to {n}" if n else "; this row needs some"
             raise UserError(f"--labelled {k}: {root} has {n} labelled training photos{hint}")
         pairs = [pairs[(2 * i + 1) * n // (2 * k)] for i in range(k)]
     elif role == "target_train" and not pairs:
@@ -498,13 +504,16 @@ def load(args: Any, role: Role) -> Split:
     images, labels = [image for image, _ in pairs], [label for _, label in pairs]
     if role == "target_unlabelled":
         images = sorted(images + unlabelled)
+        if not images:
+            expected = "of photos with masks the second half is for test"
+            raise UserError(f"{root}: no training photo; {expected}")
     elif not pairs:  # test photos without any label, for the pictures
         images = unlabelled
 
-    # Labels are checked against their images, so a cache of them is one of these images, too.
-    name = f"{dataset.name}-labels-{zlib.crc32(repr(dataset).encode()):08x}-{digest(images)}"
     train_ids = None
     if role in ("source", "target_few", "target_train"):
+        # Labels are checked against their images, so a cache of them is one of these images, too.
+        name = f"{dataset.name}-labels-{zlib.crc32(repr(dataset).encode()):08x}-{digest(images)}"
         train_ids = cached(
             args.cache,
             name,

@@ -842,7 +842,9 @@ def translate_folder(args: TranslateArgs) -> None:
     dataset = datasets.DATASETS.get(args.mask_labels)  # None: the masks' labels are not known
     if args.mask_labels == "own":
         values = tuple(bridge.config.get("own_values", ()))
-        dataset = datasets.Dataset("source", "", (), tuple(classes) if values else (), values)
+        if not values:
+            raise UserError(f"--mask-labels own: {args.checkpoint} was not trained on own data")
+        dataset = datasets.Dataset("source", "", (), tuple(classes), values)
     if dataset and classes != [*dataset.classes]:
         raise UserError(f"--mask-labels {args.mask_labels}: the checkpoint has other classes")
 
@@ -886,7 +888,12 @@ def translate_folder(args: TranslateArgs) -> None:
 
     # Step 3: translate what is missing, each process its share of the batches
     own = range(common.rank(), len(batches), common.world_size())
-    unfinished: list[tuple[Path, Any]] = []  # the batch that threads write: its record and images
+    previous: tuple[Path, Any] | None = None  # the batch that threads write: record and images
+
+    def record_previous() -> None:
+        if previous:
+            datasets.write_json(previous[0], list(previous[1]))
+
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for number in datasets.show_progress(own, "translating"):
             batch = batches[number]
@@ -907,12 +914,10 @@ def translate_folder(args: TranslateArgs) -> None:
                 new, noise = bridge.translate(old, labels, [pair.name for pair in batch], args)
             predicted, _ = read(bridge.reader, new)
             shares = agreement(predicted, labels)
-            for record, images in unfinished:
-                datasets.write_json(record, list(images))
+            record_previous()
             images = pool.map(partial(write_pair, args), batch, new, shares, noise)
-            unfinished = [(records[number], images)]
-        for record, images in unfinished:
-            datasets.write_json(record, list(images))
+            previous = records[number], images
+        record_previous()
 
     # Step 4: the process that is last checks up to 1000 images at the size of training. Several
     # that end at the same time all do so, and write the same bytes.

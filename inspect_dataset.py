@@ -49,7 +49,7 @@ def run(args: Args) -> None:
     if unlabelled and dataset.name in ("vkitti2", "gta5", "source"):
         raise UserError(f"{unlabelled[0]}: has no label, which every image of a source needs")
     if not pairs:
-        print(f"{dataset.name}: nothing to check; methods without target labels need none")
+        print(f"{dataset.name}: no label in the {args.split} part, so there is nothing to check")
         return
     pixels, images = np.zeros(256, np.int64), np.zeros(256, np.int64)
     for image, label in show_progress(pairs, "reading"):

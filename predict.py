@@ -53,7 +53,10 @@ def run(args: Args) -> None:
         raise UserError(f"{args.photos / same[0]}: another photo differs by its suffix alone")
     if args.out.resolve().is_relative_to(args.photos.resolve()):
         raise UserError(f"--out {args.out}: lies in the folder of the photos")
-    write_json(args.out / "classes.json", ids)
+    legend = args.out / "classes.json"
+    if legend.exists() and common.read_json(legend) != ids:  # perhaps that of own data
+        raise UserError(f"{legend}: has other classes; give another --out")
+    write_json(legend, ids)
     failed = 0
     for output, name in show_progress(outputs.items(), "labelling"):
         try:
@@ -74,7 +77,7 @@ def run(args: Args) -> None:
     ignored = f"{len(others)} other files ignored" + (f", such as {others[0]}" if others else "")
     print(f"{args.out}: {len(photos) - failed} photos labelled, {ignored}")
     if failed:
-        raise UserError(f"{args.photos}: {failed} photos cannot be read; they are named above")
+        raise UserError(f"{args.photos}: photos that cannot be read: {failed}, named above")
 
 
 if __name__ == "__main__":

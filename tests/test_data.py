@@ -172,7 +172,7 @@ def test_images_at_two_depths_are_not_mixed_and_that_is_said(copy: Path, capsys)
     datasets.note.cache_clear()
     after = datasets.list_files(datasets.VKITTI2, root, "train")[0]
     assert 0 < len(after) < len(before)
-    assert "images one folder deeper are not used, such as vkitti_2.0.3" in capsys.readouterr().err
+    assert "files one folder deeper are not used, such as vkitti_2.0.3" in capsys.readouterr().err
 
 
 def test_the_same_name_twice_one_folder_deeper_is_refused():
