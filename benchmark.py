@@ -2,8 +2,6 @@
 
     python benchmark.py --jobs 2                         (40 minutes on two CPU cores)
 
-    python benchmark.py --seeds 0 1 2                    (mean and standard deviation over seeds)
-
     python benchmark.py --data /datasets                 (real data; see the README for its layout)
 
 Every row is a command of its own (--print-jobs lists them). If one fails, the others still run. A
@@ -36,7 +34,6 @@ from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
-from torch.utils.benchmark import Timer
 
 import baseline
 import common
@@ -528,6 +525,8 @@ def draw_curves(args: Args) -> None:
 
 def study_networks(args: Args) -> None:
     """Prints size and speed of every network at inference, at each benchmark's training size."""
+    from torch.utils.benchmark import Timer  # which looks for CUDA when it is imported
+
     table = []
     for benchmark, name in itertools.product(args.benchmarks, common.NETWORKS):
         flags = shared_args(args, benchmark=benchmark, device=args.devices[0])
