@@ -2,7 +2,7 @@
 
     python benchmark.py --jobs 2                         (40 minutes on two CPU cores)
 
-    python benchmark.py --data /datasets                 (real data; see the README for its layout)
+    python benchmark.py --data /datasets --seeds 0 1 2   (real data, see the README; three seeds)
 
 Every row is a command of its own (--print-jobs lists them). If one fails, the others still run. A
 finished row is not run again unless its arguments or its data change, or --force is given.

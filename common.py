@@ -555,25 +555,22 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return checkpoint
 
 
-def read_network(path: Path) -> tuple[Network, dict[str, Any]]:
-    """The network of a checkpoint.pt, on the CPU, and all that the file holds; else UserError."""
+def read_network(path: Path, net: Network | None = None) -> tuple[Network, dict[str, Any]]:
+    """The segmentation network of a run's checkpoint.pt, and all that the file holds.
+
+    The weights are loaded into `net`, or into a new network on the CPU. UserError where the file
+    holds no network, or another one than `net`.
+    """
     checkpoint = read_checkpoint(path)
     if "net" not in checkpoint:
         raise UserError(f"{path}: holds no segmentation network")
-    net = Network(checkpoint["network"], len(checkpoint["classes"]))
+    name, num_classes = checkpoint["network"], len(checkpoint["classes"])
+    net = net or Network(name, num_classes)
+    if (name, num_classes) != (net.name, net.num_classes):
+        expected = f"{net.name} of {net.num_classes}"
+        raise UserError(f"{path}: holds {name} of {num_classes} classes, expected {expected}")
     net.load_state_dict(checkpoint["net"])
     return net, checkpoint
-
-
-def load_weights(net: Network, path: Path) -> None:
-    """The weights of a run's checkpoint.pt into `net`; UserError where it is another network."""
-    checkpoint = read_checkpoint(path)
-    if "net" not in checkpoint:
-        raise UserError(f"{path}: holds no segmentation network")
-    found = f"{checkpoint['network']} of {len(checkpoint['classes'])} classes"
-    if found != f"{net.name} of {net.num_classes} classes":
-        raise UserError(f"{path}: holds {found}, expected {net.name} of {net.num_classes}")
-    net.load_state_dict(checkpoint["net"])
 
 
 @dataclass
@@ -673,7 +670,7 @@ class Run:
             self.say(f"{self.out}: finished earlier, with these arguments")
             return
         if args.checkpoint:  # one that is of no use must not move an old run aside
-            load_weights(Network(args.net, len(self.classes)), args.checkpoint)
+            read_network(args.checkpoint, Network(args.net, len(self.classes)))
         if args.init and args.init.resolve().is_relative_to(self.out.resolve()):
             raise UserError(f"--init {args.init}: lies in the run folder; give another --out")
         config = configuration(args, method)
@@ -719,7 +716,7 @@ class Run:
         net = Network(self.args.net, len(self.classes), pretrained)
         net.pretrained = self.args.pretrained  # the rate of the backbone stays that of the recipe
         if self.args.checkpoint:
-            load_weights(net, self.args.checkpoint)
+            read_network(self.args.checkpoint, net)
         if world_size() > 1 and self.device.type == "cuda":  # SyncBatchNorm refuses CPUs
             net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
         net.to(self.device, memory_format=torch.channels_last)

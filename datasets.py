@@ -9,7 +9,6 @@ import contextlib
 import functools
 import glob
 import hashlib
-import itertools
 import json
 import math
 import os
@@ -216,9 +215,10 @@ def find_images(root: Path, pattern: str) -> tuple[dict[str, str], list[str]]:
         if images:
             break
     if not prefix and "**" not in pattern:
-        deeper = (path for path in glob.iglob(f"*/{pattern}", **options) if not is_foreign(path))
-        for path in itertools.islice(deeper, 1):
-            note(f"{root}: files one folder deeper are not used, such as {path}")
+        deeper = glob.iglob(f"*/{pattern}", **options)
+        unused = next((path for path in deeper if not is_foreign(path)), None)
+        if unused:
+            note(f"{root}: files one folder deeper are not used, such as {unused}")
     return images, others
 
 
@@ -267,6 +267,15 @@ def open_image(path: Path, decode: bool = True) -> Image.Image:
         raise UserError(f"{path}: cannot be read as an image ({error})") from error
 
 
+@contextlib.contextmanager
+def exif_errors(path: Path) -> Iterator[None]:
+    """UserError for damaged EXIF data, at which Pillow raises errors of many kinds."""
+    try:
+        yield
+    except Exception as error:
+        raise UserError(f"{path}: its EXIF data cannot be read ({error})") from error
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
     """An image of any mode in RGB; of 16-bit values the upper 8 bits."""
     if image.mode.startswith("I"):
@@ -278,10 +287,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def read_image(path: Path, size: tuple[int, int] | None = None) -> np.ndarray:
     """An image, upright as its EXIF data say. uint8 [H,W,3], at `size` (height, width) if given."""
     with open_image(path) as image:
-        try:
-            image = to_rgb(ImageOps.exif_transpose(image))
-        except Exception as error:  # damaged EXIF data make Pillow raise errors of many kinds
-            raise UserError(f"{path}: its EXIF data cannot be read ({error})") from error
+        with exif_errors(path):
+            image = ImageOps.exif_transpose(image)
+        image = to_rgb(image)
     return np.asarray(image.resize(size[::-1], Image.Resampling.BILINEAR) if size else image)
 
 
@@ -313,7 +321,9 @@ def read_label(path: Path, dataset: Dataset, image: Path | None = None) -> np.nd
     if image is not None:
         with open_image(image, decode=False) as photo:
             (w, h), shape = photo.size, train_ids.shape
-            if "exif" in photo.info and photo.getexif().get(274, 1) != 1:
+            with exif_errors(image):
+                turned = "exif" in photo.info and photo.getexif().get(274, 1) != 1
+            if turned:
                 raise UserError(f"{image}: EXIF data turn it, but not its label; save it upright")
         if (h, w) != shape:
             raise UserError(f"{path}: is {shape[1]}x{shape[0]}, its image {w}x{h}")
@@ -321,7 +331,7 @@ def read_label(path: Path, dataset: Dataset, image: Path | None = None) -> np.nd
 
 
 def check_labels(dataset: Dataset, pairs: Sequence[tuple[Path, Path]]) -> None:
-    """UserError where all labels are void, or train ids where label ids are expected."""
+    """UserError where all labels are void, or over a fifth of a sample looks like train ids."""
     if not any((read_label(label, dataset) != IGNORE).any() for _, label in pairs):
         raise UserError(f"{pairs[0][1]}: no pixel of any class, as in all {len(pairs)} labels")
     if dataset.values[:34] == LABEL_IDS:
@@ -333,8 +343,7 @@ def check_labels(dataset: Dataset, pairs: Sequence[tuple[Path, Path]]) -> None:
             counts = np.bincount(read_label(label, dataset).ravel(), minlength=256)
             if not counts[later].any() and counts[IGNORE] > counts.sum() / 2:
                 wrong.append(label)
-        # Part of the files may have been converted. A single odd frame among others is none.
-        if len(wrong) > max(len(sample) / 5, min(1, len(sample) - 1)):
+        if len(wrong) > len(sample) / 5:  # part of the files may have been converted
             raise UserError(f"{wrong[0]}: no id is above 20; expected label ids, not train ids")
 
 

@@ -385,7 +385,7 @@ def draw_gradient(run: Run, start: Network, split: Split) -> None:
         losses = (objective(rng=rng)[0] for _ in range(64))
         gradients = -torch.cat([torch.autograd.grad(loss, logits)[0] for loss in losses])
         # Both credits have the same expected gradient. The mean of the first is the more exact one.
-        if "image" not in title:
+        if title != "object recall, credit by image":
             square = gradients.mean(dim=0).square().sum()
         valid = truth != IGNORE  # [1,H,W]; ignored pixels are shown as 0
         gradient = (gradients[0].gather(0, truth.where(valid, 0)) * valid)[0].cpu()  # [H,W]

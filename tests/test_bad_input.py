@@ -188,6 +188,9 @@ def test_a_labelled_photo_that_is_turned_by_its_exif_data(bad: common.Args):
     exif[274] = 3  # 180 degrees, so that the sizes agree
     Image.open(path).save(path, exif=exif)
     expect(bad, "rgb_00000.jpg: EXIF data turn it, but not its label; save it upright")
+    photo = min(Path("copy/kitti/training/image_2").glob("*_10.png"))
+    Image.open(photo).save(photo, exif=b"II*not EXIF data")
+    expect(bad, f"{photo.name}: its EXIF data cannot be read", row="oracle")
 
 
 # ---- Flags --------------------------------------------------------------------------------------

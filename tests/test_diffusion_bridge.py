@@ -451,6 +451,12 @@ def test_folder_contract(trained: tuple, tmp_path: Path, no_figures, monkeypatch
         complete.append(json.loads((tmp_path / "ranks/metadata.json").read_text())["complete"])
     assert complete == [False, True] and content(tmp_path / "ranks") == whole
     assert len(datasets.find_images(out, "**/*")[0]) == 2 * 9  # nothing else looks like an image
+    # Threads that decode and encode change nothing.
+    monkeypatch.setattr(common, "world_size", lambda: 1)
+    monkeypatch.setattr(common, "rank", lambda: 0)
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    db.translate_folder(made(tmp_path, trained, output_dir=tmp_path / "serial"))
+    assert content(tmp_path / "serial") == whole
 
 
 def test_stopped_at_any_file_it_ends_the_same(trained, tmp_path: Path, no_figures, monkeypatch):

@@ -175,6 +175,21 @@ def test_own_labels_are_strict(args: common.Args):
     inspect_dataset.run(inspect_dataset.Args("target", data="own"))  # a target needs none
 
 
+def test_a_single_labelled_photo_leaves_none_to_train_on(own: common.Args):
+    for photo in sorted(Path("own/target/images").rglob("*.*"))[1:]:
+        photo.unlink()
+    with pytest.raises(datasets.UserError, match="own/target: no training photo; of photos with"):
+        datasets.load(common.resolve(own, "own"), "target_unlabelled")
+
+
+def test_predict_replaces_no_other_classes(own: common.Args, no_figures: None):
+    baseline.run(like(own, baseline.Args, row="source_only", steps=1))
+    before, checkpoint = Path("own/classes.json").read_bytes(), next(Path().rglob("checkpoint.pt"))
+    with pytest.raises(datasets.UserError, match=r"own/classes.json: has other classes"):
+        predict.run(predict.Args(checkpoint, Path("own/target/images"), Path("own"), "cpu"))
+    assert Path("own/classes.json").read_bytes() == before
+
+
 def test_a_bridge_of_own_data_reads_own_masks(own: common.Args, no_figures: None):
     fields = {"width": 8, "levels": 3, "unet_steps": 2, "reader_steps": 2, "out": Path("bridge")}
     diffusion_bridge.train(like(own, diffusion_bridge.Args, **fields))
@@ -202,3 +217,6 @@ def test_the_benchmark_of_own_data(own: common.Args, capsys, labels: bool):
     assert ("without test labels" in output.out) != labels
     assert ("so some rows are left out" in output.err) != labels
     assert Path("runs/figures/own.png").exists() and Path("runs/results.md").exists()
+    if not labels:
+        with pytest.raises(datasets.UserError, match="all of these rows need labelled training"):
+            benchmark.main(replace(args, methods=("few_label",)))
