@@ -359,6 +359,8 @@ def join_processes(device: str) -> str:
         return device
     if cuda:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
+        if int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
+            raise UserError(f"torchrun: more processes than cards, there is no {device}")
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         # Others may wait for hours while rank 0 writes a large set.

@@ -293,6 +293,16 @@ def read_image(path: Path, size: tuple[int, int] | None = None) -> np.ndarray:
     return np.asarray(image.resize(size[::-1], Image.Resampling.BILINEAR) if size else image)
 
 
+def size_of_labelled(path: Path) -> tuple[int, int]:
+    """Width and height of an image with a label; UserError where its EXIF data turn it alone."""
+    with open_image(path, decode=False) as image:
+        with exif_errors(path):
+            turned = "exif" in image.info and image.getexif().get(274, 1) != 1
+        if turned:
+            raise UserError(f"{path}: EXIF data turn it, but not its label; save it upright")
+        return image.size
+
+
 def read_label(path: Path, dataset: Dataset, image: Path | None = None) -> np.ndarray:
     """A label file as train ids at its own resolution. uint8 [H,W], values 0..C-1 or IGNORE.
 
@@ -319,12 +329,7 @@ def read_label(path: Path, dataset: Dataset, image: Path | None = None) -> np.nd
         where = f"in the label map of {dataset.name} ({unknown.sum()} such pixels)"
         raise UserError(f"{path}: {name} is not {where}; {cause}?")
     if image is not None:
-        with open_image(image, decode=False) as photo:
-            (w, h), shape = photo.size, train_ids.shape
-            with exif_errors(image):
-                turned = "exif" in photo.info and photo.getexif().get(274, 1) != 1
-            if turned:
-                raise UserError(f"{image}: EXIF data turn it, but not its label; save it upright")
+        (w, h), shape = size_of_labelled(image), train_ids.shape
         if (h, w) != shape:
             raise UserError(f"{path}: is {shape[1]}x{shape[0]}, its image {w}x{h}")
     return train_ids

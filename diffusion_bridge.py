@@ -745,11 +745,9 @@ def find_pairs(inputs: Path, mask_dir: Path) -> tuple[list[Pair], int]:
         if stem not in masks:
             raise UserError(f"{image}: has no mask, --mask-dir needs {mask_dir / stem}.png")
         mask = masks[stem]
-        with (
-            datasets.open_image(image, False) as picture,
-            datasets.open_image(mask, False) as mask_picture,
-        ):
-            size, mask_size = picture.size, mask_picture.size
+        size = datasets.size_of_labelled(image)
+        with datasets.open_image(mask, decode=False) as picture:
+            mask_size = picture.size
         if size != mask_size:
             raise UserError(f"{mask}: width and height are {mask_size}, but {size} in its image")
         mask_name = (mask_below / mask.relative_to(mask_dir)).as_posix()

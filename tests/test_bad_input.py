@@ -215,6 +215,9 @@ def test_flags_that_cannot_be(args: common.Args, change: dict, message: str):
 def test_a_device_that_is_not_there(args: common.Args, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     expect(replace(args, device="cuda:1"), "--device cuda:1: not available")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    expect(replace(args, device="cuda"), "more processes than cards, there is no cuda:2")
 
 
 # ---- Checkpoints and training sets --------------------------------------------------------------

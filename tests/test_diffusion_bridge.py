@@ -566,6 +566,11 @@ def test_bad_folders(trained: tuple, tmp_path: Path):
     (images / "wide.jpg").write_bytes((images / "photo.jpg").read_bytes())
     fails("wide.png: differs from wide.jpg by its suffix", args)
     (images / "wide.jpg").unlink()
+    upright, exif = (images / "photo.jpg").read_bytes(), Image.Exif()
+    exif[274] = 3  # a viewer turns the image by 180 degrees, but not its mask
+    Image.open(images / "photo.jpg").save(images / "photo.jpg", exif=exif)
+    fails("photo.jpg: EXIF data turn it, but not its label", args)
+    (images / "photo.jpg").write_bytes(upright)
     fails("--mask-dir .*in/masks: no such folder", made(tmp_path, trained, mask_dir=None))
     fails("--checkpoint: not given", made(tmp_path, trained, checkpoint=None))
     fails("was not trained on own data", made(tmp_path, trained, mask_labels="own"))
