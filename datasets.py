@@ -147,8 +147,8 @@ def get_benchmark(name: str, data: str) -> Benchmark:
                     raise ValueError(f"{v!r} of {class_name} is no id or colour, or is given twice")
                 values[key] = None if class_name.lower() == "ignore" else class_name
         classes = tuple(dict.fromkeys(filter(None, values.values())))
-        if not classes:
-            raise ValueError("names no class")
+        if not 1 <= len(classes) <= UNKNOWN:
+            raise ValueError(f"names {len(classes)} classes, expected 1 to {UNKNOWN}")
     except (OSError, ValueError, TypeError, AttributeError) as error:
         example = '{"road": 7, "car": [26, 27], "sky": [[70, 130, 180]], "ignore": 0}'
         reason = getattr(error, "strerror", None) or error
