@@ -339,7 +339,9 @@ class Network(nn.Module):
 
     def forward(self, images: Tensor, aux: bool = False) -> Any:
         outputs = self.body((images - self.mean) / self.std)
-        outputs = [upsample(output, images.shape[2:]).float() for output in outputs.values()]
+        names = outputs if aux and self.training else ["out"]
+        # Logits are upsampled in float32, since the gradient of that is a sum over many pixels.
+        outputs = [upsample(outputs[name].float(), images.shape[2:]) for name in names]
         return outputs if aux else outputs[0]
 
 
@@ -352,17 +354,18 @@ def join_processes(device: str) -> str:
     """Joins the other processes of torchrun, if there are any. -> this process's device."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    cuda = device.startswith("cuda")
+    cuda, local_rank = device.startswith("cuda"), os.environ.get("LOCAL_RANK")
+    if cuda and local_rank:
+        device = f"cuda:{local_rank}"
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {device}: not available") from error
     if cuda:
         torch.set_float32_matmul_precision("high")  # TF32
-    if "LOCAL_RANK" not in os.environ:
-        return device
-    if cuda:
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-        if int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
-            raise UserError(f"torchrun: more processes than cards, there is no {device}")
+    if cuda and local_rank:
         torch.cuda.set_device(device)
-    if not dist.is_initialized():
+    if local_rank and not dist.is_initialized():
         # Others may wait for hours while rank 0 writes a large set.
         dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(days=1))
     return device
@@ -518,10 +521,6 @@ def resolve(args: Any, method: str) -> Any:
     defaults["pretrained"] = not small and args.net != "tiny"
     defaults["out"] = Path("runs") / args.benchmark / method / f"seed{args.seed}"
     args = replace(args, **{k: v for k, v in defaults.items() if getattr(args, k) is None})
-    try:
-        torch.empty(1, device=args.device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {args.device}: not available") from error
     if any(side < STRIDE or side % STRIDE for side in args.size):
         raise UserError(f"--size {args.size[0]} {args.size[1]}: expected multiples of {STRIDE}")
     if args.pretrained and args.net == "tiny":
@@ -620,7 +619,8 @@ def configuration(args: Any, method: str) -> dict[str, Any]:
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; an empty one where the file is absent or damaged."""
     with contextlib.suppress(OSError, ValueError):
-        return json.loads(path.read_text())
+        content = json.loads(path.read_text())
+        return content if isinstance(content, dict) else {}
     return {}
 
 
@@ -995,7 +995,9 @@ def draw_predictions(path: Path, split: Split, networks: dict[str, Network]) -> 
 # ---- Command line -------------------------------------------------------------------------------
 def main(args_class: type, run: Callable[[Any], Any], doc: str | None) -> None:
     """The command line of a script: one line and exit status 1 for what the user can mend."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C, it cleans up
+    for number in (signal.SIGTERM, signal.SIGHUP):  # like Ctrl-C, they clean up
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
+            signal.signal(number, signal.default_int_handler)
     if hasattr(sys.stdout, "reconfigure"):  # that of a notebook has not
         sys.stdout.reconfigure(errors="replace")  # not every terminal has every character
     try:

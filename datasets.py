@@ -267,15 +267,6 @@ def open_image(path: Path, decode: bool = True) -> Image.Image:
         raise UserError(f"{path}: cannot be read as an image ({error})") from error
 
 
-@contextlib.contextmanager
-def exif_errors(path: Path) -> Iterator[None]:
-    """UserError for damaged EXIF data, at which Pillow raises errors of many kinds."""
-    try:
-        yield
-    except Exception as error:
-        raise UserError(f"{path}: its EXIF data cannot be read ({error})") from error
-
-
 def to_rgb(image: Image.Image) -> Image.Image:
     """An image of any mode in RGB; of 16-bit values the upper 8 bits."""
     if image.mode.startswith("I"):
@@ -284,23 +275,36 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+EXIF_KEYS = {"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"}  # Pillow's names
+
+
+def read_header(path: Path) -> tuple[int, int, bool]:
+    """Width and height of an image as it is stored, and whether its EXIF data turn it.
+
+    Data that a PNG has after its pixels do not count, since these would have to be decoded.
+    """
+    with open_image(path, decode=False) as image:
+        try:  # damaged data make Pillow raise errors of many kinds
+            turned = EXIF_KEYS & image.info.keys() and image.getexif().get(274, 1) != 1
+        except Exception as error:
+            raise UserError(f"{path}: its EXIF data cannot be read ({error})") from error
+        return *image.size, bool(turned)
+
+
 def read_image(path: Path, size: tuple[int, int] | None = None) -> np.ndarray:
     """An image, upright as its EXIF data say. uint8 [H,W,3], at `size` (height, width) if given."""
+    _, _, turned = read_header(path)
     with open_image(path) as image:
-        with exif_errors(path):
-            image = ImageOps.exif_transpose(image)
-        image = to_rgb(image)
+        image = to_rgb(ImageOps.exif_transpose(image) if turned else image)
     return np.asarray(image.resize(size[::-1], Image.Resampling.BILINEAR) if size else image)
 
 
 def size_of_labelled(path: Path) -> tuple[int, int]:
     """Width and height of an image with a label; UserError where its EXIF data turn it alone."""
-    with open_image(path, decode=False) as image:
-        with exif_errors(path):
-            turned = "exif" in image.info and image.getexif().get(274, 1) != 1
-        if turned:
-            raise UserError(f"{path}: EXIF data turn it, but not its label; save it upright")
-        return image.size
+    width, height, turned = read_header(path)
+    if turned:
+        raise UserError(f"{path}: EXIF data turn it, but not its label; save it upright")
+    return width, height
 
 
 def read_label(path: Path, dataset: Dataset, image: Path | None = None) -> np.ndarray:

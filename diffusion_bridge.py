@@ -36,7 +36,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import groupby, pairwise
+from itertools import chain, groupby, pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 from unicodedata import normalize
@@ -120,6 +120,9 @@ def fill_in(args: Args) -> Args:
     multiple = args.patch * 2 ** (args.levels - 1)
     if any(side % multiple for side in args.size):
         raise UserError(f"--size {args.size}: --patch and --levels need multiples of {multiple}")
+    multiple = 2 * common.world_size()  # a batch is half source, half photos
+    if multiple > 2 and args.batch_size % multiple:
+        raise UserError(f"--batch-size {args.batch_size}: expected a multiple of {multiple}")
     return args
 
 
@@ -702,8 +705,9 @@ def run(args: Args) -> Result:
 def train(args: Args) -> None:
     """The command `train`: trains reader and U-Net, and writes OUT/bridge.pt."""
     run = Run(args, "diffusion_bridge_train", stages=2)
-    source, photos = (datasets.load(run.args, role) for role in ("source", "target_unlabelled"))
-    train_bridge(run, fill_in(run.args), source, photos)
+    args = fill_in(run.args)
+    source, photos = (datasets.load(args, role) for role in ("source", "target_unlabelled"))
+    train_bridge(run, args, source, photos)
     run.say(f"written: {run.out / 'bridge.pt'}")
 
 
@@ -716,30 +720,34 @@ class Pair(NamedTuple):
     size: tuple[int, int]  # width, height
 
 
-def find_pairs(inputs: Path, mask_dir: Path) -> tuple[list[Pair], int]:
+def find_pairs(
+    inputs: Path, mask_dir: Path, dataset: datasets.Dataset | None
+) -> tuple[list[Pair], int]:
     """Images with their masks, sorted by size and path, and the number of files that are ignored:
-    foreign ones (`datasets.is_foreign`), and masks without an image. UserError for an image without
-    a mask, or where masks would overwrite images."""
+    foreign ones (`datasets.is_foreign`), masks without an image, and GTA5's unusable frames.
+    UserError for an image without a mask, or where masks would overwrite images."""
     both, ignored = [], 0
     for folder, other_folder in ((inputs, mask_dir), (mask_dir, inputs)):
         by_stem: dict[str, Path] = {}  # the path below the folder, without its suffix
-        for path in sorted(folder.rglob("*")):
-            inside = other_folder.is_relative_to(folder) and path.is_relative_to(other_folder)
-            if path.is_dir() or inside:
-                continue
-            name = normalize("NFC", path.relative_to(folder).as_posix())
-            stem = str(Path(name).with_suffix(""))
-            if datasets.is_foreign(name):
-                ignored += 1
-            elif stem in by_stem:
-                raise UserError(f"{path}: differs from {by_stem[stem].name} by its suffix alone")
-            else:
-                by_stem[stem] = path
+        found, others = datasets.find_images(folder, "**/*")
+        paths = [folder / path for path in (*found.values(), *others)]
+        # The folder of the masks may lie in that of the images, or be linked there, or the reverse.
+        parents = set(chain(*(path.parents for path in paths))) - {*folder.parents}
+        nested = {parent for parent in parents if parent.resolve() == other_folder}
+        ignored += sum(nested.isdisjoint((folder / path).parents) for path in others)
+        for name, path in found.items():
+            if nested.isdisjoint((folder / path).parents):
+                stem = str(Path(name).with_suffix(""))
+                if stem in by_stem:
+                    first = by_stem[stem].name
+                    raise UserError(f"{folder / path}: differs from {first} by its suffix alone")
+                by_stem[stem] = folder / path
         both.append(by_stem)
     images, masks = both
     if not images:
         raise UserError(f"{inputs}: no image, expected .png, .jpg or .jpeg files")
     mask_below = mask_dir.relative_to(inputs) if mask_dir.is_relative_to(inputs) else Path("masks")
+    unusable = {Path(name).stem for name in datasets.GTA5_MISMATCHED}
     pairs = []
     for stem, image in sorted(images.items()):
         if stem not in masks:
@@ -748,6 +756,9 @@ def find_pairs(inputs: Path, mask_dir: Path) -> tuple[list[Pair], int]:
         size = datasets.size_of_labelled(image)
         with datasets.open_image(mask, decode=False) as picture:
             mask_size = picture.size
+        if size != mask_size and dataset is datasets.GTA5 and stem in unusable:
+            ignored += 1
+            continue
         if size != mask_size:
             raise UserError(f"{mask}: width and height are {mask_size}, but {size} in its image")
         mask_name = (mask_below / mask.relative_to(mask_dir)).as_posix()
@@ -847,7 +858,7 @@ def translate_folder(args: TranslateArgs) -> None:
         raise UserError(f"--mask-labels {args.mask_labels}: the checkpoint has other classes")
 
     # Step 1: batches of images of one size
-    pairs, ignored = find_pairs(inputs, mask_dir)
+    pairs, ignored = find_pairs(inputs, mask_dir, dataset)
     batches = []
     for _, group in groupby(pairs, key=lambda pair: pair.size):
         group = list(group)
@@ -863,8 +874,8 @@ def translate_folder(args: TranslateArgs) -> None:
     for name in ("input_dir", "mask_dir", "output_dir", "config"):
         del settings[name]  # a folder may be moved, and continued from there
     metadata = out / "metadata.json"
-    if metadata.exists():
-        before = json.loads(metadata.read_text())["settings"]
+    before = common.read_json(metadata).get("settings")
+    if before:
         for name, value in settings.items():
             if before.get(name) != value:
                 raise UserError(f"{out}: begun with another {name}; give another --output-dir")
@@ -939,7 +950,7 @@ def translate_folder(args: TranslateArgs) -> None:
     content |= {"complete": True, "commit": common.commit(), "torch": torch.__version__}
     datasets.write_json(metadata, content)
     print(f"{len(kept)} images in {out}, {table['left_out']} left out by --min-agreement")
-    print(f"{ignored} files ignored: not PNG or JPG, hidden, thumbnails, or masks without an image")
+    print(f"{ignored} files ignored: foreign, masks without an image, GTA5's unusable frames")
     if kept:
         print(*verdict(table, bridge.config["unet_steps"]), sep="\n", flush=True)
 

@@ -2,7 +2,8 @@
 
     python inspect_dataset.py --dataset gta5 --data /datasets
 
-It reads every image with its label, prints the share of each class, and draws six pairs.
+It reads every label, compares its size with its image, prints the share of each class, and draws
+six pairs.
 """
 
 from dataclasses import dataclass

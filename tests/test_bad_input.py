@@ -1,8 +1,10 @@
 """What a user can get wrong: one line that names the file, and nothing lost or half written."""
 
 import io
+import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -215,9 +217,8 @@ def test_flags_that_cannot_be(args: common.Args, change: dict, message: str):
 def test_a_device_that_is_not_there(args: common.Args, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     expect(replace(args, device="cuda:1"), "--device cuda:1: not available")
-    monkeypatch.setenv("LOCAL_RANK", "2")
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    expect(replace(args, device="cuda"), "more processes than cards, there is no cuda:2")
+    monkeypatch.setenv("LOCAL_RANK", "63")  # torchrun has started more processes than cards
+    expect(replace(args, device="cuda"), "--device cuda:63: not available")
 
 
 # ---- Checkpoints and training sets --------------------------------------------------------------
@@ -334,6 +335,15 @@ def test_a_script_ends_with_one_line_and_no_traceback():
     ended = look("--data", "nowhere")
     assert ended.returncode == 1 and ended.stdout == ""
     assert ended.stderr.startswith("error: nowhere/kitti") and ended.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_what_ends_a_session_ends_a_run_like_ctrl_c(number: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sys, "argv", ["x.py"])
+    before = signal.getsignal(number)
+    with pytest.raises(SystemExit, match="130"):
+        common.main(baseline.Args, lambda _: os.kill(os.getpid(), number), None)
+    signal.signal(number, before)
 
 
 def test_windows_gets_one_line():

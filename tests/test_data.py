@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import like
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 import baseline
 import benchmark
@@ -87,6 +88,24 @@ def test_a_photo_is_read_upright_as_a_camera_held_it():
         Image.fromarray(pixels).save("photo.png", exif=exif)
         upright = np.rot90(pixels, turns)
         np.testing.assert_array_equal(datasets.read_image(Path("photo.png")), upright)
+
+
+def test_every_kind_of_orientation_counts_for_images_as_for_their_labels():
+    """Cameras write EXIF data, ImageMagick and photo programs also other kinds of it."""
+    exif, scene = Image.Exif(), Image.fromarray(np.arange(48, dtype=np.uint8).reshape(4, 4, 3))
+    exif[274] = 3  # turned by 180 degrees
+    xmp, text, late = '<rdf tiff:Orientation="3">', PngInfo(), PngInfo()
+    text.add_itxt("XML:com.adobe.xmp", xmp)
+    late.add(b"eXIf", exif.tobytes()[6:], after_idat=True)
+    scene.save("exif.png", exif=exif)
+    scene.save("xmp.png", pnginfo=text)
+    scene.save("late.png", pnginfo=late)
+    scene.save("xmp.jpg", xmp=xmp.encode(), quality=100)
+    for name, turned in (("exif.png", 3), ("xmp.png", 3), ("xmp.jpg", 3), ("late.png", 0)):
+        assert datasets.read_header(Path(name)) == (4, 4, turned > 0)
+        stored = np.asarray(Image.open(name).convert("RGB"))
+        expected = stored[::-1, ::-1] if turned else stored
+        np.testing.assert_array_equal(datasets.read_image(Path(name)), expected)
 
 
 def test_flat_images_have_a_colour_transfer():

@@ -327,7 +327,7 @@ def test_train_needs_no_label_of_a_photo_and_flat_photos_do(args: common.Args, m
     assert features[:, :, 0].isfinite().any()
 
 
-def test_defaults_and_bad_values(args: common.Args):
+def test_defaults_and_bad_values(args: common.Args, monkeypatch: pytest.MonkeyPatch):
     plain = dict.fromkeys(("unet_steps", "reader_steps", "width", "levels", "sample_steps"))
     plain |= {"steps": 1200, "size": (64, 128)}
     small = db.fill_in(row(args, "run", **plain))
@@ -339,6 +339,9 @@ def test_defaults_and_bad_values(args: common.Args):
             db.fill_in(row(args, "run", **flags))
     with pytest.raises(UserError, match="--patch and --levels need multiples of 64"):
         db.fill_in(row(args, "run", patch=8, levels=4))
+    monkeypatch.setattr(common, "world_size", lambda: 3)  # before anything is trained
+    with pytest.raises(UserError, match="--batch-size 4: expected a multiple of 6"):
+        db.fill_in(row(args, "run"))
 
 
 # ---- The folder ---------------------------------------------------------------------------------
@@ -552,6 +555,21 @@ def fails(match: str, args: db.TranslateArgs) -> None:
     assert "\n" not in str(error.value) and args.output_dir.exists() == existed
 
 
+def test_links_are_followed_and_unusable_frames_of_gta5_left_out(tmp_path: Path):
+    images, masks = write(tmp_path)
+    for folder in (images, masks):  # subfolders that lie elsewhere
+        (folder / "a").rename(tmp_path / f"{folder.name} elsewhere")
+        (folder / "a").symlink_to(tmp_path / f"{folder.name} elsewhere")
+    (images / "masks").symlink_to(masks)
+    pairs, ignored = db.find_pairs(images, (images / "masks").resolve(), datasets.GTA5)
+    assert len(pairs) == 9 and ignored == 0
+    Image.new("RGB", (9, 9)).save(images / "15188.png")
+    Image.new("L", (8, 9)).save(masks / "15188.png")
+    assert db.find_pairs(images, masks, datasets.GTA5) == (pairs, 1)
+    with pytest.raises(UserError, match=r"15188\.png: width and height are"):
+        db.find_pairs(images, masks, None)
+
+
 def test_bad_folders(trained: tuple, tmp_path: Path):
     images, masks = write(tmp_path)
     args, mask = made(tmp_path, trained), masks / "wide.png"
@@ -582,7 +600,10 @@ def test_bad_folders(trained: tuple, tmp_path: Path):
         fails("inside, around or equal", made(tmp_path, trained, output_dir=output))
     (tmp_path / "full").mkdir()
     (tmp_path / "full/thesis.tex").write_text("")
-    fails("not empty, and no translation", made(tmp_path, trained, output_dir=tmp_path / "full"))
+    for content in ("{}", "[1]", "{"):  # another program's, or half a file
+        (tmp_path / "full/metadata.json").write_text(content)
+        full = made(tmp_path, trained, output_dir=tmp_path / "full")
+        fails("not empty, and no translation", full)
 
 
 def test_bad_checkpoints(trained: tuple, tmp_path: Path):

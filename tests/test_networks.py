@@ -92,6 +92,11 @@ def test_networks(name: str, auxiliary: int, millions: float):
     net.eval()
     with torch.no_grad():
         together, alone = net(images), net(images[:1])
+        [only] = net(images, aux=True)
+        with torch.autocast("cpu", torch.bfloat16):  # logits are upsampled in float32
+            logits = net.body((images - net.mean) / net.std)["out"]
+            torch.testing.assert_close(net(images), common.upsample(logits.float(), (64, 96)))
+    assert torch.equal(only, together)
     torch.testing.assert_close(together[:1], alone, rtol=1e-3, atol=1e-3)
 
 

@@ -106,6 +106,8 @@ def test_a_run_on_own_data_and_its_network_on_own_photos(own: common.Args, capsy
     said = capsys.readouterr().out
     assert "photos/cut.jpg: cannot be read" in said and "exif.png: its EXIF data cannot" in said
     assert len([*Path("again/ids").rglob("*.png")]) == 8  # the others are labelled
+    with pytest.raises(datasets.UserError, match="--device cuda:63: not available"):
+        predict.run(replace(args, device="cuda:63"))
     Path("photos/day 0/0.jpg").touch()
     with pytest.raises(datasets.UserError, match=r"day 0/0.*: another photo differs by its suffix"):
         predict.run(args)
@@ -210,7 +212,7 @@ def test_the_benchmark_of_own_data(own: common.Args, capsys, labels: bool):
     args = benchmark.Args(**shared, benchmarks=("own",), methods=methods, devices=("cpu",))
     datasets.note.cache_clear()
     benchmark.main(args)
-    rows = common.read_json(Path("runs/results.json"))
+    rows = json.loads(Path("runs/results.json").read_text())
     assert [row["method"] for row in rows] == list(methods if labels else methods[:2])
     assert all((row["miou"] is None) != labels and row["error"] is None for row in rows)
     output = capsys.readouterr()

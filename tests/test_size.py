@@ -99,6 +99,6 @@ def test_a_row_starts_in_seconds_at_the_size_of_gta5(full_size: None):
     assert f"{len(datasets.GTA5_MISMATCHED)} frames are left out" in ended.stderr
     assert "24904 images -> cityscapes" in ended.stdout and "512x1024" in ended.stdout
     for line in figures.values():
-        assert line["seconds"] < 60 and line["memory_mb"] < 8192
+        assert line["seconds"] < 60 and line["memory_mb"] < 2048
         assert line["listed"] <= 4  # images and labels, each where the arguments are resolved
         assert line["opened"] <= 2 * FRAMES + 32  # each file once
