@@ -385,7 +385,7 @@ def class_table(methods: Methods) -> Cells:
     """Classes by methods: IoU in percent, mean over the seeds."""
     table: dict[str, dict[str, str]] = {}
     for method, results in methods.items():
-        for name in next((r.iou for r in results if not r.error), {}):
+        for name in next((r.iou for r in results if r.miou is not None), {}):
             values = [r.iou[name] for r in results if not r.error]
             text = "-" if None in values else f"{mean(values):.1f}"
             table.setdefault(name, {"class": name})[method] = text
@@ -402,8 +402,9 @@ def notes(results: list[Result], folders: dict[Key, Path]) -> list[str]:
     if len({result.seed for result in results}) == 1:
         over = "1 seed: paired bootstrap over test images; other seeds may lie outside"
     lines = [
-        f"over: difference of mIoU [{over}]. updates: of the segmentation network.",
+        f"over: difference of mIoU [{over}].",
         "gap closed: share of the way from source_only to the oracle.",
+        "updates (in results.md): of the segmentation network.",
     ]
     for benchmark in dict.fromkeys(r.benchmark for r in results):
         rows = [r for r in results if r.benchmark == benchmark and not r.error]
@@ -434,8 +435,9 @@ def notes(results: list[Result], folders: dict[Key, Path]) -> list[str]:
 
 
 def show(title: str, table: Cells) -> None:
-    """Prints the first five columns of a table, which fit a terminal."""
+    """Prints the first five columns of a table, which fit a terminal, without empty ones."""
     names = list(dict.fromkeys(itertools.chain(*table)))[:5]
+    names = [name for name in names if any(row.get(name) for row in table)]
     # A long name goes on in a new line after one of its joints.
     headers = [Column(re.sub(r"([_+ ])", r"\1\n", name), justify="right") for name in names]
     view = Table(*headers, title=title, box=box.SIMPLE_HEAD, pad_edge=False)
@@ -499,6 +501,8 @@ def read_curve(path: Path) -> list[dict[str, Any]]:
             line = json.loads(text)
             if all(math.isfinite(line[key]) for key in {"step", *line} & {"step", "loss", "mIoU"}):
                 lines.append(line)
+    if not lines:
+        raise UserError(f"{files[0]}: no line to draw")
     if len(lines) < len(texts):
         print(f"{files[0]}: {len(texts) - len(lines)} lines left out, torn or not finite")
     return lines
@@ -518,7 +522,9 @@ def draw_curves(args: Args) -> None:
                 axis.plot(*smooth, label=path)
                 axis.set(xlabel="step", ylabel="loss (nats)" if key == "loss" else "mIoU (%)")
                 print(f"{path}: {key} {points[-1, 1]:.3g} at step {points[-1, 0]:.0f}")
-    axes[0].legend(fontsize=7)
+    for axis in axes:
+        if axis.lines:
+            axis.legend(fontsize=7)
     common.save_figure(figure, args.out / "curves.png")
     print(f"written: {args.out}/curves.png")
 
@@ -562,7 +568,6 @@ def main(args: Args) -> None:
             row = row._replace(args=replace(row.args, device=device))
             print(shlex.join(command_of(row)) + comment)
         return None
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends its rows, too
     if args.collect:
         results, folders = collected_results(args.collect)
     else:
@@ -574,9 +579,12 @@ def main(args: Args) -> None:
                 datasets.load(shared, role)  # so that no row is charged with the cache
             target = datasets.get_benchmark(benchmark, args.data).target
             root = datasets.dataset_root(args.data, target)
+            needy = [r for r in rows if r.key[0] == benchmark and needs_labels(r.key[1])]
             if not datasets.files_of(target, root, "train")[0]:
                 datasets.note(f"{root}: no labelled training photo, so some rows are left out")
-                rows = [r for r in rows if r.key[0] != benchmark or not needs_labels(r.key[1])]
+                rows = [row for row in rows if row not in needy]
+            elif {row.key[1] for row in needy} - {"oracle"}:
+                datasets.load(shared, "target_few")  # a --labelled that is too large, above all
         if not rows:
             raise UserError("--methods: all of these rows need labelled training photos")
         run_rows(rows, args, results)
@@ -588,7 +596,8 @@ def main(args: Args) -> None:
     write_tables(ordered, folders, args.out)
     if not args.collect:
         draw_sheets(rows, results, args)
-    print(f"written: {args.out}/results.json, results.md, figures/")
+    figures = ", figures/" if (args.out / "figures").is_dir() else ""
+    print(f"written: {args.out}/results.json, results.md{figures}")
     if not args.collect and any(results[row.key].error for row in rows):
         sys.exit(1)
 

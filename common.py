@@ -639,7 +639,8 @@ def commit() -> str:
 
 
 def peak_memory_mb(device: torch.device) -> float:
-    """Most memory held so far: of the card on CUDA, else resident memory of this process."""
+    """Most memory held so far: of the card on CUDA, else resident memory of this process, which
+    includes the pages of the cache that it has read."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     unit = 1 if sys.platform == "darwin" else 2**10
@@ -1006,6 +1007,9 @@ def main(args_class: type, run: Callable[[Any], Any], doc: str | None) -> None:
             name = f"{result.benchmark} {result.method} seed {result.seed}"
             pictures = "no test label, so no score; see figures/predictions.png in its run folder"
             score = pictures if result.miou is None else f"mIoU {result.miou:.1f}"
+            known = [value is not None for value in result.iou.values()]
+            if any(known) and not all(known):
+                score += f" of the {sum(known)} classes in the test labels"
             print(f"{name}: {score}", flush=True)
         if dist.is_initialized():  # not after an error: it waits for others, which wait for this
             dist.destroy_process_group()

@@ -284,6 +284,7 @@ def meta_train(run: Run, source: Split, augmentations: Augmentations) -> Rater:
     """Parts 1 and 2: the warm-up and meta-training. Returns the trained rater."""
     args, seed, rater = resolve(run.args), run.args.seed, Rater().to(run.device)
     num_kinds = len(augmentations)  # A
+    labelled_photos = datasets.load(args, "target_few")  # errors come first
 
     # Part 1: the warm-up
     def random_candidates(images: Tensor, rng: torch.Generator) -> Tensor:  # [B,3,H,W]
@@ -300,7 +301,6 @@ def meta_train(run: Run, source: Split, augmentations: Augmentations) -> Rater:
     inner = InnerNetwork(common.Network(args.net, len(run.classes)), run.autocast).to(run.device)
     inner.net.load_state_dict(net.state_dict())
     batch_size = args.inner_batch * common.world_size()
-    labelled_photos = datasets.load(args, "target_few")
     source_loader = Loader(source, batch_size, run.device, seed, "rater", "source")
     photo_loader = Loader(labelled_photos, args.batch_size, run.device, seed, "rater", "photos")
 

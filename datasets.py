@@ -137,7 +137,10 @@ def get_benchmark(name: str, data: str) -> Benchmark:
         raise UserError("own: --data must name the folder of your own data")
     path, values = Path(data) / "classes.json", {}
     try:
-        for class_name, value in json.loads(path.read_text(encoding="utf-8-sig")).items():
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        if not isinstance(content, dict):
+            raise ValueError("no JSON object")
+        for class_name, value in content.items():
             for v in value if isinstance(value, list) else [value]:
                 is_colour = isinstance(v, list)
                 numbers, key = (v, tuple(v)) if is_colour else ([v], v)
@@ -149,7 +152,7 @@ def get_benchmark(name: str, data: str) -> Benchmark:
         classes = tuple(dict.fromkeys(filter(None, values.values())))
         if not 1 <= len(classes) <= UNKNOWN:
             raise ValueError(f"names {len(classes)} classes, expected 1 to {UNKNOWN}")
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, TypeError) as error:
         example = '{"road": 7, "car": [26, 27], "sky": [[70, 130, 180]], "ignore": 0}'
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{path}: {reason}; expected for example {example}") from error
@@ -495,8 +498,8 @@ def load(args: Any, role: Role) -> Split:
     """The images of a role, through the cache. `args` are common.Args, resolved.
 
     Labels are read for 'source', 'target_few' and 'target_train' (which is the oracle's alone);
-    a sample of those of 'target_test' is checked, the rest is left to `evaluate`. Without any test
-    label, 'target_test' holds photos for the pictures. UserError where needed labels are missing.
+    those of 'target_test' are checked, and left to `evaluate`. Without any test label,
+    'target_test' holds photos for the pictures. UserError where needed labels are missing.
     """
     dataset = get_benchmark(args.benchmark, args.data)[role != "source"]
     if role == "source" and args.init and args.init.is_dir():
@@ -519,6 +522,9 @@ def load(args: Any, role: Role) -> Split:
         raise UserError(f"{root}: no labelled training photo")
     if pairs and role != "target_unlabelled":
         check_labels(dataset, pairs)
+    if role == "target_test":  # all of them now, since the first evaluation may be hours away
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(lambda pair: read_label(pair[1], dataset, pair[0]).shape, pairs))
     images, labels = [image for image, _ in pairs], [label for _, label in pairs]
     if role == "target_unlabelled":
         images = sorted(images + unlabelled)

@@ -577,10 +577,18 @@ def agreement(predicted: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return np.where(valid.any(axis=(1, 2)), right / np.maximum(valid.sum(axis=(1, 2)), 1), 1.0)
 
 
-CHECKS = {  # what each of them measures, and whether more of it is better
-    "kid": ("kernel distance to the photos, features of a small network, not Inception", False),
-    "edges": ("image edges along the borders of the masks", True),
-    "agreement": ("pixels whose class, as the reader predicts it, equals the mask", True),
+CHECKS = {  # what each of them measures, whether more of it is better, and what it needs
+    "kid": (
+        "kernel distance to the photos, features of a small network, not Inception",
+        False,
+        "8 images and 8 photos with the same class",
+    ),
+    "edges": ("image edges along the borders of the masks", True, "masks of more than one class"),
+    "agreement": (
+        "pixels whose class, as the reader predicts it, equals the mask",
+        True,
+        "--mask-labels",
+    ),
 }
 FEW_UPDATES = 500  # after fewer updates of the U-Net, the bridge adds noise and does little else
 
@@ -613,9 +621,11 @@ def check(
 def verdict(table: dict[str, Any], unet_steps: int) -> list[str]:
     """What the checks say, in lines of words. The last line is the verdict."""
     lines, results = [], []
-    for key, (meaning, more_is_better) in CHECKS.items():
+    for key, (meaning, more_is_better, needs) in CHECKS.items():
         before, after = table.get(f"{key}_before"), table.get(f"{key}_after")
-        if before is not None and after is not None:
+        if before is None or after is None:
+            lines.append(f"{key}: not computed, since it needs {needs}")
+        else:
             result = "better" if (after > before) == more_is_better else "worse"
             results.append(f"{key} {result}")
             lines.append(f"{key}: {meaning}: {before:.3f} -> {after:.3f}, {result}")

@@ -45,6 +45,8 @@ def run(args: Args) -> None:
     own = args.dataset in ("source", "target")
     kinds = datasets.get_benchmark("own", args.data)._asdict() if own else DATASETS
     dataset = kinds[args.dataset]
+    if args.split == "test" and args.dataset in ("vkitti2", "gta5", "source"):
+        raise UserError(f"--split test: {args.dataset} is a source, all of it is train")
     pairs, unlabelled = datasets.list_files(dataset, dataset_root(args.data, dataset), args.split)
     print(f"images with a label: {len(pairs):,}, without: {len(unlabelled):,}")
     if unlabelled and dataset.name in ("vkitti2", "gta5", "source"):

@@ -566,6 +566,7 @@ def learn_attributes(run: Run, args: Args, roads: RoadScenes, photos: Split) -> 
     """The transformer after all stages."""
     device, seed, transformer = run.device, args.seed, Transformer(roads).to(run.device)
     net = Network("tiny", len(run.classes)).to(device, memory_format=torch.channels_last)
+    few = datasets.load(args, "target_few") if args.task_reward else None  # errors come first
 
     # Stage 1: the network whose features are compared learns to segment the prior's scenes
     train(run, args, roads, None, net, "features")
@@ -599,9 +600,8 @@ def learn_attributes(run: Run, args: Args, roads: RoadScenes, photos: Split) -> 
     # Stage 3: REINFORCE. The reward of a set of scenes is the mIoU on the labelled photos, as a
     # share, of a copy of `net` that is trained on the set. The paper draws new noise for each
     # scene, which averages out over a set. Here all scenes of a set get the same noise.
-    if not args.task_reward:
+    if few is None:
         return transformer
-    few = datasets.load(args, "target_few")
     truth = torch.from_numpy(np.array(few.labels)).to(device)  # [N,H,W]
     optimizer, steps = torch.optim.Adam(transformer.parameters()), args.reward_rounds
     for step in run.steps("reward", steps, transformer=transformer, optimizer=optimizer):

@@ -281,12 +281,14 @@ def test_verdict_says_what_is_better_and_that_few_updates_are_no_bridge():
     table = {"kid_before": 2.0, "kid_after": 1.0, "edges_before": 0.8, "edges_after": 0.7}
     table |= {"kid_of_classes": {"road": [2.0, 1.0]}, "affine_share": 0.7, "noise_deviation": 0.9}
     lines = db.verdict(table, unet_steps=10)
-    assert "not Inception" in lines[0] and lines[2] == "kid by class: road 2.0 -> 1.0"
-    assert lines[3].endswith("explains 0.70 of the change")
-    assert "noise: 0.90 (1 is right for ddib near --strength 1)" in lines[4]
-    assert lines[5].startswith("10 updates of the U-Net are too few")
-    assert lines[6:] == ["verdict: kid better, edges worse"]
-    assert db.verdict(table, unet_steps=1000) == lines[:5] + lines[6:]
+    assert "not Inception" in lines[0]
+    assert lines[2] == "agreement: not computed, since it needs --mask-labels"
+    assert lines[3] == "kid by class: road 2.0 -> 1.0"
+    assert lines[4].endswith("explains 0.70 of the change")
+    assert "noise: 0.90 (1 is right for ddib near --strength 1)" in lines[5]
+    assert lines[6].startswith("10 updates of the U-Net are too few")
+    assert lines[7:] == ["verdict: kid better, edges worse"]
+    assert db.verdict(table, unet_steps=1000) == lines[:6] + lines[7:]
 
 
 # ---- The row ------------------------------------------------------------------------------------
