@@ -402,9 +402,8 @@ def notes(results: list[Result], folders: dict[Key, Path]) -> list[str]:
     if len({result.seed for result in results}) == 1:
         over = "1 seed: paired bootstrap over test images; other seeds may lie outside"
     lines = [
-        f"over: difference of mIoU [{over}].",
+        f"over: difference of mIoU [{over}]. updates (in results.md): of the segmentation network.",
         "gap closed: share of the way from source_only to the oracle.",
-        "updates (in results.md): of the segmentation network.",
     ]
     for benchmark in dict.fromkeys(r.benchmark for r in results):
         rows = [r for r in results if r.benchmark == benchmark and not r.error]
@@ -521,10 +520,8 @@ def draw_curves(args: Args) -> None:
                 smooth = [np.convolve(x, window / len(window), "valid") for x in points.T]
                 axis.plot(*smooth, label=path)
                 axis.set(xlabel="step", ylabel="loss (nats)" if key == "loss" else "mIoU (%)")
+                axis.legend(fontsize=7)
                 print(f"{path}: {key} {points[-1, 1]:.3g} at step {points[-1, 0]:.0f}")
-    for axis in axes:
-        if axis.lines:
-            axis.legend(fontsize=7)
     common.save_figure(figure, args.out / "curves.png")
     print(f"written: {args.out}/curves.png")
 
@@ -596,8 +593,7 @@ def main(args: Args) -> None:
     write_tables(ordered, folders, args.out)
     if not args.collect:
         draw_sheets(rows, results, args)
-    figures = ", figures/" if (args.out / "figures").is_dir() else ""
-    print(f"written: {args.out}/results.json, results.md{figures}")
+    print(f"written: {args.out}/results.json and results.md")
     if not args.collect and any(results[row.key].error for row in rows):
         sys.exit(1)
 

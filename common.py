@@ -618,9 +618,8 @@ def configuration(args: Any, method: str) -> dict[str, Any]:
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; an empty one where the file is absent or damaged."""
-    with contextlib.suppress(OSError, ValueError):
-        content = json.loads(path.read_text())
-        return content if isinstance(content, dict) else {}
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        return dict(json.loads(path.read_text()))
     return {}
 
 
@@ -639,8 +638,7 @@ def commit() -> str:
 
 
 def peak_memory_mb(device: torch.device) -> float:
-    """Most memory held so far: of the card on CUDA, else resident memory of this process, which
-    includes the pages of the cache that it has read."""
+    """Most memory held so far: of the card on CUDA, else resident, with the cache's pages."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     unit = 1 if sys.platform == "darwin" else 2**10
@@ -1005,11 +1003,11 @@ def main(args_class: type, run: Callable[[Any], Any], doc: str | None) -> None:
         result = run(parse(args_class, doc))
         if isinstance(result, Result) and rank() == 0:
             name = f"{result.benchmark} {result.method} seed {result.seed}"
-            pictures = "no test label, so no score; see figures/predictions.png in its run folder"
-            score = pictures if result.miou is None else f"mIoU {result.miou:.1f}"
-            known = [value is not None for value in result.iou.values()]
-            if any(known) and not all(known):
-                score += f" of the {sum(known)} classes in the test labels"
+            absent = ", ".join(label for label, value in result.iou.items() if value is None)
+            score = "no test label, so no score; see figures/predictions.png in its run folder"
+            if result.miou is not None:
+                without = f", without {absent}, which no test label has" if absent else ""
+                score = f"mIoU {result.miou:.1f}{without}"
             print(f"{name}: {score}", flush=True)
         if dist.is_initialized():  # not after an error: it waits for others, which wait for this
             dist.destroy_process_group()

@@ -578,17 +578,9 @@ def agreement(predicted: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 CHECKS = {  # what each of them measures, whether more of it is better, and what it needs
-    "kid": (
-        "kernel distance to the photos, features of a small network, not Inception",
-        False,
-        "8 images and 8 photos with the same class",
-    ),
+    "kid": ("kernel distance to the photos in a small network, not Inception", False, "8 images"),
     "edges": ("image edges along the borders of the masks", True, "masks of more than one class"),
-    "agreement": (
-        "pixels whose class, as the reader predicts it, equals the mask",
-        True,
-        "--mask-labels",
-    ),
+    "agreement": ("pixels in which the reader's class is that of the mask", True, "--mask-labels"),
 }
 FEW_UPDATES = 500  # after fewer updates of the U-Net, the bridge adds noise and does little else
 
