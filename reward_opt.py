@@ -2,8 +2,8 @@
 
 "Tuning computer vision models with task rewards" (arXiv:2302.08242v1). The network is trained on
 the source, then fine-tuned on the labelled target photos with the reward and with cross-entropy
-(the anchor). For the IoU of single images the exact gradient of the reward is, to measured cosine
-1.0000, the gradient of a soft-Jaccard loss (1 - IoU of expected counts). This is measured, not
+(the anchor). For the IoU of single images the exact gradient of the reward is, to a measured cosine
+of 0.9999, the gradient of a soft-Jaccard loss (1 - IoU of expected counts). This is measured, not
 proven. Both end at the same mIoU, so sampling is meant for rewards that have no such loss.
 
 Object recall is one. An object is a connected region of one class. It is found if at least half of
