@@ -736,7 +736,7 @@ def find_pairs(
         # The folder of the masks may lie in that of the images, or be linked there, or the reverse.
         parents = set(chain(*(path.parents for path in paths))) - {*folder.parents}
         nested = {parent for parent in parents if parent.resolve() == other_folder}
-        ignored += sum(nested.isdisjoint((folder / path).parents) for path in others)
+        ignored += sum(nested.isdisjoint(path.parents) for path in paths[len(found) :])
         for name, path in found.items():
             if nested.isdisjoint((folder / path).parents):
                 stem = str(Path(name).with_suffix(""))

@@ -136,6 +136,7 @@ def refused(args: common.Args, message: str) -> None:
         (None, "No such file or directory"),
         ("{", "Expecting"),
         ("[7]", "no JSON object"),
+        ("{}", "names 0 classes, expected 1 to 254"),
         ('{"Ignore": 0}', "names 0 classes, expected 1 to 254"),
         (json.dumps({f"c{i}": [[i, 0, 0]] for i in range(255)}), "names 255 classes"),
         ('{"road": 256}', "256 of road is no id or colour"),
