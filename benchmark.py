@@ -224,8 +224,10 @@ def run_rows(rows: list[Row], args: Args, results: dict[Key, Result]) -> None:
                 name = f"{result.benchmark} {result.method} seed {result.seed}"
                 score = "no score" if result.miou is None else f"{result.miou:.1f}"
                 outcome = result.error or f"{score}, {result.seconds:.0f} s"
-                left = mean(seconds or [0]) * (len(rows) - count) / len(slots) / 60
-                print(f"{count} of {len(rows)}: {name}: {outcome}; {left:.1f} min left", flush=True)
+                if seconds:  # those of the rows that this command has run itself
+                    left = mean(seconds) * (len(rows) - count) / len(slots) / 60
+                    outcome += f"; {left:.1f} min left"
+                print(f"{count} of {len(rows)}: {name}: {outcome}", flush=True)
         except BaseException:  # Ctrl-C above all: no row goes on without its benchmark
             pool.shutdown(wait=False, cancel_futures=True)
             while not all(future.done() for future in futures.values()):
