@@ -1,9 +1,8 @@
 """Adapts a segmentation network to unlabelled photos: translation, alignment, self-training.
 
-DACS (arXiv:2007.08702v2), AdaptSegNet (arXiv:1802.10349v3), ADVENT (arXiv:1811.12833v2), FDA
-(arXiv:2004.05498v1) and AdaBN (arXiv:1603.04779v4). Each method has its own flag; the flags can be
-combined. The source is labelled synthetic images, the target is photos. The labels of photos are
-never used.
+Parts of DACS (arXiv:2007.08702v2), AdaptSegNet (arXiv:1802.10349v3), ADVENT (arXiv:1811.12833v2),
+FDA (arXiv:2004.05498v1) and AdaBN (arXiv:1603.04779v4). Flags choose and combine them. The source
+is labelled synthetic images, the target is photos. No label of a photo is used in training.
 
     python adversarial_da.py                          (colour transfer + DACS)
 
@@ -12,18 +11,20 @@ never used.
 
     python adversarial_da.py --no-self-train --translate none --statistics target      (AdaBN)
 
-The first takes three minutes on one CPU core and reaches 56 mIoU on the miniature; colour transfer
-alone reaches 54. `--translate fda` is FDA, `--align entropy` is ADVENT. To measure the effect of
-the discriminator, compare with the same command and `--lambda-adv 0`.
+The first takes two minutes on one CPU core and reaches 56 mIoU on the miniature (the default data);
+colour transfer alone reaches 53. There is no discriminator by default. `--align entropy` aligns as
+ADVENT does, `--translate fda` translates as FDA does. To measure the effect of a discriminator,
+compare with the same command and `--lambda-adv 0`, which passes the same photos through it.
 
 The network is trained for --steps updates, with one schedule of the learning rate. The first
 updates (a share of --source-share) use translated source images alone. Then adaptation starts: each
-update uses a batch of source images and a batch of photos, and the discriminator is trained in
-turn, by its own optimizer. With --init CHECKPOINT the network is trained already. So the first
-updates are left out if there is any adaptation (--self-train, --align or --lambda-ent).
+update uses a batch of source images and a batch of photos. With --align, an update of the
+discriminator follows, by its own optimizer. With --init CHECKPOINT the network has been trained on
+the source already. So the first updates are left out, and a run is shorter, if there is any
+adaptation (--self-train, --align or --lambda-ent).
 
-scalars.json has the accuracy of the discriminator. Near 1 it tells source from target; near 0.5 it
-cannot tell them apart.
+scalars.json has the accuracy of the discriminator. Near 1, the discriminator tells source from
+target; near 0.5, it cannot.
 """
 
 import copy
@@ -56,20 +57,19 @@ class Args(common.Args):
     """DACS: a teacher predicts the pseudo-labels of photos, half of the classes of source images
     are pasted into the photos, and the network learns from these mixed images."""
     statistics: Literal["mixture", "target"] = "mixture"
-    """Running statistics of batch normalisation, which the tested network uses. mixture: averages
-    over all batches of training: source images, mixed images with --self-train, and photos with
+    """Statistics of batch normalisation with which the network is tested. mixture: running averages
+    over the batches of training: source images, mixed images with --self-train, and photos with
     --align or --lambda-ent. target: computed again at the end, from the photos alone (AdaBN)."""
     source_share: float = 0.5
     """Share of --steps on source images alone, at the start."""
     lambda_adv: float = 0.01
-    """Weight of the adversarial loss. AdaptSegNet and ADVENT: 0.001, with SGD."""
+    """Weight of the adversarial loss (a mean). In the papers' code: 0.001, with SGD."""
     lambda_ent: float = 0.0
-    """Weight of the entropy of predictions for photos. To get MinEnt (ADVENT): 0.001, --align none
-    and --no-self-train."""
+    """Weight of the entropy of predictions on photos. To get MinEnt (ADVENT): 0.001, with
+    --no-self-train and --translate none."""
     discriminator_lr: float = 1e-3
-    """Initial learning rate of the discriminator's Adam. It follows the schedule of --lr over all
-    steps, so it has already decayed when the discriminator starts. The papers: 1e-4, for 250,000
-    steps."""
+    """Initial learning rate of the discriminator's Adam. It follows the schedule of --lr, so by
+    default it has already decayed when the discriminator starts. The papers: 1e-4."""
     discriminator_width: int = 16
     """Channels after the discriminator's first convolution. The papers: 64, which is too slow for
     the tiny network."""
@@ -108,21 +108,20 @@ def self_information(logits: Tensor) -> Tensor:
 
 
 def discriminator_input(logits: Tensor, align: str) -> Tensor:
-    """Maps of the kind that --align names. Logits [B,C,H,W] -> [B,C,H,W]."""
+    """Softmax maps, or with --align entropy self-information maps. [B,C,H,W] -> [B,C,H,W]."""
     return self_information(logits) if align == "entropy" else logits.softmax(dim=1)
 
 
 def bce_loss(scores: Tensor, is_source: bool) -> Tensor:
     """Binary cross-entropy of scores that should all say source, or all say target.
 
-    [B,1,h,w] -> scalar in nats, the mean over scores. The papers sum over them.
+    [B,1,h,w] -> scalar in nats, the mean over scores, as in the papers' code. Their equations sum.
     """
-    truth = torch.full_like(scores, float(is_source))
-    return F.binary_cross_entropy_with_logits(scores, truth)
+    return F.binary_cross_entropy_with_logits(scores, torch.full_like(scores, float(is_source)))
 
 
 def adversarial_loss(discriminator: nn.Module, target_logits: Tensor, align: str) -> Tensor:
-    """Low if the discriminator takes predictions for photos for those of source images.
+    """Low if the discriminator mistakes predictions on photos for predictions on source images.
 
     It trains the segmentation network. Logits [B,C,H,W] -> scalar in nats.
     """
@@ -158,10 +157,10 @@ def pseudo_labels(teacher: nn.Module, images: Tensor, threshold: float) -> tuple
 
 
 def class_mix_mask(labels: Tensor, num_classes: int, rng: torch.Generator) -> Tensor:
-    """A mask of the pixels of half of the classes, drawn anew for each image.
+    """Draws half of the classes of each image at random and marks their pixels.
 
     ClassMix, arXiv:2007.07936v2: of the n classes in an image, (n + 1) // 2 are drawn. Ignored
-    pixels are never in the mask. labels [B,H,W] -> bool [B,H,W].
+    pixels are never marked. labels [B,H,W] -> bool [B,H,W].
     """
     present = [(labels == c).flatten(1).any(dim=1) for c in range(num_classes)]
     present = torch.stack(present, dim=1)  # [B,C] whether the image has the class
@@ -175,10 +174,11 @@ def class_mix_mask(labels: Tensor, num_classes: int, rng: torch.Generator) -> Te
 
 
 def mixed_loss(logits: Tensor, labels: Tensor, pasted: Tensor, shares: Tensor) -> Tensor:
-    """Cross-entropy of mixed images (DACS, eq. 3), the mean over all pixels, in nats.
+    """Cross-entropy of mixed images, the mean over all pixels, in nats.
 
-    Pasted source pixels have weight 1. Photo pixels have the share of confident pixels in their
-    image as weight. logits [B,C,H,W], labels [B,H,W], pasted: bool [B,H,W], shares [B] -> scalar.
+    As in the code of DACS, pasted source pixels have weight 1, photo pixels the share of confident
+    pixels, here of their own image and not of the batch.
+    logits [B,C,H,W], labels [B,H,W], pasted: bool [B,H,W], shares [B] -> scalar.
     """
     losses = F.cross_entropy(logits, labels, ignore_index=datasets.IGNORE, reduction="none")
     return (torch.where(pasted, 1.0, shares[:, None, None]) * losses).mean()
@@ -207,7 +207,7 @@ def check(args: Args) -> None:
         if not 0 <= getattr(args, name) <= 1:
             raise UserError(f"--{name.replace('_', '-')}: expected a number from 0 to 1")
     for name in ("lambda_adv", "lambda_ent", "beta"):
-        if not getattr(args, name) >= 0:  # nor NaN
+        if not getattr(args, name) >= 0:  # NaN is refused, too
             raise UserError(f"--{name.replace('_', '-')}: expected a number from 0")
     if args.source_share == 1:
         raise UserError("--source-share 1: leaves no step for adaptation")
@@ -237,7 +237,7 @@ def run(args: Args) -> Result:
 def train(
     run: Run, net: Network, source: Split, photos: Split, steps: int, source_steps: int
 ) -> None:
-    """Trains `net` in place for `steps` updates, from number `source_steps` + 1 on with photos."""
+    """Trains `net` in place for `steps` updates. Adaptation starts after `source_steps` of them."""
     args, seed = run.args, run.args.seed
     translate = common.identity
     if args.translate == "color":
@@ -258,8 +258,8 @@ def train(
     state = {"net": net, "optimizer": optimizer, "teacher": teacher}
     state |= {"discriminator": discriminator, "optimizer_d": optimizer_d}
     net.train()
-    # The stage's name also seeds the batches and the augmentation. It is "source", as in the source
-    # training of all methods, so that all see the same source images in the same order.
+    # "source" names the stage and seeds the batches, as in the baselines, so that all see the same
+    # source images in the same order.
     for step in run.steps("source", steps, **state):
         rng = common.generator(seed, "source", step)
         lr = common.learning_rate(args.lr, step, steps)
@@ -275,7 +275,7 @@ def train(
             x_target, _ = target_loader(step)  # [B,3,H,W]
             x_target, _ = common.crop_flip(x_target, None, rng)
 
-        # Step 1: alignment. The discriminator is frozen, its loss trains the network.
+        # Step 1: entropy and alignment. They train the network; the discriminator is frozen.
         if step > source_steps and (args.align != "none" or args.lambda_ent > 0):
             with run.autocast():
                 target_logits = model(x_target)  # [B,C,H,W]
@@ -297,7 +297,7 @@ def train(
             pasted = class_mix_mask(y, len(run.classes), rng)  # [B,H,W]
             x_mixed = torch.where(pasted[:, None], x, x_target)  # [B,3,H,W]
             y_mixed = torch.where(pasted, y, y_target)  # [B,H,W]
-            # Only changes of colour and blur, so the labels stay right.
+            # The augmentation changes colour and sharpness alone, so the labels still fit.
             x_mixed = common.random_augmentation(x_mixed, rng)
             with run.autocast():
                 loss_mixed = mixed_loss(model(x_mixed), y_mixed, pasted, shares)
@@ -330,7 +330,7 @@ def train(
 
 
 def draw_adaptation(run: Run, net: Network, photos: Split) -> None:
-    """figures/adaptation.png: predictions for photos, and their entropy (0 black, log C white)."""
+    """figures/adaptation.png: predictions on photos, and their entropy (0 black, log C white)."""
     images = photos.images[datasets.spaced(len(photos), 4)]  # uint8 [4,H,W,3]
     logits = common.predict(net.eval(), images, run.device)  # [4,C,H,W]
     entropy = (255 * self_information(logits).sum(dim=1)).byte()  # [4,H,W]

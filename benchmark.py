@@ -224,9 +224,8 @@ def run_rows(rows: list[Row], args: Args, results: dict[Key, Result]) -> None:
                 name = f"{result.benchmark} {result.method} seed {result.seed}"
                 score = "no score" if result.miou is None else f"{result.miou:.1f}"
                 outcome = result.error or f"{score}, {result.seconds:.0f} s"
-                if seconds:  # those of the rows that this command has run itself
-                    left = mean(seconds) * (len(rows) - count) / len(slots) / 60
-                    outcome += f"; {left:.1f} min left"
+                left = (len(rows) - count) / len(slots) * mean(seconds) / 60 if seconds else 0
+                outcome += f"; {left:.1f} min left" if seconds else ""  # "": none was run yet
                 print(f"{count} of {len(rows)}: {name}: {outcome}", flush=True)
         except BaseException:  # Ctrl-C above all: no row goes on without its benchmark
             pool.shutdown(wait=False, cancel_futures=True)
@@ -271,10 +270,7 @@ def earlier_results(out: Path) -> dict[Key, Result]:
 
 
 def collected_results(roots: tuple[Path, ...]) -> tuple[dict[Key, Result], dict[Key, Path]]:
-    """The finished run folders below some folders: BENCHMARK/METHOD/seedSEED, as methods write it.
-
-    UserError where two of them are the same row.
-    """
+    """The finished runs below some folders. UserError where two of them are the same row."""
     results, folders = {}, {}
     paths = {path.parent.resolve() for root in roots for path in root.glob("**/seed*/result.json")}
     for folder in sorted(paths, key=lambda path: (path.parent.name.count("+"), path)):
@@ -290,8 +286,7 @@ def collected_results(roots: tuple[Path, ...]) -> tuple[dict[Key, Result], dict[
         if parent and not parent.error:
             result = combined(result, parent)
         elif before:
-            error = f"the run of {before}, from which it starts, is missing"
-            result = Result(*key, "failed", error)
+            result = Result(*key, "failed", f"its first part, the run of {before}, is missing")
         results[key], folders[key] = result, folder
     if not folders:
         raise UserError(f"--collect {' '.join(map(str, roots))}: no finished run folder")
@@ -414,7 +409,7 @@ def notes(results: list[Result], folders: dict[Key, Path]) -> list[str]:
             lines.append(f"{benchmark}: a row without a score was run without test labels.")
         elif absent:
             names = ", ".join(sorted(absent))
-            lines.append(f"{benchmark}: no test photo contains {names}; left out of the mean.")
+            lines.append(f"{benchmark}: mIoU without {names}, which no test photo has.")
         updates = {r.method: r.steps for r in rows}
         for method, count in updates.items():
             control = f"{method.rpartition('+')[2]}@{count}"
@@ -534,8 +529,8 @@ def study_networks(args: Args) -> None:
 
     table = []
     for benchmark, name in itertools.product(args.benchmarks, common.NETWORKS):
-        flags = shared_args(args, benchmark=benchmark, device=args.devices[0])
-        flags = common.resolve(flags, "networks")
+        shared = shared_args(args, benchmark=benchmark, device=args.devices[0])
+        flags = common.resolve(shared, "networks")
         image = torch.rand(1, 3, *flags.size, device=flags.device)  # [1,3,H,W]
         classes = datasets.get_benchmark(benchmark, args.data).source.classes
         net = common.Network(name, len(classes)).eval()
@@ -572,8 +567,7 @@ def main(args: Args) -> None:
     else:
         results = earlier_results(args.out)
         for benchmark in args.benchmarks:  # a wrong flag, too; and this writes the miniature
-            shared = shared_args(args, benchmark=benchmark, device="cpu")
-            shared = common.resolve(shared, "benchmark")
+            shared = common.resolve(shared_args(args, benchmark=benchmark, device="cpu"), "data")
             for role in ("source", "target_unlabelled", "target_test"):
                 datasets.load(shared, role)  # so that no row is charged with the cache
             target = datasets.get_benchmark(benchmark, args.data).target

@@ -557,11 +557,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def read_network(path: Path, net: Network | None = None) -> tuple[Network, dict[str, Any]]:
-    """The segmentation network of a run's checkpoint.pt, and all that the file holds.
-
-    The weights are loaded into `net`, or into a new network on the CPU. UserError where the file
-    holds no network, or another one than `net`.
-    """
+    """The network of a run's checkpoint.pt, in `net` or in a new one on the CPU; and the content of
+    the file. UserError where it holds no network, or another one than `net`."""
     checkpoint = read_checkpoint(path)
     if "net" not in checkpoint:
         raise UserError(f"{path}: holds no segmentation network")

@@ -10,23 +10,25 @@ mixed-mode differentiation (MixFlow-MG, arXiv:2505.00793v2).
 
     python datarater.py --corrupt 0.1      # do damaged images get lower scores?
 
-The first command takes six minutes on one CPU core and reaches 51 mIoU on the miniature; training
-on the images as they are (--choose original) reaches 45.
+The first command takes six minutes on one CPU core and reaches 52 mIoU on the miniature (the
+default data); training on the images as they are (--choose original) reaches 45.
 
 A run has four parts. Part 1, the warm-up: a segmentation network is trained on random candidates.
 
 Part 2, meta-training: a rater learns to score candidates. The inner network, a copy of the warm-up
 network, trains on batches of a few images with all their candidates. Each candidate has a weight:
-the softmax over the scores of its image's candidates, divided by the sum of the batch. With
---corrupt an image has one candidate, and the softmax is over the images of a batch. After T updates
-the outer loss is measured: the loss on labelled target photos. Its gradient with respect to the
-weights (the gradient of the weights) says which candidates should have counted more. It gives the
-meta-gradient, the gradient of the outer loss with respect to the rater's parameters, which trains
-the rater.
+the softmax over the scores of its image's candidates, divided by the number of images, so that the
+weights of a batch sum to 1. ("Weights" are always these, never those of a network.) With --corrupt
+an image has one candidate, and the softmax is over the images of a batch. After T updates
+(--inner-updates) the outer loss is measured: the loss on labelled target photos. Its gradient with
+respect to the weights (the gradient of the weights) says which candidates should have counted more.
+From this the chain rule, through softmax and rater, gives the meta-gradient, the gradient of the
+outer loss with respect to the rater's parameters, which trains the rater. The inner network then
+goes on from where it is.
 
 Part 3, the choice: the rater scores all candidates, and the best of each image make a training set.
-Part 4: the segmentation network is trained from scratch on this set. --steps is the number of
-updates in part 4.
+Part 4: a new segmentation network is trained on this set. --steps is the number of its updates.
+With --corrupt the damaged images stay in the set, since each image has only one candidate.
 
 The run folder gets set/, the training set. For best and worst it also gets the scores and the
 choice of each image, best_augmentations_step_X.pt, where X is --meta-steps. Without --out the
@@ -34,10 +36,13 @@ controls and --corrupt have run folders of their own: datarater_random, datarate
 With --init RUN/set this and other methods train on such a set instead of the source images. With
 --init CHECKPOINT the networks of parts 1 and 4 start from that network.
 
-Deviations: the paper has a population of inner networks, which start untrained and are reset from
-time to time. Here one inner network starts trained and is never reset; under torchrun each process
-has its own, the rater learns from the mean of their meta-gradients, and rank 0 chooses. The inner
-optimizer is Adam with fixed second moments: momentum SGD with fixed diagonal scaling.
+Deviations: the paper takes the softmax over the examples of a batch and leaves out those of low
+scores; here it is over an image's candidates, of which the best stays. The paper has a population
+of inner networks, which start untrained and are reset from time to time. Here one inner network
+starts trained and is never reset; under torchrun each process has its own, the rater learns from
+the mean of their meta-gradients, and rank 0 chooses. The inner optimizer is Adam with fixed second
+moments: momentum SGD with fixed diagonal scaling. MixFlow-MG differentiates a gradient by forward
+mode; here reverse mode differentiates a forward-mode derivative, which gives the same product.
 """
 
 import contextlib
@@ -70,9 +75,10 @@ class Args(common.Args):
     the lowest scores, or the image as it is. random and original train no rater."""
     augmentations: tuple[str, ...] = KINDS
     """Kinds of candidates. color_transfer gives an image the mean and covariance of RGB of a random
-    target photo, fourier gives it the photo's low frequencies. --corrupt uses original alone."""
+    target photo, fourier the amplitudes of the photo's low frequencies. With --corrupt or --choose
+    original the only kind is original."""
     beta: float = 0.03
-    """fourier takes the photo's amplitude below this frequency, in cycles/px. FDA: 0.01 to 0.09."""
+    """fourier takes amplitudes below this, in cycles/px. FDA (arXiv:2004.05498): 0.01 to 0.09."""
     k: int = 1
     """How many candidates of each image are chosen."""
     corrupt: float = 0.0
@@ -132,7 +138,8 @@ class Rater(nn.Sequential):
 # ---- Inner networks -----------------------------------------------------------------------------
 class BatchNorm(nn.BatchNorm2d):
     """Batch normalisation whose forward-mode derivative can be differentiated by reverse mode.
-    With that of torch 2.14 reverse mode takes mean and variance as constants, which is wrong."""
+    Reverse mode of torch 2.14 takes the mean and variance in this derivative as constants, which
+    is wrong. For training mode only: forward mode always uses the statistics of the batch."""
 
     def forward(self, x: Tensor) -> Tensor:  # [B,C,H,W]
         if forward_ad.unpack_dual(x).tangent is None:
@@ -146,7 +153,8 @@ class BatchNorm(nn.BatchNorm2d):
 
 
 def image_losses(outputs: list[Tensor], labels: Tensor) -> Tensor:
-    """Cross-entropy of each image, in nats: the mean over its valid pixels, 0 where there is none.
+    """Cross-entropy of each image, in nats: the mean over its valid pixels, 0 where there is none,
+    plus AUX_WEIGHT times that of each auxiliary head.
 
     outputs: logits of each head, [B,C,H,W]; labels [B,H,W] -> [B]. It is computed by plain
     operations, since torch 2.14 cannot differentiate the forward-mode derivative of log_softmax.
@@ -177,7 +185,7 @@ class InnerNetwork(nn.Module):
                 norm.load_state_dict(layer.state_dict())
                 net.set_submodule(name, norm)
             elif isinstance(layer, nn.Dropout):
-                # Its masks change, so `losses` and `directional_derivatives` would not agree.
+                # Each call would draw another mask, and the derivative would be of another loss.
                 net.set_submodule(name, nn.Identity())
         self.net, self.autocast = net.train(), autocast
         self.register_buffer("momentum", torch.zeros_like(self.theta()))
@@ -207,7 +215,7 @@ class InnerNetwork(nn.Module):
         """The derivative of each image's loss along a direction of theta, [B]. It is computed by
         forward mode, and reverse mode can differentiate it with respect to theta."""
         with forward_ad.dual_level(), warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # torch's, about its own code
+            warnings.simplefilter("ignore", FutureWarning)  # torch warns about its own functions
             losses = self.losses(forward_ad.make_dual(theta, direction), images, labels)
             return forward_ad.unpack_dual(losses).tangent
 
@@ -239,10 +247,10 @@ def weight_gradient(
 
     Mixed-mode differentiation (MixFlow-MG) keeps only the parameters before each update, and goes
     through the updates in reverse order. Forward mode gives the derivatives of all l_i along
-    d outer / dg. Reverse mode of their weighted sum gives the Hessian of sum_i w_i l_i times this
-    direction, since g depends on theta, too.
+    d outer / dg. As g depends on theta, too, d outer / d theta also has a term from it: the Hessian
+    of sum_i w_i l_i times this direction, by reverse mode of the weighted sum of the derivatives.
 
-    A known deviation: in the outer loss batch normalisation uses running statistics, as at test.
+    An approximation: in the outer loss batch normalisation uses running statistics, as at test.
     These depend on the weights of all updates but the last; the derivative takes them as constants.
     So the gradient is exact for the last update's weights and approximate for those before.
     """
@@ -262,8 +270,9 @@ def weight_gradient(
     outer_loss = inner.losses(theta, *photos).mean()
     inner.train()
 
-    # d_x: the derivative of the outer loss with respect to x. Before the loop, theta and momentum
-    # are those after the last update; pass t turns both into those before update t (0 to T-1).
+    # d_x: the derivative of the outer loss with respect to x. At first, d_theta and d_momentum are
+    # for the state after the last update; pass t turns them into those for the state before update
+    # t. At t = 0 d_theta is not needed any more.
     (d_theta,) = torch.autograd.grad(outer_loss, theta)
     d_momentum = torch.zeros_like(d_theta)
     d_weights = torch.empty_like(weights)
@@ -273,7 +282,7 @@ def weight_gradient(
         d_momentum = BETA1 * d_momentum
         derivatives = inner.directional_derivatives(thetas[t], d_gradient, *batches[t])  # [B]
         d_weights[t] = derivatives.detach()
-        if t > 0:  # the Hessian of the weighted loss, times d_gradient; not needed at t = 0
+        if t > 0:  # the Hessian of the weighted loss, times d_gradient
             (product,) = torch.autograd.grad(weights[t] @ derivatives, thetas[t])
             d_theta = d_theta + product
     return d_weights, outer_loss.detach(), torch.stack(inner_losses)
@@ -284,7 +293,7 @@ def meta_train(run: Run, source: Split, augmentations: Augmentations) -> Rater:
     """Parts 1 and 2: the warm-up and meta-training. Returns the trained rater."""
     args, seed, rater = resolve(run.args), run.args.seed, Rater().to(run.device)
     num_kinds = len(augmentations)  # A
-    labelled_photos = datasets.load(args, "target_few")  # errors come first
+    labelled_photos = datasets.load(args, "target_few")  # now, so that an error costs no warm-up
 
     # Part 1: the warm-up
     def random_candidates(images: Tensor, rng: torch.Generator) -> Tensor:  # [B,3,H,W]
@@ -312,8 +321,8 @@ def meta_train(run: Run, source: Split, augmentations: Augmentations) -> Rater:
         return candidates, labels.repeat(num_kinds, 1, 1)
 
     # The fixed scale of inner updates, from second moments at equal weights. One batch would be too
-    # noisy, so 16 are averaged. Adding 0.01 of the mean root limits the updates of parameters whose
-    # gradients are tiny, like the epsilon of Adam.
+    # noisy, so 16 are averaged. Adding 0.01 of the mean of the roots limits the updates of
+    # parameters whose gradients are tiny, like the epsilon of Adam.
     theta, squares = inner.theta().requires_grad_(), torch.zeros_like(inner.scale)
     for index in range(16):
         losses = inner.losses(theta, *draw_batch(index, common.generator(seed, "scale", index)))
@@ -353,7 +362,7 @@ def meta_train(run: Run, source: Split, augmentations: Augmentations) -> Rater:
 
 
 # ---- Candidates and choice ----------------------------------------------------------------------
-BLOCK = 16  # candidates are made for so many images at a time
+BLOCK = 16  # number of images whose candidates are made at once
 
 
 def candidates_of(run: Run, split: Split, augmentations: Augmentations, first: int) -> np.ndarray:
@@ -418,7 +427,7 @@ def choose_candidates(
 # ---- The corruption check -----------------------------------------------------------------------
 def corrupted(split: Split, share: float, seed: int) -> tuple[Split, np.ndarray]:
     """Damages a share of the images: 10-90% of their pixels get random colours. -> the split with
-    these images, and the share of random pixels in each image [N]."""
+    these images, and for each image the probability that a pixel is random [N]."""
     rng = np.random.default_rng(common.seed_of(seed, "corrupt"))
     count = round(share * len(split))
     if not 0 < count < len(split):
@@ -471,7 +480,7 @@ def resolve(args: Args) -> Args:
 def run(args: Args) -> Result:
     method = "datarater" if args.choose == "best" else f"datarater_{args.choose}"
     method = f"{method}_corrupt" if args.corrupt else method
-    resolve(common.resolve(args, method))  # what cannot run leaves no run folder
+    resolve(common.resolve(args, method))  # bad arguments leave no run folder
     rated = args.choose in ("best", "worst")
     run = Run(args, method, stages=3 if rated else 1)  # stages with updates: warm-up, rater, final
     if run.result:
@@ -494,10 +503,11 @@ def run(args: Args) -> Result:
     if common.rank() == 0:
         scores = choose_candidates(run, rater, source, augmentations)
         if rated:
-            draw_kinds(run, list(augmentations))
             draw_scores(run, source, augmentations, scores)
         if rated and args.corrupt:
             draw_corruption(run, scores[:, 0], amount)
+        elif rated:
+            draw_kinds(run, list(augmentations))
     common.barrier()
 
     # Part 4: the segmentation network
@@ -524,13 +534,13 @@ def draw_scores(run: Run, split: Split, augmentations: Augmentations, scores: np
     """figures/scores.png: five images with all their candidates and scores. The best is framed
     green, the worst red. Where images have one candidate: from the highest score to the lowest."""
     kinds, rows = list(augmentations), datasets.spaced(len(scores), 5)
-    # Only differences between the candidates (or images) that compete are trained.
+    # A softmax ignores what is added to all of its scores, so only their differences are trained.
     scores = scores - scores.mean(axis=1 if len(kinds) > 1 else 0, keepdims=True)
     if len(kinds) == 1:
         rows = (-scores[:, 0]).argsort(kind="stable")[rows]
     figure = common.new_figure(2.4 * len(kinds), 7.5)
     axes = figure.subplots(len(rows), len(kinds), squeeze=False)
-    for i, n in enumerate(rows.tolist()):  # seeds of random streams are named by plain ints
+    for i, n in enumerate(rows.tolist()):  # an int of NumPy would name another stream
         candidates = candidates_of(run, split, augmentations, n - n % BLOCK)[n % BLOCK]
         frames = {scores[n].argmin(): "tab:red", scores[n].argmax(): "tab:green"}
         for a, kind in enumerate(kinds):

@@ -6,23 +6,23 @@ into noise (encoding), and that of the photos turns the noise into an image (dec
 (arXiv:2203.08382v4), with the v-prediction and cosine schedule of arXiv:2202.00512v2. The commands,
 each with its own --help:
 
-    python diffusion_bridge.py         (one row of the benchmark: bridge, translation, segmentation)
+    python diffusion_bridge.py       (all of it: bridge, translation, training on the translations)
 
     python diffusion_bridge.py train --out runs/bridge               (writes runs/bridge/bridge.pt)
 
-    python diffusion_bridge.py translate --input-dir A --mask-dir A/masks --output-dir B
-    --checkpoint runs/bridge/bridge.pt                               (translates a folder)
+    python diffusion_bridge.py translate --input-dir A --output-dir B --checkpoint RUN/bridge.pt
 
-The first takes eleven minutes on one CPU core and reaches 56 mIoU on the miniature, where
-training on the source alone reaches 45. No label of a photo is used. Every translated set is
-checked: kernel distance to the photos by class, edges along the masks' borders, the classes that a
-small segmentation network (the reader) predicts, how much of the change an affine map of colours
+The last translates the images of a folder; their masks are in A/masks (or --mask-dir). The first
+takes eleven minutes on one CPU core and reaches 57 mIoU on the miniature (the default data), where
+training on the source alone reaches 45. No label of a photo is used in training. A translated set
+is checked: kernel distance to the photos by class, edges along the masks' borders, the classes that
+a small segmentation network (the reader) predicts, how much of the change an affine map of colours
 explains, and the size of the encoded noise.
 
-Letters besides those of common.py: a cell is a patch of pixels, K its channels, h x w the cells of
-an image, S the statistics of appearance, D the reader's features, P their positions, E the values
-of an embedding, M the images of a second set. Noise levels are angles a from 0 (the image x) to
-pi/2 (the noise e): x_a = cos(a) x + sin(a) e.
+Letters: B batch, C classes, H x W pixels, N images (M of a second set). A cell is a patch of
+pixels; an image has h x w cells of K channels. S statistics of appearance, D features of the reader
+at P positions, E values of an embedding. Noise levels are angles a from 0 (the image x, as cells)
+to pi/2 (the noise e): x_a = cos(a) x + sin(a) e.
 """
 
 import copy
@@ -64,9 +64,9 @@ class Args(common.Args):
     baseline for comparison: add noise once, then decode likewise. The original SDEdit
     (arXiv:2108.01073) follows the reverse SDE, with new noise in every step."""
     strength: float = 0.97
-    """Highest noise level: its angle as a share of pi/2. 0 is the image, 1 is pure noise."""
+    """Highest noise level: its angle as a share of pi/2. 1: pure noise; near 0: the image."""
     noise_floor: float = 0.02
-    """Lowest noise level, on the same scale. Noise of this level is added before encoding, because
+    """Lowest noise level, on the same scale. ddib adds noise of this level before encoding, because
     a perfectly flat area has nothing that could be turned into noise. Decoding removes it."""
     statistics: Literal["photo", "own"] = "photo"
     """Statistics of appearance for decoding: a random photo's, or, as a baseline for comparison,
@@ -75,8 +75,8 @@ class Args(common.Args):
     """Evaluations of the U-Net to encode, and again to decode. Decoding takes one more if
     --noise-floor is above 0. Default: a tenth of --steps, at least 2 and at most 12."""
     unet_steps: int | None = None
-    """Updates of the U-Net. Default: twice --steps, or 1.5 times for large images. Those are images
-    with at least 256 x 256 = 65,536 pixels."""
+    """Updates of the U-Net. Default: twice --steps, or 1.5 times for large images, which have at
+    least 256 x 256 = 65,536 pixels."""
     reader_steps: int | None = None
     """Updates of the reader. This small segmentation network is trained on the source, labels the
     photos for the U-Net, and checks results. Default: half of --steps."""
@@ -86,22 +86,22 @@ class Args(common.Args):
     """Share of the translated images that get the colours of a random photo when the segmentation
     network is trained on them. They are drawn anew in every update."""
     width: int | None = None
-    """Channels of the U-Net at its finest level. The second level has twice as many, each further
-    level four times as many. Default: 32, for large images 128."""
+    """Channels of the U-Net at its finest level. The second level has twice as many,
+    each coarser one four times as many. Default: 32, for large images 128."""
     levels: int | None = None
     """Resolutions of the U-Net, each half of the one before. Default: 3, for large images 4."""
     patch: Literal[2, 4, 8] | None = None
-    """Side of a cell in pixels. Noise is added to the Haar coefficients of the cells, which are the
-    U-Net's channels. Default: 2, for large images 4."""
+    """Side of a cell in pixels. Noise is added to the Hadamard coefficients of the cells (for 2
+    those of Haar), which are the U-Net's channels. Default: 2, for large images 4."""
     whiten: float = 0.5
     """Each channel is divided by its standard deviation to this power: 1 makes all variances 1."""
     unet_lr: float | None = None
     """Initial learning rate of the U-Net's AdamW. Default: 0.002, for large images 0.0005."""
     ema: float = 0.05
     """Averaging window of the U-Net's weights, as a share of its updates. In update t the decay of
-    their EMA is 1 - 1 / (ema * unet_steps), but at most t / (t + 9). The average translates."""
+    their EMA is 1 - 1 / (ema * unet_steps), but at most t / (t + 9). Translation uses the EMA."""
     label_confidence: float = 0.5
-    """Confidence threshold of the reader's pseudo-labels of photos: other pixels are ignored."""
+    """Confidence threshold of the reader's pseudo-labels of photos: pixels below are ignored."""
 
 
 SMALL = {"width": 32, "levels": 3, "patch": 2, "unet_lr": 2e-3}
@@ -110,7 +110,7 @@ LARGE_PIXELS = 256 * 256  # images with at least so many are large, as those of 
 
 
 def fill_in(args: Args) -> Args:
-    """Fills in the defaults that depend on --size and --steps."""
+    """Fills in the defaults that depend on --size and --steps. UserError for what cannot run."""
     large = math.prod(args.size) >= LARGE_PIXELS
     defaults = {**(LARGE if large else SMALL), "reader_steps": math.ceil(args.steps / 2)}
     defaults["unet_steps"] = math.ceil(args.steps * (1.5 if large else 2))
@@ -131,7 +131,7 @@ class TranslateArgs:
     input_dir: Path | None = None
     """Folder of PNG or JPG images. It may have subfolders."""
     mask_dir: Path | None = None
-    """Folder of masks, with the paths of the images but for the suffix. Default: INPUT_DIR/masks"""
+    """Folder of masks, each with the path of its image, but any suffix. Default: INPUT_DIR/masks"""
     output_dir: Path | None = None
     """Folder of the translations. Run an interrupted command again, and it continues."""
     checkpoint: Path | None = None
@@ -139,21 +139,21 @@ class TranslateArgs:
     config: Path | None = None
     """TOML or JSON file of these options; flags override it."""
     mask_labels: Literal["none", "own", "vkitti2", "kitti", "gta5", "cityscapes"] = "none"
-    """Dataset whose ids or colours the masks have. own: the own data that the bridge was trained
-    on. none: another; the reader labels the images."""
+    """Dataset whose ids or colours the masks have. own: your data that the bridge was trained on.
+    none: any other masks; the classes are then predicted from the images by the reader."""
     bridge: Literal["ddib", "sdedit"] = "ddib"
     """ddib encodes and decodes; sdedit adds noise once and decodes."""
     strength: float = 0.97
-    """Highest noise level: its angle as a share of pi/2. 0 is the image, 1 is pure noise."""
+    """Highest noise level: its angle as a share of pi/2. 1: pure noise; near 0: the image."""
     noise_floor: float = 0.02
-    """Lowest noise level, on the same scale. Noise of this level is added before encoding."""
+    """Lowest noise level, on the same scale. ddib adds noise of this level before encoding."""
     statistics: Literal["photo", "own"] = "photo"
     """Statistics of appearance for decoding: those of a random photo, or the image's own."""
     sample_steps: int = 12
     """Evaluations of the U-Net to encode. Decoding takes one more if --noise-floor is above 0."""
     min_agreement: float = 0.0
-    """Least share of pixels on which the reader's classes of the translation equal the mask (with
-    --mask-labels none: the reader's classes of the original). Images below it are not written."""
+    """Least share of pixels on which the reader's prediction for the translation equals the mask
+    (with --mask-labels none: its prediction for the original). Other images are not written."""
     batch_size: int = 16
     """Images of equal size that are translated together."""
     seed: int = 0
@@ -162,8 +162,8 @@ class TranslateArgs:
 
 # ---- What is diffused, and its conditions -------------------------------------------------------
 def hadamard(x: Tensor) -> Tensor:
-    """Of each four channels p, q, r, s: twice their mean, and twice three means with signs.
-    Orthonormal, and its own inverse. [B,K,h,w] -> [B,K,h,w]."""
+    """The Hadamard transform of each four channels p, q, r, s: half their sum, and half of three
+    sums with signs. Orthonormal, and its own inverse. [B,K,h,w] -> [B,K,h,w]."""
     p, q, r, s = x.unflatten(1, (-1, 4)).unbind(dim=2)  # [B,K/4,h,w] each
     bands = (p + q + r + s, p - q + r - s, p + q - r - s, p - q - r + s)
     return torch.stack(bands, dim=2).flatten(1, 2) / 2
@@ -183,9 +183,9 @@ def luminance(images: Tensor) -> Tensor:
 def appearance(images: Tensor) -> Tensor:
     """Statistics of appearance, in the order of STATISTICS. [B,3,H,W] in [0,1] -> [B,S].
 
-    Saturation is the mean of the largest less the smallest of R, G, B. Warmth is that of R less B.
-    Haze is the mean of the dark channel: the least of R, G, B in a square, here of an eighth of the
-    height. It is near 0 in clear air, but for the sky (He et al., CVPR 2009).
+    Saturation is the mean of the largest less the smallest of R, G, B. Warmth is the mean of R - B.
+    Haze is the mean of the dark channel (He et al., CVPR 2009), the least of R, G, B in squares of
+    an eighth of the height, side by side. It is near 0 in clear air, except in the sky.
     """
     luma, side = luminance(images), max(1, images.shape[2] // 8)
     darkest, brightest = images.amin(dim=1), images.amax(dim=1)  # [B,H,W]
@@ -206,7 +206,7 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, i: int, o: int, embedding: int) -> None:
         super().__init__()
-        # They normalise over the channels at each position, so the image's size does not matter.
+        # These normalise over the channels at each position, so the image's size does not matter.
         self.norm1, self.norm2 = (LayerNorm2d(n, elementwise_affine=False) for n in (i, o))
         self.conv1, self.conv2 = nn.Conv2d(i, o, 3, padding=1), nn.Conv2d(o, o, 3, padding=1)
         self.affine = nn.Linear(embedding, 2 * o)
@@ -289,9 +289,9 @@ def flow(velocity: Callable[[Tensor, float], Tensor], x: Tensor, angles: Sequenc
 def noise_levels(args: Args | TranslateArgs) -> list[float]:
     """Angles from --noise-floor to --strength. The steps between them grow from one to the next.
 
-    A structure of standard deviation s is turned into noise (or back) at angles near s. Flat areas
-    such as sky have a small s, so the steps must be small at low angles. With equal steps, the
-    noise of flat areas has a standard deviation far below 1.
+    A structure of standard deviation s is turned into noise (or back) where tan(a) is near s. Flat
+    areas such as sky have a small s, so the steps must be small at low angles. With equal steps,
+    the noise of flat areas has a standard deviation far below 1.
     """
     if not 0 <= args.noise_floor < args.strength <= 1 or args.sample_steps < 1:
         raise UserError("expected 0 <= --noise-floor < --strength <= 1 and 1 <= --sample-steps")
@@ -301,10 +301,11 @@ def noise_levels(args: Args | TranslateArgs) -> list[float]:
 
 # ---- The bridge ---------------------------------------------------------------------------------
 class Bridge(nn.Module):
-    """All that a translation needs: the U-Net, the reader, and statistics of the data.
+    """All that a translation and its checks need: U-Net, reader, and statistics of the data.
 
-    config: patch, width, levels, classes (names), size, unet_steps. `photo_statistics` [N,S] and
-    `photo_features` [N,C,D] are those of the training photos.
+    config: patch, width, levels, classes (names), size, unet_steps, and with own data own_values
+    (for `translate --mask-labels own`). `photo_statistics` [M,S] and `photo_features`
+    [M,C,D] are those of the training photos.
     """
 
     def __init__(self, config: dict[str, Any], photos: int) -> None:
@@ -321,7 +322,7 @@ class Bridge(nn.Module):
         self.to(memory_format=torch.channels_last)
 
     def to_cells(self, images: Tensor) -> Tensor:
-        """Normalised Haar coefficients of the cells. Patches of 4 and 8 repeat the transform.
+        """Normalised Hadamard coefficients of the cells. Patches of 4 and 8 repeat the transform.
         [B,3,H,W] in [0,1] -> [B,K,h,w] with K = 3 patch^2, h = H / patch, w = W / patch."""
         x = 2 * images - 1
         for _ in range(int(math.log2(self.config["patch"]))):
@@ -341,8 +342,8 @@ class Bridge(nn.Module):
     ) -> tuple[np.ndarray, np.ndarray]:
         """Images of the source, uint8 [B,H,W,3], with labels [B,H,W] -> uint8 [B,H,W,3], and the
         root mean square of each image's encoded noise [B]. With ddib and a strength near 1 it is
-        near 1 if the U-Net makes no error. H and W are any. The photo depends on --seed, name and
-        number of photos alone; the noise on --seed, name, size and kind of device."""
+        near 1 if the U-Net makes no error. H and W are any. The photo depends only on --seed, name
+        and number of photos; the noise only on --seed, name, size and kind of device."""
         device = self.mean.device
         images = common.to_tensor(images, device)  # [B,3,H,W]
         labels = torch.tensor(labels, dtype=torch.long, device=device)
@@ -399,7 +400,7 @@ def train_bridge(run: Run, args: Args, source: Split, photos: Split) -> Bridge:
     device = run.device
     config = {name: getattr(args, name) for name in ("patch", "width", "levels", "unet_steps")}
     config |= {"classes": list(run.classes), "size": list(args.size)}
-    if args.benchmark == "own":  # for masks of the same values, see --mask-labels
+    if args.benchmark == "own":
         config["own_values"] = list(source.dataset.values)
     bridge = Bridge(config, len(photos)).to(device)
 
@@ -555,17 +556,17 @@ def borders(labels: np.ndarray) -> np.ndarray:
 
 def edge_agreement(image: np.ndarray, labels: np.ndarray) -> float:
     """The probability that the gradient of the luminance is greater at a pixel of a border than at
-    another one (area under the ROC curve; 0.5 is chance). NaN where there is no border.
-
-    image uint8 [H,W,3], labels [H,W] of any ids.
-    """
+    another one (area under the ROC curve; 0.5 is chance). Equal gradients count half. NaN where
+    there is no border. image uint8 [H,W,3], labels [H,W] of any ids."""
     luma = luminance(common.to_tensor(image[None], torch.device("cpu")))[0].numpy()  # [H,W]
     gradient = np.zeros(luma.shape)  # squared
     gradient[:, :-1] += np.diff(luma, axis=1) ** 2
     gradient[:-1] += np.diff(luma, axis=0) ** 2
-    edge, rank = borders(labels).ravel(), gradient.ravel().argsort().argsort()
+    _, place, counts = np.unique(gradient, return_inverse=True, return_counts=True)
+    rank = (counts.cumsum() - (counts - 1) / 2)[place.ravel()]  # from 1; equal values share one
+    edge = borders(labels).ravel()
     n, m = edge.sum(), (~edge).sum()
-    wins = rank[edge].sum() - n * (n - 1) / 2  # Mann-Whitney U
+    wins = rank[edge].sum() - n * (n + 1) / 2  # Mann-Whitney U
     return float(wins / (n * m)) if n and m else math.nan
 
 
@@ -589,7 +590,8 @@ def check(
     bridge: Bridge, before: np.ndarray, after: np.ndarray, masks: np.ndarray, labelled: bool
 ) -> dict[str, Any]:
     """CHECKS of a translated set; None where a value cannot be computed, no agreement without
-    labels. before, after: uint8 [N,H,W,3]; masks [N,H,W]: train ids if `labelled`, else any."""
+    labels. before, after: uint8 [N,H,W,3]; masks [N,H,W]: train ids if `labelled`, else any ids,
+    whose borders alone are used."""
     table, distances, photos = {}, [], bridge.photo_features.cpu().numpy()  # [M,C,D]
     regions = masks if labelled else read(bridge.reader, before)[0]
     for when, images in (("before", before), ("after", after)):
@@ -619,13 +621,13 @@ def verdict(table: dict[str, Any], unet_steps: int) -> list[str]:
             lines.append(f"{key}: not computed, since it needs {needs}")
         else:
             result = "better" if (after > before) == more_is_better else "worse"
+            result = "equal" if after == before else result
             results.append(f"{key} {result}")
             lines.append(f"{key}: {meaning}: {before:.3f} -> {after:.3f}, {result}")
     if table["kid_of_classes"]:
         pairs = table["kid_of_classes"].items()
-        lines.append(
-            "kid by class: " + ", ".join(f"{name} {b:.1f} -> {a:.1f}" for name, (b, a) in pairs)
-        )
+        changes = (f"{name} {before:.1f} -> {after:.1f}" for name, (before, after) in pairs)
+        lines.append(f"kid by class: {', '.join(changes)}")
     if table["affine_share"] is not None:
         lines.append(f"an affine colour map explains {table['affine_share']:.2f} of the change")
     noise = table["noise_deviation"]
@@ -730,7 +732,7 @@ def find_pairs(
     UserError for an image without a mask, or where masks would overwrite images."""
     both, ignored = [], 0
     for folder, other_folder in ((inputs, mask_dir), (mask_dir, inputs)):
-        by_stem: dict[str, Path] = {}  # the path below the folder, without its suffix
+        by_stem: dict[str, Path] = {}  # by the path below the folder, without its suffix
         found, others = datasets.find_images(folder, "**/*")
         paths = [folder / path for path in (*found.values(), *others)]
         # The folder of the masks may lie in that of the images, or be linked there, or the reverse.
@@ -758,7 +760,7 @@ def find_pairs(
         size = datasets.size_of_labelled(image)
         with datasets.open_image(mask, decode=False) as picture:
             mask_size = picture.size
-        if size != mask_size and dataset is datasets.GTA5 and stem in unusable:
+        if size != mask_size and dataset is datasets.GTA5 and image.stem in unusable:
             ignored += 1
             continue
         if size != mask_size:
@@ -783,8 +785,9 @@ def read_mask(pair: Pair, dataset: datasets.Dataset | None) -> np.ndarray:
 def write_pair(
     args: TranslateArgs, pair: Pair, new: np.ndarray, share: float, noise: float
 ) -> dict[str, Any]:
-    """Writes a translation, uint8 [H,W,3], in its image's file format, and a copy of the mask, if
-    they agree enough (`share`). Grey, alpha and 16 bits (of 256 levels) stay; palettes become RGB.
+    """Writes a translation, uint8 [H,W,3], in its image's file format, and a copy of the mask,
+    unless `share`, that of pixels whose predicted class is the mask's, is below --min-agreement.
+    Grey, alpha and 16 bits (of 256 levels) stay; palettes become RGB.
     -> the record of the image."""
     out, left_out = args.output_dir.resolve(), bool(share < args.min_agreement)
     record = {
@@ -820,7 +823,7 @@ def write_pair(
 def translate_folder(args: TranslateArgs) -> None:
     """The command `translate`. The batches depend on the input and --batch-size alone. So a run
     that is continued, or has several processes, writes the same bytes on the same machine. A batch
-    with a record in OUTPUT_DIR/.records, whose files exist, is not translated again."""
+    is skipped if it has a record in OUTPUT_DIR/.records and all files of this record exist."""
     if args.config:  # Parse again: the file's options first, then the flags, which override them.
         import tyro
 
@@ -871,7 +874,7 @@ def translate_folder(args: TranslateArgs) -> None:
         stamp = [(pair.name, pair.mask_name) for pair in batch], [f.st_mtime_ns for f in files]
         records.append(out / f".records/{common.seed_of(repr(stamp)):014x}.json")
 
-    # Step 2: a new output folder, or one of the same settings and of no other images
+    # Step 2: a new output folder, or one begun with these settings that holds no other images
     settings = {**asdict(args), "checkpoint": datasets.sha256(args.checkpoint)}
     for name in ("input_dir", "mask_dir", "output_dir", "config"):
         del settings[name]  # a folder may be moved, and continued from there
@@ -891,7 +894,7 @@ def translate_folder(args: TranslateArgs) -> None:
     common.barrier()  # No process writes before all have looked into the folder.
     if common.rank() == 0:
         datasets.write_json(metadata, {"complete": False, "settings": settings})
-        for record in filter(Path.exists, records):  # one whose files are not all there is deleted
+        for record in filter(Path.exists, records):  # delete those of which a file is missing
             written = [i for i in json.loads(record.read_text()) if not i["left_out"]]
             if not all((out / i[key]).exists() for i in written for key in ("image", "mask")):
                 record.unlink()

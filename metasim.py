@@ -4,17 +4,17 @@ Meta-Sim (arXiv:1904.11621v1). A probabilistic grammar draws scene graphs. A gra
 distribution transformer, rewrites their attributes. A differentiable renderer turns them into
 images and labels. The transformer minimises the maximum mean discrepancy (MMD) between features of
 these images and of unlabelled photos. Each scene is a labelled source image with a new camera,
-light, weather and surfaces, and with objects that are cut out of other source images. The
+light, weather and surfaces, and with objects that are cut out of the source images. The
 segmentation network trains on scenes that are rendered anew for every update.
 
     python metasim.py                                           (attributes by MMD, no target label)
 
-    python metasim.py --task-reward                              (REINFORCE on 16 labelled photos)
+    python metasim.py --task-reward                  (by MMD, then REINFORCE on 16 labelled photos)
 
     python metasim.py digits --experiment bigmnist               (the paper's experiment on digits)
 
-The first takes four minutes on one CPU core and reaches 49 mIoU on the miniature, where
-source_only reaches 45. `python metasim.py digits --help` lists the flags of the digits.
+The first takes four minutes on one CPU core and reaches 49 mIoU on the miniature (the default
+data), where source_only reaches 45. `python metasim.py digits --help` lists the digits' flags.
 """
 
 import copy
@@ -48,33 +48,33 @@ class Args(common.Args):
     """Scenes to save in set/ after training, for --init of another method; 0: none.
     Default: 5 times --steps, at most 2,000."""
     objects: int = 1
-    """Most objects to add to a source image. Their number is drawn uniformly from 0 to this."""
+    """Most objects to add to a source image: their number is drawn uniformly from 0 to this."""
     cut_outs: int = 600
-    """Objects to cut out of the source images, in equal parts of all classes."""
+    """Objects to cut out of the source images, about the same number of each class."""
     feature_steps: int | None = None
     """Updates of the network whose features are compared. Default: a quarter of --steps."""
     match_steps: int | None = None
     """Updates of the transformer by MMD. Default: a quarter of --steps."""
     match_lr: float = 2e-3
-    """Learning rate of these updates. The paper's code: 1e-3."""
+    """Learning rate of the updates by MMD. The paper's code: 1e-3."""
     match_batch: int | None = None
     """Scenes in an update by MMD. Default: 32, or 8 for scenes of more than 256x512 px, since
     each of 512x1024 px needs 0.5 GB. The paper's code: 50."""
     match_photos: int = 128
-    """Photos in an update by MMD. The paper's code: 200."""
+    """Photos in an update by MMD, drawn out of at most 256. The paper's code: 200."""
     lambda_content: float = 1.0
     """Weight of the MMD of the content: which classes the feature network sees in which part of
     the image, and their colours. 0: tone and texture alone."""
     lambda_prior: float = 0.02
-    """Weight of the mean squared change of the attributes. Attributes about which the photos say
-    nothing then stay at the prior. The paper: 0."""
+    """Weight of the squared change of the attributes (mean over all nodes, empty ones included).
+    Attributes about which the photos say nothing then stay at the prior. The paper: 0."""
     reward_rounds: int = 4
     """Updates of the transformer by REINFORCE."""
     reward_samples: int = 4
     """Rewards in an update by REINFORCE, at least 2."""
     reward_steps: int | None = None
-    """Updates of the task network for each reward. Before each it is copied from the network of
-    the features. Default: 1/16 of --steps."""
+    """Updates of the task network for each reward. It starts anew as a copy of the feature network.
+    Default: 1/16 of --steps."""
     reward_sigma: float = 0.2
     """Standard deviation of the noise of REINFORCE, in units of each attribute's scale. The
     paper's code: 0.02."""
@@ -84,7 +84,8 @@ class Args(common.Args):
 
 # ---- Probabilistic scene grammar ----------------------------------------------------------------
 class Attribute(NamedTuple):
-    """A mutable attribute. Its prior is N(mean, std); the transformer counts in units of scale."""
+    """A mutable attribute. Its prior is N(mean, std). The transformer works with (value - mean) /
+    scale. unit: a remark that no code uses."""
 
     mean: float
     std: float
@@ -92,7 +93,8 @@ class Attribute(NamedTuple):
     unit: str
 
 
-# Every source image has a tone of its own, to which the prior adds N(0, std).
+# For the tone, mean is only the zero point: the prior is the image's own tone plus N(0, std).
+# Luma is the mean of R, G and B here, chroma what is left of a colour without it.
 TONE = {
     "illumination": Attribute(-1.5, 0.2, 0.5, "log2 of the mean luma"),
     "temperature": Attribute(0, 0.1, 0.3, "log2 of red / blue"),
@@ -141,8 +143,8 @@ class Graphs(NamedTuple):
 
 
 class Grammar:
-    """The mutable attributes of V nodes, at most M for each node. kinds: attributes of the nodes of
-    each kind, and the number of these nodes."""
+    """Prior and scale of the mutable attributes of V nodes, padded with 0 to M for each node.
+    kinds: attributes of the nodes of each kind, and the number of these nodes."""
 
     def __init__(self, kinds: Sequence[tuple[dict[str, Attribute], int]]) -> None:
         self.kinds, rows = kinds, []
@@ -189,11 +191,11 @@ def horizons(labels: np.ndarray, names: Sequence[str]) -> Tensor:
 
 
 def cut_out(split: Split, count: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """About `count` connected regions of the object classes, in equal parts of all classes. At most
-    MAX_READ images are read. An image gives at most one object of a class, and only one that is not
-    cut off at the sides or below. -> RGBA (colours times alpha) in a corner of a canvas, uint8
-    [A,4,h,w]; classes int64 [A]; boxes [A,4]: centre x, centre y below the horizon, half width,
-    half height, in half widths and half heights of the image."""
+    """About `count` connected regions of the object classes, about equally many of each. At most
+    MAX_READ images are read. An image gives at most one object of a class, and none that is
+    small, wider than half the image, or cut off at the sides or below. -> RGBA (colours times
+    alpha) in the top left corner of a canvas, uint8 [A,4,h,w]; classes int64 [A]; boxes [A,4]:
+    centre x, centre y minus horizon, half width, half height, where the image spans -1 to 1."""
     height, width = split.images.shape[1:3]
     names, rng = split.dataset.classes, np.random.default_rng(common.seed_of(seed, "cut_out"))
     missing = {c: math.ceil(count / len(OBJECTS)) for c, n in enumerate(names) if n in OBJECTS}
@@ -218,7 +220,7 @@ def cut_out(split: Split, count: int, seed: int) -> tuple[Tensor, Tensor, Tensor
             centre = (left + right) / width - 1, (top + bottom) / height - 1 - horizon
             boxes.append([*centre, (right - left) / width, (bottom - top) / height])
             missing[c] -= 1
-    rgba = np.array(pictures, np.uint8).reshape(-1, height, width // 2, 4)  # A is 0 at times
+    rgba = np.array(pictures, np.uint8).reshape(-1, height, width // 2, 4)  # A may be 0
     rgba = torch.from_numpy(rgba).permute(0, 3, 1, 2).contiguous()
     return rgba, torch.tensor(classes).long(), torch.tensor(boxes).view(-1, 4)
 
@@ -247,7 +249,7 @@ def tone(images: Tensor) -> Tensor:
 
 
 def retone(images: Tensor, target: Tensor) -> Tensor:
-    """Images of the tone `target`, by an affine map of luma and chroma. [B,3,H,W], [B,5]."""
+    """Images with the TONE `target`, by an affine map of luma and chroma. [B,3,H,W], [B,5]."""
     contrast, saturation = (2 ** (target - tone(images)))[:, 3:, None, None, None].unbind(dim=1)
     luma, warm, tint = (2 ** target[:, :3, None, None]).unbind(dim=1)  # [B,1,1] each
     colour = torch.stack([warm.sqrt(), tint, 1 / warm.sqrt()], dim=1)  # [B,3,1,1]
@@ -267,7 +269,7 @@ class RoadScenes:
         self.objects = args.objects if len(self.kinds) else 0
         kinds = [({**TONE, **WEATHER}, 1), (CAMERA, 1), (SURFACE, len(SURFACES))]
         self.grammar = Grammar([*kinds, (OBJECT, self.objects)])
-        # Nodes that are empty, scene, camera, the surfaces; then the objects by their train ids
+        # Classes of nodes: 0 empty, 1 scene, 2 camera, 3 to 6 surfaces, 7 + train id of an object
         self.num_classes = 1 + FIRST + len(self.names)
         self.num_fixed = 4  # immutable attributes: the box of an object, the horizon of a scene
         surfaces = [[name in surface for name in self.names] for surface in SURFACES]
@@ -287,7 +289,7 @@ class RoadScenes:
         measured = tone(common.to_tensor(self.split.images[pixels], torch.device("cpu")))
         measured = (measured - grammar.mean[0, :tones]) / grammar.scale[0, :tones]
         values = torch.randn(count, *grammar.mean.shape, generator=rng) * grammar.prior_std
-        values[:, 0, :tones] += measured.clamp(-6, 6)  # an image of a single colour is far outside
+        values[:, 0, :tones] += measured.clamp(-6, 6)  # of one colour the logarithm is extreme
         classes = torch.arange(1, 1 + FIRST).expand(count, FIRST)
         classes = torch.cat([classes, (1 + FIRST + self.kinds[asset]) * present], dim=1)
         fixed = torch.zeros(*classes.shape, self.num_fixed)
@@ -330,7 +332,8 @@ class RoadScenes:
         image = gains[:, :3] * torch.lerp(blur(image), image, gains[:, 3:])
 
         # Step 3: objects are laid over it. One that comes nearer grows about the vanishing point,
-        # which is the middle of the horizon, so that it stays on the ground.
+        # which is the middle of the horizon, so that it stays on the ground. Of two objects the one
+        # with the lower foot is in front.
         assets = graphs.picture[:, FIRST:].clamp(min=0)  # [B,K]
         box = common.to_device(self.box[assets], self.device).to(values)  # [B,K,4]
         rgba = common.to_device(self.rgba[assets], self.device)  # uint8 [B,K,4,h,w]
@@ -341,7 +344,7 @@ class RoadScenes:
         feet = horizon + (box[..., 1] + box[..., 3]) * near  # [B,K]
         x = box[..., 0] * near + v["lateral"]
         centre = torch.stack([x, feet - half[..., 1]], dim=2)  # [B,K,2]
-        # From the source image onto the canvas of a cut-out, whose corner its box fills.
+        # From the source image onto the canvas of a cut-out. The object fills its top left corner.
         canvas = torch.tensor([rgba.shape[4] / width, rgba.shape[3] / height]).to(values)
         filled = box[..., 2:] / canvas  # [B,K,2]
         stretch = filled / half
@@ -357,11 +360,12 @@ class RoadScenes:
             colour, alpha = layer.split([3, 1], dim=1)  # [B,3,H,W], [B,1,H,W]
             image = gain[rows, k] * colour + (1 - alpha) * image
             alpha = alpha[:, 0].detach()
-            share = (1 - alpha) * share  # of the label's layer in the colour, [B,H,W]
+            share = (1 - alpha) * share  # [B,H,W] weight of the label's layer in the colour
             labels = torch.where(alpha > share, classes[rows, k][:, None, None], labels)
             share = torch.maximum(alpha, share)
 
-        # Step 4: haze, by Koschmieder's law. The lower edge is at 1/7 of the horizon's depth.
+        # Step 4: haze, by Koschmieder's law. The depth depends only on the row of the source
+        # image: above the horizon it is that of the horizon, at the lower edge 1/7 of that.
         haze, airlight, blurring, noise = (v[name][..., None, None] for name in WEATHER)
         horizon = horizon[..., None]  # [B,1,1]
         below = ((grid[..., 1] - horizon) / (1 - horizon)).clamp(min=0)
@@ -400,8 +404,8 @@ class GraphLayer(nn.Module):
 class Transformer(nn.Module):
     """The distribution transformer: an encoder and a decoder of two graph layers each.
 
-    graphs -> new mutable attributes [B,V,M]. Its output is added to the old ones, and is 0 at the
-    start. In the paper it is not added, and a first stage teaches the network to reconstruct.
+    graphs -> new mutable attributes [B,V,M]. The last layer's output is added to the old attributes
+    and is 0 at first. In the paper it replaces them, after a stage in which it learns to copy them.
     """
 
     def __init__(self, world: Any, width: int = 64) -> None:
@@ -441,8 +445,8 @@ BANDWIDTHS = (0.5, 1.0, 2.0, 4.0)  # of the kernels, as multiples of the median 
 
 
 def mmd2(x: Tensor, y: Tensor) -> Tensor:
-    """Unbiased estimate of the squared MMD (Gretton et al., JMLR 2012, eq. 3), the mean over the
-    kernels exp(-d^2 / (2 b^2)). [n,D], [m,D] -> scalar, below 0 at times."""
+    """Unbiased estimate of the squared MMD (Gretton et al., JMLR 2012, eq. 3). The kernel is the
+    mean of exp(-d^2 / (2 b^2)) over BANDWIDTHS b. [n,D], [m,D] -> scalar, which may be below 0."""
     kernels = []
     for a, b in ((x, x), (y, y), (x, y)):
         squared = a.square().sum(dim=1)[:, None] + b.square().sum(dim=1) - 2 * a @ b.T
@@ -460,8 +464,8 @@ def band_statistics(x: Tensor, bands: int) -> Tensor:
 
 def scene_features(net: Network, images: Tensor) -> list[Tensor]:
     """Five groups of features of images [B,3,H,W], with a tiny network. Tone and texture: simple
-    measurements [B,8], colours [B,24], features of the first layers [B,384]. Content: where the
-    classes are [B,32C], and their colours [B,3C]."""
+    measurements [B,8], mean and spread of the colours in four bands [B,24], those of the first
+    layers in two bands [B,384]. Content: where the classes are [B,32C], their colours [B,3C]."""
     # Step 1: the network's first layers, and its prediction at a quarter of the resolution
     body = net.body
     x4 = body.down4(body.stem((images - net.mean) / net.std))  # [B,32,H/4,W/4]
@@ -482,8 +486,8 @@ def scene_features(net: Network, images: Tensor) -> list[Tensor]:
     dark = -F.max_pool2d(-images.amin(dim=1, keepdim=True), 5, stride=1, padding=2)
     dark = dark[:, :, images.shape[2] // 3 : images.shape[2] * 6 // 10].mean(dim=(1, 2, 3))
 
-    # Step 4: blur, by differences over one and two pixels; and noise, by a mask to which planes and
-    # straight edges give nothing (Immerkaer, CVIU 1996)
+    # Step 4: blur, by differences over one and two pixels along rows; and noise, by a mask to which
+    # planes, horizontal and vertical edges give nothing (Immerkaer, CVIU 1996)
     one = luma.diff(dim=3).square().mean(dim=(1, 2, 3)).clamp(min=1e-7)
     two = (luma[..., 2:] - luma[..., :-2]).square().mean(dim=(1, 2, 3)).clamp(min=1e-7)
     mask = torch.tensor([[[[1.0, -2, 1], [-2, 4, -2], [1, -2, 1]]]]).to(luma)
@@ -553,8 +557,8 @@ def train(run: Run, args: Args, roads: RoadScenes, transformer: Any, net: Any, s
 
 
 def reinforce_loss(samples: Tensor, mean: Tensor, sigma: float, rewards: Tensor) -> Tensor:
-    """Its gradient is an unbiased estimate of -grad E[reward]. The baseline of a reward is the mean
-    of the others, which does not depend on the sample itself. samples [S,...] from
+    """Its gradient with respect to `mean` is an unbiased estimate of -grad E[reward]. The baseline
+    of a reward is the mean of the others, which does not depend on the sample. samples [S,...] from
     N(mean, sigma^2), mean [...], rewards [S] -> scalar."""
     baseline = (rewards.sum() - rewards) / (len(rewards) - 1)
     squared = (samples.detach() - mean).square().flatten(1).sum(dim=1)  # [S]
@@ -566,7 +570,8 @@ def learn_attributes(run: Run, args: Args, roads: RoadScenes, photos: Split) -> 
     """The transformer after all stages."""
     device, seed, transformer = run.device, args.seed, Transformer(roads).to(run.device)
     net = Network("tiny", len(run.classes)).to(device, memory_format=torch.channels_last)
-    few = datasets.load(args, "target_few") if args.task_reward else None  # errors come first
+    # Loaded now, so that an error costs no training.
+    few = datasets.load(args, "target_few") if args.task_reward else None
 
     # Stage 1: the network whose features are compared learns to segment the prior's scenes
     train(run, args, roads, None, net, "features")
@@ -597,9 +602,10 @@ def learn_attributes(run: Run, args: Args, roads: RoadScenes, photos: Split) -> 
         gradient_step(optimizer, loss, lr)
         run.log(step, mmd_loss=weights @ mmd, mmd_content=mmd[3:].sum(), change=change, lr=lr)
 
-    # Stage 3: REINFORCE. The reward of a set of scenes is the mIoU on the labelled photos, as a
-    # share, of a copy of `net` that is trained on the set. The paper draws new noise for each
-    # scene, which averages out over a set. Here all scenes of a set get the same noise.
+    # Stage 3: REINFORCE. The reward of a set of scenes is the mIoU (0 to 1) on the labelled photos
+    # of a copy of `net` that is trained on the set. The paper draws new noise for each scene, which
+    # averages out over a set. Here all scenes of a set get the same noise, so only the mean of the
+    # attributes is learned.
     if few is None:
         return transformer
     truth = torch.from_numpy(np.array(few.labels)).to(device)  # [N,H,W]
@@ -656,9 +662,9 @@ def run(args: Args) -> Result:
     args = replace(args, **{k: n for k, n in lengths.items() if getattr(args, k) is None})
     photos = datasets.load(args, "target_unlabelled")
     if len(photos) < 2:
-        raise UserError(f"{photos.dataset.name}: metasim needs two photos, there is {len(photos)}")
+        raise UserError(f"{photos.dataset.name}: metasim needs two photos, found {len(photos)}")
     if args.match_batch % common.world_size():
-        raise UserError(f"--match-batch {args.match_batch}: no multiple of the processes")
+        raise UserError(f"--match-batch {args.match_batch}: no multiple of the number of processes")
 
     roads = RoadScenes(datasets.load(args, "source"), args, run.device)
     if learned:

@@ -1,18 +1,19 @@
 """Fine-tunes a segmentation network on a reward: the IoU or the object recall of its label maps.
 
-"Tuning computer vision models with task rewards" (arXiv:2302.08242v1). The network is trained on
-the source, then fine-tuned on the labelled target photos with the reward and with cross-entropy
-(the anchor). For the IoU of single images the exact gradient of the reward is, to a measured cosine
-of 0.9999, the gradient of a soft-Jaccard loss (1 - IoU of expected counts). This is measured, not
-proven. Both end at the same mIoU, so sampling is meant for rewards that have no such loss.
+After "Tuning computer vision models with task rewards" (arXiv:2302.08242v1). The network is trained
+on the source, then fine-tuned on the labelled target photos with a reward and with cross-entropy
+(the anchor). For the IoU of single images, the mean over the classes of one image, the exact
+gradient of the expected reward points in the direction that lowers a soft-Jaccard loss (1 - IoU of
+expected counts), to a measured cosine of 0.9999. This is measured, not proven. Training by either
+ends at the same mIoU, so sampling is meant for rewards that have no such loss.
 
-Object recall is one. An object is a connected region of one class. It is found if at least half of
-its pixels are right. Recall is the share of objects that are found. On the miniature this reward
-finds more objects than the losses below, on real photos soft_jaccard finds as many
-(docs/ablations.md).
+Object recall is such a reward. An object is a connected region of one class. It is found if at
+least half of its pixels are right. Recall is the share of objects that are found. On the miniature
+(the default data) a network that is trained on it finds more objects than one that is trained on
+the losses below. On real photos soft_jaccard finds as many (docs/ablations.md).
 
-Controls replace the reward by a loss (soft_jaccard, class_weighted_ce) or leave it out
-(cross_entropy, which is the row few_label of the results table). All else stays the same.
+Controls replace the reward by a loss of the same --weight (soft_jaccard, class_weighted_ce) or
+leave it out (cross_entropy, which is the baseline few_label). All else stays the same.
 
     python reward_opt.py                                 (16 labelled photos; the reward is the IoU)
 
@@ -20,20 +21,22 @@ Controls replace the reward by a loss (soft_jaccard, class_weighted_ce) or leave
 
     python reward_opt.py --objective class_weighted_ce   (a control)
 
-Each takes two minutes on one CPU core. The first reaches 58 mIoU on the miniature. Each measures
-both rewards on the test photos: their means are in scalars.json (test_iou, test_object_recall), the
-values of each photo in rewards/.
+Each command takes two minutes on one CPU core; the first reaches 58 mIoU on the miniature. Each
+measures both rewards on the test photos: their means are in scalars.json (test_iou,
+test_object_recall), the values of each photo in rewards/.
 
 IoU: the label of each pixel is drawn independently. For one drawn map, the estimator asks for each
 pixel what the reward would be if this pixel alone had another label, and takes the exact
 expectation over this label. The IoU changes by an amount that depends only on the old label, the
 true class and the new label. So a table of C x C x C numbers is enough for all pixels of an image.
 
-Object recall: one label is drawn for each cell, a square of a few pixels, so that a whole object is
-found in one draw and lost in another. REINFORCE with a leave-one-out baseline (algorithm 2 of the
-paper) gives the same reward to all cells of an image, which is very noisy. But whether an object is
-found depends only on the cells that it touches. So each cell is rewarded for these objects alone:
-the estimate has the same mean and a far smaller variance.
+Object recall: one label is drawn for each cell, a square of a few pixels. With independent pixels
+nearly every draw would find the same objects; with cells, draws differ in the objects they find.
+REINFORCE with a baseline from other samples (algorithm 2 of the paper) gives the same reward to all
+cells of an image, which makes a very noisy estimate. But whether an object is found depends only on
+the cells that it touches. So each cell is rewarded only for the objects that it touches: the
+estimate has the same mean and a far smaller variance. The estimator of the IoU, cells, and credit
+by object are not from the paper.
 """
 
 import copy
@@ -61,19 +64,19 @@ class Args(common.Args):
     """What is optimised together with the anchor. Rewards: iou, object_recall. Controls:
     soft_jaccard (1 - IoU of expected counts), class_weighted_ce, cross_entropy (anchor alone)."""
     weight: float = 5.0
-    """Weight of the objective. With 5 the gradient of a reward is about as large as the gradient of
+    """Weight of the objective. With 5 the gradient of the IoU is about as large as the gradient of
     the cross-entropy."""
     anchor: float = 1.0
-    """Weight of the anchor, the plain cross-entropy. The paper: 0, the reward alone."""
+    """Weight of the anchor, the cross-entropy. The paper: 0, the reward alone."""
     reward_share: float = 0.5
-    """Share of --steps for fine-tuning with the objective, at the end."""
+    """Share of --steps for fine-tuning with the objective, after training on the source."""
     epochs: int = 400
-    """Maximum number of passes over the labelled photos. The remaining steps are used for source
-    training."""
+    """Maximum number of passes over the labelled photos. If they need fewer steps than
+    --reward-share gives, training on the source gets the rest."""
     reward_lr: float = 0.5
     """Initial learning rate of fine-tuning, as a multiple of --lr."""
     smooth: float = 0.01
-    """For class_weighted_ce: the larger, the more equal are the weights of the classes."""
+    """For class_weighted_ce: larger values make the weights of the classes more equal."""
     samples: int = 8
     """For object_recall: number of label maps drawn for each image (K). The paper: 2."""
     cell: int | None = None
@@ -122,7 +125,7 @@ def gain_table(right: Tensor, predicted: Tensor, true: Tensor) -> Tensor:
     before = mean_iou(right, predicted, true)  # [B]
     right, predicted, true = (n[:, None, None] for n in (right, predicted, true))  # [B,1,1,C]
     predicted = predicted - a + k  # [B,a,k,C]
-    # a * k is one pixel if a = k, else 0: then the label does not change.
+    # a * k is one pixel if a = k, where the label does not change, else 0.
     if_a = mean_iou(right - a + a * k, predicted, true)  # [B,a,k] for t = a: was right before
     if_k = mean_iou(right + k - a * k, predicted, true)  # [B,a,k] for t = k: is right afterwards
     neither = mean_iou(right, predicted, true)  # [B,a,k] for all other t
@@ -132,11 +135,11 @@ def gain_table(right: Tensor, predicted: Tensor, true: Tensor) -> Tensor:
 
 
 def counterfactual(p: Tensor, labels: Tensor, truth: Tensor) -> Tensor:
-    """For each pixel the expected gain of the mean IoU if this pixel alone is drawn again.
+    """The sum over pixels of the expected gain of the mean IoU if this pixel alone is drawn again.
 
-    p [B,H,W,C], labels drawn from it [B,H,W] -> [B], the sum over pixels. Its gradient is an
-    unbiased estimate: grad E[R] = E[sum over pixels and k of grad p(k) R(labels, with k at this
-    pixel)]. The gain is this R minus R(labels), which changes nothing as sum_k grad p(k) = 0.
+    p [B,H,W,C], labels drawn from it [B,H,W] -> [B]. Its gradient is an unbiased estimate: grad
+    E[R] = E[sum over pixels and k of (grad p(k)) * R(labels, with k at this pixel)]. The gain is
+    this R minus R(labels). The term that this subtracts is 0, since sum_k grad p(k) = 0.
     """
     gains = gain_table(*counts(labels, truth, p.shape[3]))  # [B,a,t,k]
     valid = truth != IGNORE
@@ -148,7 +151,7 @@ def counterfactual(p: Tensor, labels: Tensor, truth: Tensor) -> Tensor:
 
 
 def iou_objective(logits: Tensor, truth: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-    """-> surrogate loss, whose gradient estimates that of -E[mean IoU]; mean IoU of the maps."""
+    """-> surrogate loss, whose gradient estimates that of -E[mean IoU]; mean IoU of drawn maps."""
     p = logits.permute(0, 2, 3, 1).softmax(dim=3)  # [B,H,W,C]
     labels = sample(p, rng)  # [B,H,W]
     rewards = mean_iou(*counts(labels, truth, p.shape[3]))
@@ -157,7 +160,8 @@ def iou_objective(logits: Tensor, truth: Tensor, rng: torch.Generator) -> tuple[
 
 # ---- The object recall and its gradient ---------------------------------------------------------
 class Objects(NamedTuple):
-    """The M objects of a batch of label maps, and their P pieces: an object's part in one cell."""
+    """The M objects of a batch of label maps, and their P pieces: an object's part in one cell. An
+    image has h x w cells."""
 
     image: Tensor  # [M] index of the image that has the object
     label: Tensor  # [M] class of the object
@@ -178,7 +182,7 @@ def regions(labels: Tensor) -> Tensor:
             here, there = index.narrow(dim, side, n), index.narrow(dim, 1 - side, n)
             same = labels.narrow(dim, 0, n) == labels.narrow(dim, 1, n)
             here.copy_(torch.maximum(here, there).where(same, here))
-        index = index.flatten()[index]  # pointer jumping: the id of the pixel that the id names
+        index = index.flatten()[index]  # each id is replaced by the id at the pixel it points to
     return index
 
 
@@ -214,13 +218,13 @@ def object_recall(labels: Tensor, objects: Objects) -> tuple[Tensor, Tensor]:
 def reinforce(log_p: Tensor, maps: Tensor, objects: Objects, credit: str) -> tuple[Tensor, Tensor]:
     """-> [B], whose gradient is the estimate; the object recall of each sample [K,B].
 
-    log_p [B,h,w,C], maps drawn from it [K,B,h,w]. The paper learns from one of the K samples. Here
-    each of them is used, and compared with the mean of the others.
+    log_p [B,h,w,C], maps drawn from it [K,B,h,w]. In algorithm 2 of the paper one sample has a
+    gradient, and others are its baseline. Here each of the K samples has one, and the mean of the
+    others is its baseline.
     """
     shares, rewards = object_recall(maps, objects)  # [K,M], [K,B]
-    # Algorithm 2: each sample's reward minus the mean reward of the other samples.
-    reward = rewards if credit == "image" else shares
-    advantage = reward - (reward.sum(dim=0) - reward) / (len(maps) - 1)
+    credited = rewards if credit == "image" else shares
+    advantage = credited - (credited.sum(dim=0) - credited) / (len(maps) - 1)
     if credit == "image":
         advantage = advantage[:, :, None, None]  # [K,B,1,1]
     else:  # a cell gets the sum over the objects that it touches
@@ -233,7 +237,7 @@ def reinforce(log_p: Tensor, maps: Tensor, objects: Objects, credit: str) -> tup
 def object_objective(
     logits: Tensor, truth: Tensor, args: Args, rng: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """-> surrogate loss, whose gradient estimates that of -E[object recall]; recall of the maps."""
+    """-> surrogate loss, whose gradient estimates that of -E[object recall]; the maps' recall."""
     height, width = logits.shape[2:]
     largest = 2 ** int(math.log2(max(1, height // 16)))
     cell = args.cell or math.gcd(largest, height, width)
@@ -257,7 +261,7 @@ def class_weighted_ce(logits: Tensor, truth: Tensor, pixels: Tensor, smooth: flo
     """Cross-entropy in nats, a weighted mean over pixels. A pixel of true class c has the weight
     1 / (n_c + smooth * sum n). pixels: n, the pixels of each class in the training set, [C]."""
     weights = 1 / (pixels + smooth * pixels.sum())
-    # The mean of the weights is cancelled by `total`. It only keeps `total` far above the clamp.
+    # Dividing by the mean changes no result. It only keeps `total` far above the clamp.
     weights = (weights / weights.mean()).to(logits.dtype)
     total = common.mean_over_processes(weights[truth[truth != IGNORE]].sum())
     loss = F.cross_entropy(logits, truth, weights, ignore_index=IGNORE, reduction="sum")
@@ -287,7 +291,7 @@ def report_rewards(run: Run, net: Network, step: int) -> None:
 
 
 def run(args: Args) -> Result:
-    # Part 1: flags without an effect or out of range, and the data
+    # Part 1: checks of the flags, and the data
     needs = dict.fromkeys(("samples", "cell", "credit"), "object_recall")
     for name, objective in {**needs, "smooth": "class_weighted_ce"}.items():
         if getattr(args, name) != getattr(Args, name) and args.objective != objective:
@@ -351,7 +355,7 @@ def run(args: Args) -> Result:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        # The loss of a reward is a surrogate: its gradient counts, its value does not.
+        # The loss of a reward is a surrogate: only its gradient has a meaning, not its value.
         run.log(step, loss=loss, lr=lr, **scalars)
         if common.is_quarter(step, few_steps):
             run.evaluate(net, step)
@@ -365,9 +369,11 @@ def run(args: Args) -> Result:
 
 # ---- Figure -------------------------------------------------------------------------------------
 def draw_gradient(run: Run, start: Network, split: Split) -> None:
-    """figures/gradient.png: an estimate of each reward's gradient by the logit of the true class:
-    blue where a higher logit raises the reward, red where it lowers it. noise: the summed variance
-    of 64 estimates, divided by the squared length of their mean."""
+    """figures/gradient.png: one estimate of each reward's gradient with respect to the logit of the
+    true class: blue where a higher logit raises the reward, red where it lowers it. noise: the
+    summed variance of 64 estimates, divided by the squared length of their mean. For credit by
+    image, the mean of the estimates by object is taken: it has the same expectation and is more
+    exact."""
     truth = torch.from_numpy(split.labels[:1].astype(np.int64)).to(run.device)  # [1,H,W]
     logits = common.predict(start, split.images[:1], run.device).clone().requires_grad_()
     recall = partial(object_objective, logits, truth)
@@ -384,7 +390,6 @@ def draw_gradient(run: Run, start: Network, split: Split) -> None:
         rng = common.generator("gradient.png", title)
         losses = (objective(rng=rng)[0] for _ in range(64))
         gradients = -torch.cat([torch.autograd.grad(loss, logits)[0] for loss in losses])
-        # Both credits have the same expected gradient. The mean of the first is the more exact one.
         if title != "object recall, credit by image":
             square = gradients.mean(dim=0).square().sum()
         valid = truth != IGNORE  # [1,H,W]; ignored pixels are shown as 0

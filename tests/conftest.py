@@ -72,6 +72,17 @@ def read_scalars(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "scalars.json").read_text().splitlines()]
 
 
+def weights(folder: str | Path) -> dict[str, torch.Tensor]:
+    """The weights of the network in a run folder's checkpoint.pt."""
+    return common.read_checkpoint(Path(folder) / "checkpoint.pt")["net"]
+
+
+def same_weights(one: str, other: str) -> bool:
+    """Whether the networks of two run folders are equal, bit for bit."""
+    a, b = weights(one), weights(other)
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
 @pytest.fixture
 def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Figures take longer than so short a run."""

@@ -44,9 +44,7 @@ all_rows() {
 }
 
 bench() {
-  python "$project/tests/bench.py" --device cuda --only "$1" --out bench.json >&2 || return 1
-  python -c 'import json
-print("{ratio:.2f} x {yardstick}".format(**json.load(open("bench.json"))["rows"][0]))'
+  python "$project/tests/bench.py" --device cuda --only "$1"
 }
 
 line "tests" cpu python -m pytest -q -p no:cacheprovider --rootdir "$project" "$project/tests" "$@"
@@ -58,7 +56,7 @@ line "BiSeNet at 512x1024, 60 updates of 8, float32" card row large32 --device c
 line "BiSeNet at 512x1024, 60 updates of 8, bfloat16" card row large16 --device cuda \
   --net bisenet --size 512 1024 --batch-size 8 --steps 60
 line "all rows of the miniature, 60 updates" card all_rows
-for figure in training input_pipeline evaluation diffusion; do
+for figure in training input_pipeline; do
   line "speed of $figure" card bench "$figure"
 done
 printf "%b" "$table"

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import like, read_scalars, whole_and_cut
+from conftest import like, read_scalars, same_weights, whole_and_cut
 from PIL import Image
 
 import adversarial_da as da
@@ -21,14 +21,6 @@ ALL_STAGES = {"align": "entropy", "translate": "fda"}
 
 def make(args: common.Args, out: str, **changes) -> da.Args:
     return like(args, da.Args, **{"out": Path(out), **changes})
-
-
-def weights(folder: str) -> dict[str, torch.Tensor]:
-    return common.read_checkpoint(Path(folder) / "checkpoint.pt")["net"]
-
-
-def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return all(torch.equal(a[k], b[k]) for k in a)
 
 
 # ---- Image translation --------------------------------------------------------------------------
@@ -194,7 +186,7 @@ def test_with_every_switch_off_it_trains_on_the_source_alone(args: common.Args):
     net = run.network()
     common.train(run, net, datasets.load(run.args, "source"), 6, "source")
     run.finish(net, target_labels=0)
-    assert equal(weights("off"), weights("plain"))
+    assert same_weights("off", "plain")
 
 
 @pytest.mark.usefixtures("no_figures")
@@ -204,7 +196,7 @@ def test_a_run_that_is_cut_off_ends_with_the_same_weights(
 ):
     settings = make(args, "whole", steps=12, **ALL_STAGES)
     whole_and_cut(monkeypatch, da.run, settings, ("source",), at=at)
-    assert equal(weights("whole"), weights("cut"))
+    assert same_weights("whole", "cut")
 
 
 @pytest.mark.usefixtures("no_figures")
@@ -213,7 +205,7 @@ def test_the_weight_of_the_discriminator_reaches_the_network(args: common.Args):
     control = make(args, "control", align="output", lambda_adv=0.0, self_train=False)
     da.run(control)
     da.run(make(args, "on", align="output", lambda_adv=1.0, self_train=False))
-    assert not equal(weights("control"), weights("on"))
+    assert not same_weights("control", "on")
 
 
 @pytest.mark.usefixtures("no_figures")
@@ -222,7 +214,7 @@ def test_minimal_entropy_needs_no_discriminator(args: common.Args, monkeypatch: 
     monkeypatch.setattr(da.Discriminator, "forward", lambda *_: pytest.fail("it ran"))
     da.run(make(args, "off", self_train=False))
     da.run(make(args, "on", self_train=False, lambda_ent=1.0))
-    assert not equal(weights("off"), weights("on"))
+    assert not same_weights("off", "on")
     lines = read_scalars(Path("on"))
     assert any("entropy" in line for line in lines)
     assert not any("adversarial_loss" in line for line in lines)
@@ -236,7 +228,7 @@ def test_no_label_of_a_photo_is_used(args: common.Args, mini: Path):
         Image.fromarray(np.where(labels == 7, 23, 7).astype(np.uint8)).save(path)
     da.run(make(args, "one", **ALL_STAGES))
     da.run(make(args, "two", data="data2", **ALL_STAGES))
-    assert equal(weights("one"), weights("two"))
+    assert same_weights("one", "two")
 
 
 @pytest.mark.usefixtures("no_figures")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import like, whole_and_cut
+from conftest import like, same_weights, whole_and_cut
 from PIL import Image
 from torch import Tensor, nn
 
@@ -30,11 +30,6 @@ def make(args: common.Args, out: str = "run", **changes) -> dr.Args:
 
 def settings(args: common.Args, **changes) -> dr.Args:
     return dr.resolve(common.resolve(make(args, **changes), "datarater"))
-
-
-def same_weights(*folders: str) -> bool:
-    a, b = (common.read_checkpoint(Path(f) / "checkpoint.pt")["net"] for f in folders)
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 # ---- Meta-gradients -----------------------------------------------------------------------------
@@ -272,7 +267,7 @@ def test_a_run_writes_its_figures_and_a_training_set(args: common.Args, corrupt:
     expected = "2 of the warm-up, 8 of the inner network, 4 meta-gradients"
     scored = len(table) * (1 if corrupt else len(dr.KINDS))
     assert result.other_updates == f"{expected}, {scored} candidates scored"
-    for name in ("scores", "augmentation_scores", *(["corruption"] if corrupt else [])):
+    for name in ("scores", "corruption" if corrupt else "augmentation_scores"):
         assert Path(f"run/figures/{name}.png").stat().st_size > 5000
     assert len(datasets.load_set(Path("run/set"), datasets.VKITTI2, (32, 64))) == len(table)
 

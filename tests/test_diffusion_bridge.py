@@ -266,6 +266,9 @@ def test_edge_agreement_is_one_at_the_borders_and_half_by_chance():
     labels[8:20, 10:25] = 7
     drawn = np.repeat((labels * 30)[..., None], 3, axis=2)
     assert db.edge_agreement(drawn, labels) == 1
+    assert db.edge_agreement(drawn * 0, labels) == 0.5  # equal gradients share a rank
+    row = np.repeat(np.array([[[9], [0], [9], [9]]], np.uint8), 3, axis=2)  # gradients g, g, 0, 0
+    assert db.edge_agreement(row, np.array([[0, 0, 1, 1]])) == pytest.approx(2.5 / 3)
     assert db.edge_agreement(np.roll(drawn, 5, axis=1), labels) < 0.9
     noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
     assert abs(db.edge_agreement(noise, labels) - 0.5) < 0.15
@@ -289,6 +292,8 @@ def test_verdict_says_what_is_better_and_that_few_updates_are_no_bridge():
     assert lines[6].startswith("10 updates of the U-Net are too few")
     assert lines[7:] == ["verdict: kid better, edges worse"]
     assert db.verdict(table, unet_steps=1000) == lines[:6] + lines[7:]
+    same = {**table, "edges_after": 0.8}
+    assert db.verdict(same, 1000)[-1] == "verdict: kid better, edges equal"
 
 
 # ---- The row ------------------------------------------------------------------------------------
@@ -565,8 +570,8 @@ def test_links_are_followed_and_unusable_frames_of_gta5_left_out(tmp_path: Path)
     (images / "masks").symlink_to(masks)
     pairs, ignored = db.find_pairs(images, (images / "masks").resolve(), datasets.GTA5)
     assert len(pairs) == 9 and ignored == 0
-    Image.new("RGB", (9, 9)).save(images / "15188.png")
-    Image.new("L", (8, 9)).save(masks / "15188.png")
+    Image.new("RGB", (9, 9)).save(images / "a/15188.png")
+    Image.new("L", (8, 9)).save(masks / "a/15188.png")
     assert db.find_pairs(images, masks, datasets.GTA5) == (pairs, 1)
     with pytest.raises(UserError, match=r"15188\.png: width and height are"):
         db.find_pairs(images, masks, None)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, environment, like, read_scalars, whole_and_cut
+from conftest import ROOT, environment, like, read_scalars, same_weights, weights, whole_and_cut
 
 import common
 import datasets
@@ -52,10 +52,6 @@ def place(roads: metasim.RoadScenes, graphs: metasim.Graphs, assets: torch.Tenso
     """These cut-outs [B,K] in the graphs, -1 for none."""
     graphs.picture[:, FIRST:] = assets
     graphs.classes[:, FIRST:] = (1 + FIRST + roads.kinds[assets]) * (assets >= 0)
-
-
-def weights(folder: str) -> dict[str, torch.Tensor]:
-    return common.read_checkpoint(Path(folder) / "checkpoint.pt")["net"]
 
 
 # ---- Material -----------------------------------------------------------------------------------
@@ -446,7 +442,7 @@ def changed_data(monkeypatch: pytest.MonkeyPatch, role: str, images: Callable) -
 @pytest.mark.usefixtures("no_figures")
 def test_a_single_photo_is_refused(args: common.Args, monkeypatch: pytest.MonkeyPatch):
     changed_data(monkeypatch, "target_unlabelled", lambda images: images[:1])
-    with pytest.raises(UserError, match="kitti: metasim needs two photos, there is 1"):
+    with pytest.raises(UserError, match="kitti: metasim needs two photos, found 1"):
         metasim.run(made(args, "run"))
     assert not list(Path("run").glob("stage_*"))
 
@@ -468,8 +464,7 @@ def test_a_run_that_is_cut_off_in_every_stage_ends_with_the_same_weights(
     stages = ("features", "match", "reward", "train")
     args = made(args, "whole", **REWARD)
     whole_and_cut(monkeypatch, metasim.run, args, stages, at=2)
-    whole, cut = weights("whole"), weights("cut")
-    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+    assert same_weights("whole", "cut")
     assert Path("whole/set/set.json").read_bytes() == Path("cut/set/set.json").read_bytes()
 
 

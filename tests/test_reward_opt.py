@@ -8,7 +8,7 @@ from typing import get_args
 import numpy as np
 import pytest
 import torch
-from conftest import like, read_scalars, whole_and_cut
+from conftest import like, read_scalars, same_weights, weights, whole_and_cut
 
 import baseline
 import common
@@ -23,11 +23,6 @@ ALL_MAPS = torch.tensor(list(itertools.product(range(3), repeat=6))).view(-1, 2,
 
 def make(args: common.Args, out: str, **changes) -> ro.Args:
     return like(args, ro.Args, **{"out": Path(out), **changes})
-
-
-def weights(folder: str) -> torch.Tensor:
-    net = common.read_checkpoint(Path(folder) / "checkpoint.pt")["net"]
-    return torch.cat([value.double().flatten() for value in net.values()])
 
 
 def iou_of(labels: torch.Tensor, truth: torch.Tensor, num_classes: int = 3) -> torch.Tensor:
@@ -222,7 +217,7 @@ def test_without_its_weight_every_objective_is_few_label(args: common.Args, obje
     baseline.run(like(args, baseline.Args, row="few_label", out=Path("plain")))
     torch.testing.assert_close(weights("zero"), weights("plain"), rtol=0, atol=1e-6)
     ro.run(make(args, "one", objective=objective))
-    assert torch.equal(weights("zero"), weights("one")) == control
+    assert same_weights("zero", "one") == control
 
 
 def test_the_row_says_what_it_used(args: common.Args):
@@ -257,7 +252,7 @@ def test_photos_without_objects_are_left_out_of_the_mean_recall(args: common.Arg
 def test_a_run_that_is_cut_off_ends_with_the_same_weights(args, monkeypatch):
     long = make(args, "whole", steps=8, objective="object_recall")
     whole_and_cut(monkeypatch, ro.run, long, ("source", "few"), at=3)
-    assert torch.equal(weights("whole"), weights("cut"))
+    assert same_weights("whole", "cut")
     assert ro.run(make(args, "on", init=Path("cut/checkpoint.pt"))).steps == 3  # one stage
 
 

@@ -18,16 +18,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import environment, interrupted, like, read_scalars
+from conftest import environment, interrupted, like, read_scalars, same_weights, weights
 from PIL import Image
 
 import baseline
 import common
 import datasets
-
-
-def weights(folder: str | Path) -> dict[str, torch.Tensor]:
-    return common.read_checkpoint(Path(folder) / "checkpoint.pt")["net"]
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
@@ -142,7 +138,7 @@ def test_a_run_of_other_arguments_moves_the_old_ones_aside(args, monkeypatch, no
         kept.append(Path("run/result.json").read_bytes())
     for name, content in zip(("run.old1", "run.old2", "run"), kept, strict=True):
         assert Path(name, "result.json").read_bytes() == content
-    assert same(weights("run.old2"), weights("run"))  # the same seed
+    assert same_weights("run.old2", "run")  # the same seed
     with interrupted(monkeypatch, "source", 6):
         run(args, "source_only", "run", seed=2)
     run(args, "source_only", "run", seed=3)
@@ -155,9 +151,9 @@ def test_a_checkpoint_starts_another_run_and_its_content_decides(args, no_figure
     init = Path("init.pt")
     shutil.copy("seed0/checkpoint.pt", init)
     result = run(args, "source_only", "run", init=init)
-    assert same(weights("seed0"), weights("run")) and result.steps == 0
+    assert same_weights("seed0", "run") and result.steps == 0
     tuned = run(args, "few_label", "tuned", init=init)
-    assert tuned.steps == 3 and not same(weights("seed0"), weights("tuned"))
+    assert tuned.steps == 3 and not same_weights("seed0", "tuned")
     shutil.copy("seed1/checkpoint.pt", init)  # another one under the same name
     assert run(args, "source_only", "run", init=init).miou != result.miou
     assert Path("run.old1").exists()
@@ -209,7 +205,7 @@ def test_a_killed_process_ends_with_the_same_weights(args: common.Args, mini: Pa
     assert again.returncode == 0, error
     steps = [line for line in out.splitlines() if line[1] == " "]
     assert steps[-1] == "2 20" and len(steps) <= 16  # what was saved is not trained again
-    assert same(weights("whole"), weights("cut")) and scalars("whole") == scalars("cut")
+    assert same_weights("whole", "cut") and scalars("whole") == scalars("cut")
 
 
 def test_a_run_cut_off_anywhere_ends_with_the_same_weights(args, monkeypatch, no_figures):
@@ -219,7 +215,7 @@ def test_a_run_cut_off_anywhere_ends_with_the_same_weights(args, monkeypatch, no
         with interrupted(monkeypatch, stage, step):
             run(args, "few_label", "cut", steps=50)
     run(args, "few_label", "cut", steps=50)
-    assert same(weights("whole"), weights("cut")) and scalars("whole") == scalars("cut")
+    assert same_weights("whole", "cut") and scalars("whole") == scalars("cut")
     assert not list(Path().glob("cut.old*")) and not list(Path("cut").glob("stage_*"))
 
 
@@ -257,14 +253,14 @@ def test_what_dies_while_it_finishes_is_finished_by_the_next(args, monkeypatch, 
         run(args, "source_only", "cut")
     names = [sorted(p.name for p in Path(x).rglob("*")) for x in ("whole", "cut")]
     assert names[0] == names[1] and not Path("cut.old1").exists()
-    assert same(weights("whole"), weights("cut")) and scalars("whole") == scalars("cut")
+    assert same_weights("whole", "cut") and scalars("whole") == scalars("cut")
 
 
 # ---- What weights may depend on -----------------------------------------------------------------
 def test_seeds_change_the_weights_and_nothing_else_does(args: common.Args, no_figures: None):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         run(args, "random_aug", name, seed=seed)
-    assert same(weights("a"), weights("b")) and not same(weights("a"), weights("c"))
+    assert same_weights("a", "b") and not same_weights("a", "c")
 
 
 def test_training_learns(args: common.Args, no_figures: None):
