@@ -1,6 +1,6 @@
 """Runs every method on the same splits of VKITTI to KITTI and GTA5 to Cityscapes; prints the table.
 
-    python benchmark.py --jobs 2                         (40 minutes on two CPU cores)
+    python benchmark.py --jobs 2                         (half an hour on two CPU cores)
 
     python benchmark.py --data /datasets --seeds 0 1 2   (real data, see the README; three seeds)
 
@@ -413,7 +413,8 @@ def notes(results: list[Result], folders: dict[Key, Path]) -> list[str]:
         updates = {r.method: r.steps for r in rows}
         for method, count in updates.items():
             control = f"{method.rpartition('+')[2]}@{count}"
-            if "+" in method and count > updates.get(control.partition("@")[0], 0):
+            matched = control in updates or count <= updates.get(control.partition("@")[0], 0)
+            if "+" in method and not matched:
                 lines.append(f"{benchmark}: {method}: matched updates have --methods {control}")
         records = []
         for r in rows:

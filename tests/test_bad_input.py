@@ -74,9 +74,8 @@ def test_only_one_side_of_the_benchmark_is_there(bad: common.Args):
 # ---- Files --------------------------------------------------------------------------------------
 def test_image_without_a_label(bad: common.Args):
     first(LABEL).unlink()
-    expect(
-        bad, r"rgb_00000.jpg: image without a label, expected .*classgt_00000.png; such images: 1"
-    )
+    message = "image without a label, expected .*classgt_00000.png; such images: 1"
+    expect(bad, f"rgb_00000.jpg: {message}")
 
 
 @pytest.mark.parametrize("pattern", [RGB, LABEL])

@@ -282,6 +282,8 @@ def test_a_combination_needs_its_parent_and_a_control_at_matched_updates(tmp_pat
     assert results[VKITTI, "adversarial_da+few_label", 0].steps == 8  # of one network
     control = f"{VKITTI}: adversarial_da+few_label: matched updates have --methods few_label@8"
     assert control in benchmark.notes(list(results.values()), folders)
+    matched = dataclasses.replace(results[VKITTI, "adversarial_da", 0], method="few_label@8")
+    assert control not in benchmark.notes([*results.values(), matched], folders)
     row = benchmark.rows_of(benchmark.Args(methods=("few_label@8",), benchmarks=(VKITTI,)))[0]
     assert (row.method, row.args.steps, row.args.out.parts[-2]) == ("few_label", 8, "few_label@8")
 

@@ -47,9 +47,8 @@ def own(args: common.Args) -> common.Args:
 
 def test_own_data_is_read_by_its_classes(own: common.Args):
     a = common.resolve(own, "x")
-    source, train, test = (
-        datasets.load(a, f"{s}") for s in ("source", "target_train", "target_test")
-    )
+    roles = ("source", "target_train", "target_test")
+    source, train, test = (datasets.load(a, role) for role in roles)
     assert source.dataset.classes == ("road", "tree", "sky", "hut") and a.size == (32, 64)
     assert [len(split) for split in (source, train, test)] == [4, 3, 3]
     assert train.names[0] == "images/a b/0.png" and test.names[0] == "images/a b/3.png"
