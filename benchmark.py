@@ -415,7 +415,7 @@ def notes(results: list[Result], folders: dict[Key, Path]) -> list[str]:
             control = f"{method.rpartition('+')[2]}@{count}"
             matched = control in updates or count <= updates.get(control.partition("@")[0], 0)
             if "+" in method and not matched:
-                lines.append(f"{benchmark}: {method}: matched updates have --methods {control}")
+                lines.append(f"{benchmark}: {method}: --methods {control} has as many updates")
         records = []
         for r in rows:
             if not re.search(r"[+@]", r.method):  # these may have other updates

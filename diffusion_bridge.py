@@ -579,7 +579,7 @@ def agreement(predicted: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 CHECKS = {  # what each of them measures, whether more of it is better, and what it needs
-    "kid": ("kernel distance to the photos in a small network, not Inception", False, "8 images"),
+    "kid": ("distance to photos, in a small network, not Inception", False, "8 images and photos"),
     "edges": ("image edges along the borders of the masks", True, "masks of more than one class"),
     "agreement": ("pixels in which the reader's class is that of the mask", True, "--mask-labels"),
 }
@@ -955,7 +955,8 @@ def translate_folder(args: TranslateArgs) -> None:
     content |= {"complete": True, "commit": common.commit(), "torch": torch.__version__}
     datasets.write_json(metadata, content)
     print(f"{len(kept)} images in {out}, {table['left_out']} left out by --min-agreement")
-    print(f"{ignored} files ignored: foreign, masks without an image, GTA5's unusable frames")
+    if ignored:
+        print(f"{ignored} files ignored: foreign, masks without an image, GTA5's unusable frames")
     if kept:
         print(*verdict(table, bridge.config["unet_steps"]), sep="\n", flush=True)
 

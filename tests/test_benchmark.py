@@ -280,7 +280,7 @@ def test_a_combination_needs_its_parent_and_a_control_at_matched_updates(tmp_pat
     reason = "its first part, the run of metasim, is missing"
     assert results[VKITTI, "metasim+few_label", 0].error == reason
     assert results[VKITTI, "adversarial_da+few_label", 0].steps == 8  # of one network
-    control = f"{VKITTI}: adversarial_da+few_label: matched updates have --methods few_label@8"
+    control = f"{VKITTI}: adversarial_da+few_label: --methods few_label@8 has as many updates"
     assert control in benchmark.notes(list(results.values()), folders)
     matched = dataclasses.replace(results[VKITTI, "adversarial_da", 0], method="few_label@8")
     assert control not in benchmark.notes([*results.values(), matched], folders)
