@@ -40,9 +40,9 @@ class Args:
     """Which pair of them."""
     device: str = "auto"
     """auto, cpu, cuda."""
-    rounds: int = 5
+    rounds: int = 3
     """Rounds of every measurement."""
-    steps: int = 200
+    steps: int = 800
     """Updates of the training that is timed."""
 
 
