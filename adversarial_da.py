@@ -14,7 +14,7 @@ is labelled synthetic images, the target is photos. No label of a photo is used 
 The first takes two minutes on one CPU core and reaches 56 mIoU on the miniature (the default data);
 colour transfer alone reaches 53. There is no discriminator by default. `--align entropy` aligns as
 ADVENT does, `--translate fda` translates as FDA does. To measure the effect of a discriminator,
-compare with the same command and `--lambda-adv 0`, which passes the same photos through it.
+compare with the same command and `--lambda-adv 0`: the network then sees the same photos.
 
 The network is trained for --steps updates, with one schedule of the learning rate. The first
 updates (a share of --source-share) use translated source images alone. Then adaptation starts: each

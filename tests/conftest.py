@@ -77,10 +77,14 @@ def weights(folder: str | Path) -> dict[str, torch.Tensor]:
     return common.read_checkpoint(Path(folder) / "checkpoint.pt")["net"]
 
 
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    """Whether two networks are equal, bit for bit."""
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
 def same_weights(one: str, other: str) -> bool:
     """Whether the networks of two run folders are equal, bit for bit."""
-    a, b = weights(one), weights(other)
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    return same(weights(one), weights(other))
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import METHODS, ROOT, environment, like
+from conftest import METHODS, ROOT, environment, like, weights
 from docstring_parser import parse_from_object
 from PIL import Image
 
@@ -32,7 +32,7 @@ def weights_of(args: common.Args, row: str, out: str) -> tuple[dict, common.Resu
         module = importlib.import_module(row)
         kind, run, own = module.Args, module.run, {}
     result = run(like(args, kind, steps=4, data="data", out=Path(out), **own))
-    return common.read_checkpoint(Path(out, "checkpoint.pt"))["net"], result
+    return weights(out), result
 
 
 def scramble(folder: Path, keep: int) -> None:

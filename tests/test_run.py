@@ -18,16 +18,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import environment, interrupted, like, read_scalars, same_weights, weights
+from conftest import environment, interrupted, like, read_scalars, same, same_weights, weights
 from PIL import Image
 
 import baseline
 import common
 import datasets
-
-
-def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 def run(args: common.Args, row: str, out: str, **changes) -> common.Result:
