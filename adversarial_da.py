@@ -214,6 +214,7 @@ def check(args: Args) -> None:
 
 
 def run(args: Args) -> Result:
+    """Trains the network on the source, then adapts it to the photos."""
     check(args)
     run = Run(args, "adversarial_da", stages=1)
     if run.result:

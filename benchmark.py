@@ -111,10 +111,10 @@ def rows_of(args: Args) -> list[Row]:
     names = list(args.methods)
     for combination in args.combine:  # "a+b+c" needs "a" and "a+b"
         names += itertools.accumulate(combination.split("+"), "{}+{}".format)
-    methods = {last.partition("@")[0] for name in names for last in name.split("+")}
+    methods = {re.sub(r"@[1-9]\d*$", "", last) for name in names for last in name.split("+")}
     if not methods <= {*BASELINES, *METHODS}:
         known = " ".join([*BASELINES, *METHODS])
-        raise UserError(f"--methods, --combine: {' '.join(names)}: expected {known}")
+        raise UserError(f"--methods, --combine: {' '.join(names)}: expected {known}, or NAME@STEPS")
     rows = {}
     names = sorted(dict.fromkeys(names), key=lambda name: name.count("+"))
     for name, benchmark, seed in itertools.product(names, args.benchmarks, args.seeds):
@@ -276,8 +276,8 @@ def collected_results(roots: tuple[Path, ...]) -> tuple[dict[Key, Result], dict[
     for folder in sorted(paths, key=lambda path: (path.parent.name.count("+"), path)):
         benchmark, name, seed = folder.parts[-3:]
         result = replace(Result(**common.read_json(folder / "result.json")), method=name)
-        if (benchmark, seed) != (result.benchmark, f"seed{result.seed}"):
-            continue  # an old run: seed0.old1
+        if (benchmark, seed) != (result.benchmark, f"seed{result.seed}") or not result.iou:
+            continue  # an old run, seed0.old1, or a bridge alone
         key = key_of(result)
         if key in folders:
             raise UserError(f"{folder}: the same row as {folders[key]}")
@@ -325,7 +325,7 @@ def interval(method: np.ndarray, baseline: np.ndarray, draws: int = 2000) -> tup
 def interval_of(
     folders: dict[Key, Path], method: list[Result], baseline: list[Result]
 ) -> tuple[float, ...] | None:
-    """`interval` of a method over another, from the seeds that both have.
+    """`interval` of a method over another, and the number of seeds that both have.
 
     None without such seeds or their run folders, or where these are not of the same test photos.
     """
@@ -337,7 +337,7 @@ def interval_of(
     truths = {c[seed].sum(axis=-1).tobytes() for c in confusions for seed in seeds}
     if len(truths) != 1:
         return None
-    return interval(*(np.stack([c[seed] for seed in seeds]) for c in confusions))
+    return *interval(*(np.stack([c[seed] for seed in seeds]) for c in confusions)), len(seeds)
 
 
 # ---- Tables -------------------------------------------------------------------------------------
@@ -365,8 +365,8 @@ def method_table(methods: Methods, folders: dict[Key, Path], labelled: bool) -> 
         for name in ["few_label"] if labelled else ["source_only", "color_transfer"]:
             known = name != method and {name, method} <= mious.keys()
             difference = interval_of(folders, scored[method], scored[name]) if known else None
-            text = "{:+.1f} [{:.1f}, {:.1f}]".format(*difference) if difference else ""
-            cells[f"over {name}"] = text
+            text = "{:+.1f} [{:.1f}, {:.1f}]".format(*difference[:3]) if difference else ""
+            cells[f"over {name}"] = text + "*" if difference and difference[3] == 1 else text
         if rows:
             known = method in mious and high > low
             gap = f"{(mious[method] - low) / (high - low):.0%}" if known else ""
@@ -395,11 +395,9 @@ SETTINGS += ("source_files", "target_files", "test_files")  # hashes of their co
 
 def notes(results: list[Result], folders: dict[Key, Path]) -> list[str]:
     """What has to be said below the tables."""
-    over = "95% interval; paired bootstrap over test images, Student's t over seeds"
-    if len({result.seed for result in results}) == 1:
-        over = "1 seed: paired bootstrap over test images; other seeds may lie outside"
     lines = [
-        f"over: difference of mIoU [{over}]. updates (in results.md): of the segmentation network.",
+        "over: difference of mIoU [95% interval; bootstrap over images, Student's t over seeds].",
+        "*: 1 seed: [paired bootstrap over test images]; other seeds may lie outside.",
         "gap closed: share of the way from source_only to the oracle.",
     ]
     for benchmark in dict.fromkeys(r.benchmark for r in results):
@@ -418,10 +416,9 @@ def notes(results: list[Result], folders: dict[Key, Path]) -> list[str]:
                 lines.append(f"{benchmark}: {method}: --methods {control} has as many updates")
         records = []
         for r in rows:
+            records.append({"commit": r.commit, "device": r.device, "versions": r.versions})
             if not re.search(r"[+@]", r.method):  # these may have other updates
-                folder = folders.get(key_of(r), Path())
-                record = {"commit": r.commit, "device": r.device, "versions": r.versions}
-                records.append(record | common.read_json(folder / "config.json"))
+                records[-1] |= common.read_json(folders.get(key_of(r), Path()) / "config.json")
         if any(record.get("miniature") for record in records):
             lines.append(f"{benchmark}: the miniature; do not compare with published numbers.")
         for name in ("commit", "device", "versions", *SETTINGS):
@@ -551,6 +548,8 @@ def study_networks(args: Args) -> None:
 def main(args: Args) -> None:
     if args.jobs < 1 or any("+" in name for name in args.methods):
         raise UserError("--jobs: expected at least 1; --methods: joined methods go to --combine")
+    if not (args.devices and args.seeds and args.benchmarks):
+        raise UserError("--devices, --seeds, --benchmarks: expected at least one of each")
     if args.curves:
         return draw_curves(args)
     if args.networks:
@@ -562,10 +561,11 @@ def main(args: Args) -> None:
             row = row._replace(args=replace(row.args, device=device))
             print(shlex.join(command_of(row)) + comment)
         return None
+    results, folders = earlier_results(args.out), {}
     if args.collect:
-        results, folders = collected_results(args.collect)
+        collected, folders = collected_results(args.collect)
+        results |= {key: r for key, r in collected.items() if not r.error or key not in results}
     else:
-        results = earlier_results(args.out)
         for benchmark in args.benchmarks:  # a wrong flag, too; and this writes the miniature
             shared = common.resolve(shared_args(args, benchmark=benchmark, device="cpu"), "data")
             for role in ("source", "target_unlabelled", "target_test"):
@@ -579,12 +579,12 @@ def main(args: Args) -> None:
             elif {row.key[1] for row in needy} - {"oracle"}:
                 datasets.load(shared, "target_few")  # a --labelled that is too large, above all
         if not rows:
-            raise UserError("--methods: all of these rows need labelled training photos")
+            raise UserError("--methods: no row, or all of them need labelled training photos")
         run_rows(rows, args, results)
-        folders = {key: args.out / key[0] / key[1] / f"seed{key[2]}" for key in results}
-        for key, folder in list(folders.items()):  # another run may have taken its place
-            if common.read_json(folder / "result.json").get("miou", "") != results[key].miou:
-                del folders[key]
+    for key in results.keys() - folders.keys():
+        folder = args.out / key[0] / key[1] / f"seed{key[2]}"
+        if common.read_json(folder / "result.json").get("miou", "") == results[key].miou:
+            folders[key] = folder  # else another run has taken its place
     ordered = write_results(results, args.out)
     write_tables(ordered, folders, args.out)
     if not args.collect:

@@ -180,16 +180,15 @@ def color_transfer(source: Tensor, target: Tensor) -> Tensor:
     """Source images with the target's mean and covariance of RGB. [B,3,H,W] twice -> [B,3,H,W].
 
     The linear map is the one that moves colours least (Monge-Kantorovich; Pitie and Kokaram, CVMP
-    2007): A = S^-1/2 (S^1/2 T S^1/2)^1/2 S^-1/2 = S^-1 (S T)^1/2 for covariances S and T. Not
-    clamped.
+    2007): A = S^-1/2 (S^1/2 T S^1/2)^1/2 S^-1/2 = S^-1 (S T)^1/2, covariances S, T. Not clamped.
     """
     with torch.autocast(source.device.type, enabled=False):  # bfloat16 has no inverse
         x, y = source.float().flatten(2), target.float().flatten(2)  # [B,3,HW]
         x_mean, y_mean = x.mean(dim=2, keepdim=True), y.mean(dim=2, keepdim=True)
         x, y, eye = x - x_mean, y - y_mean, torch.eye(3, device=x.device).double()
         s, t = (z @ z.mT / z.shape[2] + 1e-5 * eye for z in (x, y))  # [B,3,3]
-        # Denman and Beavers (1976): converges to (S T)^1/2 and its inverse. 24 iterations serve a
-        # smallest eigenvalue of 1e-10. Unlike eigenvectors, they do not make CUDA wait.
+        # Denman and Beavers (1976): 24 iterations to (S T)^1/2 and its inverse. They serve a
+        # smallest eigenvalue of 1e-10, and unlike eigenvectors they do not make CUDA wait.
         root, inverse = s @ t, eye.expand_as(s)
         for _ in range(24):
             pair = torch.linalg.inv_ex(torch.stack([inverse, root])).inverse
@@ -355,16 +354,15 @@ def join_processes(device: str) -> str:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     cuda, local_rank = device.startswith("cuda"), os.environ.get("LOCAL_RANK")
-    if cuda and local_rank:
-        device = f"cuda:{local_rank}"
     try:
+        if cuda and local_rank:
+            device = f"cuda:{local_rank}"
+            torch.cuda.set_device(device)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {device}: not available") from error
     if cuda:
         torch.set_float32_matmul_precision("high")  # TF32
-    if cuda and local_rank:
-        torch.cuda.set_device(device)
     if local_rank and not dist.is_initialized():
         # Others may wait for hours while rank 0 writes a large set.
         dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(days=1))
@@ -651,7 +649,6 @@ class Run:
             return run.result
         net = run.network()
         for step in run.steps("train", 400, net=net, optimizer=optimizer):
-            ...
             run.log(step, loss=loss, lr=lr)
         return run.finish(net, target_labels=0)
 
@@ -679,17 +676,17 @@ class Run:
         self.stages, self.stage = stages, 0  # how many, and the number of the present one
         self.steps_before, self.total = 0, 0  # of the stages before, and of the present one
         self.lines, self.start = [], time.perf_counter()  # of scalars.json; minus earlier seconds
+        images, photos, test = (config[f"{n}_images"] for n in ("source", "target", "test"))
+        kind = " (miniature)" if config["miniature"] else ""
+        data = f"{source.name}, {images} images -> {target.name}{kind}, {photos} photos"
+        settings = f"{args.net}, {args.size[0]}x{args.size[1]}, {args.steps} steps, {self.device}"
+        self.say(f"{method}: {data} and {test} for test; {settings}; {self.out}")
         self.test = datasets.load(args, "target_test")
         self.commit = commit()  # now, since the code may be edited meanwhile
         torch.manual_seed(args.seed)  # initial weights
         if self.device.type == "cuda":
             torch.backends.cudnn.benchmark = True  # all batches of a run have one size
             torch.cuda.reset_peak_memory_stats(self.device)
-        images, photos, test = (config[f"{n}_images"] for n in ("source", "target", "test"))
-        kind = " (miniature)" if config["miniature"] else ""
-        data = f"{source.name}, {images} images -> {target.name}{kind}, {photos} photos"
-        settings = f"{args.net}, {args.size[0]}x{args.size[1]}, {args.steps} steps, {self.device}"
-        self.say(f"{method}: {data} and {test} for test; {settings}; {self.out}")
 
     def prepare_folder(self, config: dict[str, Any]) -> None:
         """Continues a run folder of this configuration; one of another is renamed."""
@@ -728,11 +725,9 @@ class Run:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
 
     def steps(self, stage: str, total: int, **state: Any) -> Iterator[int]:
-        """Yields 1..total, less what an earlier process did: `state` is then restored first.
-
-        `state` names everything that the stage changes (anything with a state_dict). It is saved
-        in stage_STAGE.pt ten times a stage and every two minutes.
-        """
+        """Yields 1..total, less what an earlier process did: `state` is then restored first. It
+        names everything that the stage changes (anything with a state_dict). It is saved in
+        stage_STAGE.pt ten times a stage and every two minutes."""
         path, done = self.out / f"stage_{stage}.pt", 0
         if path.exists():
             checkpoint = read_checkpoint(path)
@@ -747,21 +742,16 @@ class Run:
         self.stage, self.total = self.stage + 1, total
         title = f"stage {self.stage} of {self.stages}, {stage}"
         self.say(f"{title}: {total - done} steps")
-        start = said = saved = time.monotonic()
+        saved = time.monotonic()
         for step in datasets.show_progress(range(done + 1, total + 1), title):
             torch.manual_seed(seed_of(self.args.seed, stage, step, rank()))  # dropout
             yield step
-            now = time.monotonic()
-            if now - said > 30 and not sys.stderr.isatty():
-                left = (now - start) / (step - done) * (total - step)
-                self.say(f"{title}: step {step} of {total}, {left:.0f} s left")
-                said = now
-            due = step % max(1, total // 10) == 0 or now - saved > 120 or step == total
-            if rank() == 0 and due:
+            due = step % max(1, total // 10) == 0 or time.monotonic() - saved > 120
+            if rank() == 0 and (due or step == total):
                 states = {name: part.state_dict() for name, part in state.items()}
                 seconds = time.perf_counter() - self.start
                 save_checkpoint(path, step=step, lines=self.lines, seconds=seconds, state=states)
-                saved = now
+                saved = time.monotonic()
         self.steps_before += total
         # What a method makes after the stage does not depend on whether the stage was resumed.
         torch.manual_seed(seed_of(self.args.seed, stage, "end"))
@@ -774,7 +764,7 @@ class Run:
         means = mean_over_processes(means.detach().float()).tolist()
         line = dict(zip(values, means, strict=True))
         for name, value in line.items():
-            if "loss" in name and not math.isfinite(value):
+            if not math.isfinite(value):
                 raise UserError(f"{name} is {value} at step {step}; try a lower learning rate")
         self.write({**line, "memory": peak_memory_mb(self.device)}, step)
 
@@ -821,13 +811,18 @@ class Run:
             save_checkpoint(self.out / "checkpoint.pt", **record)
             with replacing(self.out / "confusion.npy") as temporary, temporary.open("wb") as file:
                 np.save(file, confusion)
+            draw_predictions(self.out / "figures/predictions.png", self.test, {"prediction": net})
+        self.complete(self.result)
+        return self.result
+
+    def complete(self, result: Result) -> None:
+        """Writes the scalars as tables, and result.json: the run is finished."""
+        if rank() == 0:
             write_csv(self.out / "loss.csv", [line for line in self.lines if "mIoU" not in line])
             write_csv(self.out / "metrics.csv", [line for line in self.lines if "mIoU" in line])
-            draw_predictions(self.out / "figures/predictions.png", self.test, {"prediction": net})
-            write_json(self.out / "result.json", asdict(self.result))  # the run is finished
+            write_json(self.out / "result.json", asdict(result))
             for path in self.out.glob("stage_*.pt"):  # nothing is left to resume
                 path.unlink()
-        return self.result
 
 
 def write_csv(path: Path, lines: list[dict[str, Any]]) -> None:
@@ -997,7 +992,11 @@ def main(args_class: type, run: Callable[[Any], Any], doc: str | None) -> None:
     if hasattr(sys.stdout, "reconfigure"):  # that of a notebook has not
         sys.stdout.reconfigure(errors="replace")  # not every terminal has every character
     try:
-        result = run(parse(args_class, doc))
+        args = parse(args_class, doc)
+        for name, value in vars(args).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UserError(f"--{name.replace('_', '-')} {value}: expected a finite number")
+        result = run(args)
         if isinstance(result, Result) and rank() == 0:
             name = f"{result.benchmark} {result.method} seed {result.seed}"
             absent = ", ".join(label for label, value in result.iou.items() if value is None)

@@ -478,6 +478,7 @@ def resolve(args: Args) -> Args:
 
 
 def run(args: Args) -> Result:
+    """Trains the rater, chooses candidates, and trains the network on those."""
     method = "datarater" if args.choose == "best" else f"datarater_{args.choose}"
     method = f"{method}_corrupt" if args.corrupt else method
     resolve(common.resolve(args, method))  # bad arguments leave no run folder

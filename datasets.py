@@ -17,7 +17,7 @@ import time
 import unicodedata
 import uuid
 import zlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -379,17 +379,19 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def spaced(count: int, wanted: int) -> np.ndarray:
-    """Up to `wanted` evenly spaced indices of `count` things. -> int64."""
-    return np.linspace(0, count - 1, min(wanted, count)).round().astype(int)
+def spaced(count: int, most: int) -> np.ndarray:
+    """At most `most` evenly spaced indices of `count` things. -> int64."""
+    return np.linspace(0, count - 1, min(most, count)).round().astype(int)
 
 
 def write_json(path: Path, value: Any) -> None:
+    """ValueError for NaN and infinity, which JSON does not have."""
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(value, indent=1, default=str, allow_nan=False) + "\n")
 
 
 def sha256(path: Path) -> str:
+    """The hash of a file's content, in hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -454,10 +456,20 @@ def cached(cache: Path, name: str, files: Sequence[Path], shape: tuple[int, ...]
     return np.load(path, mmap_mode="r")
 
 
-def show_progress(steps: Collection[Any], title: str) -> Iterable[Any]:
-    """The steps, with a bar and the time left on a terminal."""
-    hidden = not sys.stderr.isatty() or rank() > 0
-    return track(steps, title, console=Console(stderr=True), transient=True, disable=hidden)
+def show_progress(steps: Collection[Any], title: str) -> Iterator[Any]:
+    """The steps, with the time left: on a terminal as a bar, elsewhere as a line every 30 s."""
+    if sys.stderr.isatty():
+        hidden = rank() > 0
+        yield from track(steps, title, console=Console(stderr=True), transient=True, disable=hidden)
+        return
+    start = shown = time.monotonic()
+    for count, step in enumerate(steps, start=1):
+        yield step
+        now = time.monotonic()
+        if now - shown > 30 and rank() == 0:
+            left = (now - start) / count * (len(steps) - count)
+            print(f"{title}: {count} of {len(steps)}, {left:.0f} s left", flush=True)
+            shown = now
 
 
 # ---- The roles of the data ----------------------------------------------------------------------

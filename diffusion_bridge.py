@@ -82,9 +82,6 @@ class Args(common.Args):
     photos for the U-Net, and checks results. Default: half of --steps."""
     reader_color: float = 0.5
     """Share of the reader's training images that get the colours of a random photo."""
-    color: float = 0.0
-    """Share of the translated images that get the colours of a random photo when the segmentation
-    network is trained on them. They are drawn anew in every update."""
     width: int | None = None
     """Channels of the U-Net at its finest level. The second level has twice as many,
     each coarser one four times as many. Default: 32, for large images 128."""
@@ -107,6 +104,7 @@ class Args(common.Args):
 SMALL = {"width": 32, "levels": 3, "patch": 2, "unet_lr": 2e-3}
 LARGE = {"width": 128, "levels": 4, "patch": 4, "unet_lr": 5e-4}
 LARGE_PIXELS = 256 * 256  # images with at least so many are large, as those of the real datasets
+MAX_NORM = 1.0  # to which the gradient of the U-Net is clipped
 
 
 def fill_in(args: Args) -> Args:
@@ -438,13 +436,11 @@ def train_bridge(run: Run, args: Args, source: Split, photos: Split) -> Bridge:
 def train_unet(run: Run, args: Args, bridge: Bridge, source: Split, photos: Split) -> None:
     """Trains the U-Net by the squared error of v. At the end it has the averaged weights."""
     device, unet, steps = run.device, bridge.unet, args.unet_steps
-    source_batch = args.batch_size // 2
+    source_batch, photo_batch = args.batch_size // 2, (args.batch_size + 1) // 2
     decay = 1 - 1 / max(1, args.ema * steps)
-    photo_batch = args.batch_size - source_batch
     source_loader = common.Loader(source, source_batch, device, args.seed, "unet source")
     photo_loader = common.Loader(photos, photo_batch, device, args.seed, "unet photos")
-    average = copy.deepcopy(unet).requires_grad_(False)
-    model = common.parallel(unet)
+    average, model = copy.deepcopy(unet).requires_grad_(False), common.parallel(unet)
     optimizer = torch.optim.AdamW(unet.parameters(), lr=args.unet_lr, fused=True)
     for step in run.steps("unet", steps, unet=unet, average=average, optimizer=optimizer):
         lr = common.learning_rate(args.unet_lr, step, steps)
@@ -478,9 +474,9 @@ def train_unet(run: Run, args: Args, bridge: Bridge, source: Split, photos: Spli
             loss = F.mse_loss(v, cos * noise - sin * x)
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(unet.parameters(), MAX_NORM)
         optimizer.step()
-        common.update_ema(average, unet, min(decay, step / (step + 9)))
+        common.update_ema(average, unet, min(decay, step / (step + 9)))  # see --ema
         run.log(step, unet_loss=loss, unet_lr=lr)
     unet.load_state_dict(average.state_dict())
 
@@ -652,6 +648,7 @@ def draw_translations(path: Path, columns: dict[str, np.ndarray], masks: np.ndar
 
 # ---- The benchmark's row ------------------------------------------------------------------------
 def run(args: Args) -> Result:
+    """Trains the bridge, translates the source, and trains the network on the translations."""
     run = Run(args, "diffusion_bridge", stages=4)
     if run.result:
         return run.result
@@ -700,8 +697,7 @@ def run(args: Args) -> Result:
         draw_translations(run.out / "figures/translation.png", columns, labels)
 
     # Step 4: the segmentation network is trained on the translated set
-    augment = partial(recolor, photos=photos, share=args.color) if args.color else common.identity
-    common.train(run, net, translated, args.steps, "segmenter", augment)
+    common.train(run, net, translated, args.steps, "segmenter")
     updates = f"{args.unet_steps} U-Net updates, {args.reader_steps} of the reader"
     return run.finish(net, target_labels=0, other_updates=updates)
 
@@ -709,10 +705,12 @@ def run(args: Args) -> Result:
 def train(args: Args) -> None:
     """The command `train`: trains reader and U-Net, and writes OUT/bridge.pt."""
     run = Run(args, "diffusion_bridge_train", stages=2)
-    args = fill_in(run.args)
-    source, photos = (datasets.load(args, role) for role in ("source", "target_unlabelled"))
-    train_bridge(run, args, source, photos)
-    run.say(f"written: {run.out / 'bridge.pt'}")
+    if not run.result:
+        args = fill_in(run.args)
+        source, photos = (datasets.load(args, role) for role in ("source", "target_unlabelled"))
+        train_bridge(run, args, source, photos)
+        run.complete(Result(args.benchmark, run.method, args.seed))
+        run.say(f"written: {run.out / 'bridge.pt'}")
 
 
 # ---- A folder -----------------------------------------------------------------------------------
@@ -733,13 +731,13 @@ def find_pairs(
     both, ignored = [], 0
     for folder, other_folder in ((inputs, mask_dir), (mask_dir, inputs)):
         by_stem: dict[str, Path] = {}  # by the path below the folder, without its suffix
-        found, others = datasets.find_images(folder, "**/*")
-        paths = [folder / path for path in (*found.values(), *others)]
+        pictures, others = datasets.find_images(folder, "**/*")
+        paths = [folder / path for path in (*pictures.values(), *others)]
         # The folder of the masks may lie in that of the images, or be linked there, or the reverse.
         parents = set(chain(*(path.parents for path in paths))) - {*folder.parents}
         nested = {parent for parent in parents if parent.resolve() == other_folder}
-        ignored += sum(nested.isdisjoint(path.parents) for path in paths[len(found) :])
-        for name, path in found.items():
+        ignored += sum(nested.isdisjoint(path.parents) for path in paths[len(pictures) :])
+        for name, path in pictures.items():
             if nested.isdisjoint((folder / path).parents):
                 stem = str(Path(name).with_suffix(""))
                 if stem in by_stem:
@@ -901,6 +899,9 @@ def translate_folder(args: TranslateArgs) -> None:
     common.barrier()
 
     # Step 3: translate what is missing, each process its share of the batches
+    if common.rank() == 0:
+        missing = sum(not record.exists() for record in records)
+        print(f"{len(pairs)} images -> {out}, {device}; {missing} of {len(batches)} batches to do")
     own = range(common.rank(), len(batches), common.world_size())
     previous: tuple[Path, Any] | None = None  # the batch that threads write: record and images
 

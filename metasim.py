@@ -488,11 +488,11 @@ def scene_features(net: Network, images: Tensor) -> list[Tensor]:
 
     # Step 4: blur, by differences over one and two pixels along rows; and noise, by a mask to which
     # planes, horizontal and vertical edges give nothing (Immerkaer, CVIU 1996)
-    one = luma.diff(dim=3).square().mean(dim=(1, 2, 3)).clamp(min=1e-7)
-    two = (luma[..., 2:] - luma[..., :-2]).square().mean(dim=(1, 2, 3)).clamp(min=1e-7)
+    by_1 = luma.diff(dim=3).square().mean(dim=(1, 2, 3)).clamp(min=1e-7)
+    by_2 = (luma[..., 2:] - luma[..., :-2]).square().mean(dim=(1, 2, 3)).clamp(min=1e-7)
     mask = torch.tensor([[[[1.0, -2, 1], [-2, 4, -2], [1, -2, 1]]]]).to(luma)
     noise = F.conv2d(luma, mask).abs().mean(dim=(1, 2, 3)) * math.sqrt(math.pi / 2) / 6
-    measured = torch.stack([dark, two / one, noise.clamp(min=1e-4).log2()], dim=1)
+    measured = torch.stack([dark, by_2 / by_1, noise.clamp(min=1e-4).log2()], dim=1)
     measured = torch.cat([tone(images), measured], dim=1)
     return [measured, band_statistics(images, 4), deep, layout, colours.flatten(1)]
 
@@ -528,6 +528,7 @@ class Features:
 
 # ---- The stages of road scenes ------------------------------------------------------------------
 def gradient_step(optimizer: torch.optim.Optimizer, loss: Tensor, lr: float) -> None:
+    """An update of the optimizer's parameters at this learning rate."""
     common.set_lr(optimizer, lr)
     optimizer.zero_grad()
     loss.backward()
@@ -554,6 +555,9 @@ def train(run: Run, args: Args, roads: RoadScenes, transformer: Any, net: Any, s
         run.log(step, **{"loss" if final else "features_loss": loss}, lr=lr)
         if final and common.is_quarter(step, steps):
             run.evaluate(net, step)
+
+
+TASK_LR = 0.25  # constant learning rate of the task network, as a multiple of --lr
 
 
 def reinforce_loss(samples: Tensor, mean: Tensor, sigma: float, rewards: Tensor) -> Tensor:
@@ -621,13 +625,13 @@ def learn_attributes(run: Run, args: Args, roads: RoadScenes, photos: Split) -> 
         for shift in noise:
             task_net = copy.deepcopy(net).train().requires_grad_(True)
             task_model = common.parallel(task_net)
-            task_optimizer = common.make_optimizer(task_net, args.lr / 4)
+            task_optimizer = common.make_optimizer(task_net, args.lr)
             for i in range(args.reward_steps):
                 graphs = roads.sample(args.batch_size, common.generator(seed, "set", step, i))
                 images, labels = render_graphs(roads, transformer, graphs.share(), shift)
                 with run.autocast():
                     loss = common.segmentation_loss(task_model(images, aux=True), labels)
-                gradient_step(task_optimizer, loss, args.lr / 4)
+                gradient_step(task_optimizer, loss, TASK_LR * args.lr)
             prediction = common.predict(task_net.eval(), few.images, device).argmax(dim=1)
             confusion = common.confusion_matrices(prediction, truth, len(run.classes)).sum(dim=0)
             rewards.append(common.scores(confusion.cpu().numpy())["mIoU"] / 100)
@@ -640,14 +644,24 @@ def learn_attributes(run: Run, args: Args, roads: RoadScenes, photos: Split) -> 
     return transformer
 
 
+def check(args: Any, least: int, *names: str) -> None:
+    """UserError where one of these arguments is given and less than `least`."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise UserError(f"--{name.replace('_', '-')} {value}: expected at least {least}")
+
+
 def run(args: Args) -> Result:
+    """Learns the attributes of scenes, and trains the network on scenes that are drawn anew."""
     learned = args.attributes == "learned"
     if args.task_reward and not learned:
         raise UserError("--task-reward: has no effect with --attributes prior")
-    for name in ("match_batch", "match_photos", "reward_samples"):
-        value = getattr(args, name)
-        if value is not None and value < 2:
-            raise UserError(f"--{name.replace('_', '-')} {value}: at least 2")
+    check(args, 2, "match_batch", "match_photos", "reward_samples")
+    check(args, 1, "reward_rounds", "reward_steps")
+    check(args, 0, "scenes", "objects", "cut_outs", "feature_steps", "match_steps")
+    if not args.reward_sigma > 0:
+        raise UserError(f"--reward-sigma {args.reward_sigma}: expected a number above 0")
     run = Run(args, "metasim", stages=1 + 2 * learned + args.task_reward)
     if run.result:
         return run.result
@@ -724,6 +738,7 @@ DIGIT = {
 }
 TARGETS = {"rotation": {"yaw": 90.0}, "bigmnist": {"yaw": 270.0, "x": 16.0, "y": 48.0}}
 DIGITS = 6000  # pictures, a third each for the scenes, the target and the test
+CLASSIFIER_LR = 2e-3  # initial learning rate of the classifier that measures the accuracy
 TYPEFACES = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSerif", "STIXGeneral", "cmr10", "cmss10")
 
 
@@ -805,6 +820,8 @@ def run_digits(args: DigitsArgs) -> None:
     """Meta-Sim's experiments on digits: learns how the digits of a target are turned and placed.
     Writes result.json, with the accuracy of a classifier that is trained on the scenes before and
     after, and figures/digits.png: scenes before and after, and images of the target."""
+    check(args, 1, "starts", "steps")
+    check(args, 0, "seed")
     seed, device = args.seed, torch.device(common.join_processes(args.device))
     out = args.out or Path("runs/digits") / f"{args.experiment}-seed{seed}"
 
@@ -837,6 +854,8 @@ def run_digits(args: DigitsArgs) -> None:
         scenes, _ = render_graphs(world, candidate, draw)
         mmd = features.mmd(scenes, slice(None)).sum().item()
         print(f"start {start}: MMD^2 {mmd:.5f}", flush=True)
+        if not math.isfinite(mmd):
+            raise UserError(f"--lr {args.lr}: the MMD is {mmd}; try a lower learning rate")
         candidates.append((mmd, candidate, scenes))
     _, transformer, learned = min(candidates, key=lambda item: item[0])
 
@@ -851,7 +870,7 @@ def run_digits(args: DigitsArgs) -> None:
             graphs = world.sample(16, common.generator(seed, "task", step))
             x, y = render_graphs(world, rewrite, graphs)
             loss = F.cross_entropy(net(x), y)
-            gradient_step(optimizer, loss, common.learning_rate(2e-3, step, steps))
+            gradient_step(optimizer, loss, common.learning_rate(CLASSIFIER_LR, step, steps))
         correct = net.eval()(images).argmax(dim=1) == truth
         accuracies.append(100 * correct.float().mean().item())
 

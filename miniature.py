@@ -859,19 +859,19 @@ def list_pairs(root: Path, seed: int, scale: float) -> Iterator[tuple]:
     domain, frames = DOMAINS["vkitti2"], max(2, round(80 * scale))
     foggy = Domain(**vars(domain) | {"haze": (0.02, 0.03)})
     for k, name in enumerate(("01", "02", "06", "18", "20")):
-        for variant, look, count in (("clone", domain, frames), ("fog", foggy, min(8, frames))):
+        for variant, weather, count in (("clone", domain, frames), ("fog", foggy, min(8, frames))):
             folder = root / f"vkitti2/Scene{name}/{variant}/frames"
             for n in range(count):
                 image = folder / f"rgb/Camera_0/rgb_{n:05}.jpg"
                 label = folder / f"classSegmentation/Camera_0/classgt_{n:05}.png"
-                yield look, seed, k * frames + n, image, label
+                yield weather, seed, k * frames + n, image, label
 
     for k in range(2 * max(6, round(100 * scale))):
         h, w = DOMAINS["kitti"].size
         if k % 10 >= 7:  # KITTI's images are not all of one size
             h, w = h - k % 10 + 6, w - k % 10 + 5
-        look, folder = Domain(**vars(DOMAINS["kitti"]) | {"size": (h, w)}), root / "kitti/training"
-        yield look, seed, k, folder / f"image_2/{k:06}_10.png", folder / f"semantic/{k:06}_10.png"
+        kitti, folder = Domain(**vars(DOMAINS["kitti"]) | {"size": (h, w)}), root / "kitti/training"
+        yield kitti, seed, k, folder / f"image_2/{k:06}_10.png", folder / f"semantic/{k:06}_10.png"
 
     for k in range(max(6, round(400 * scale))):
         image, label = root / f"gta5/images/{k + 1:05}.png", root / f"gta5/labels/{k + 1:05}.png"

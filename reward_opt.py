@@ -291,6 +291,7 @@ def report_rewards(run: Run, net: Network, step: int) -> None:
 
 
 def run(args: Args) -> Result:
+    """Trains the network on the source, then with the objective on the labelled photos."""
     # Part 1: checks of the flags, and the data
     needs = dict.fromkeys(("samples", "cell", "credit"), "object_recall")
     for name, objective in {**needs, "smooth": "class_weighted_ce"}.items():

@@ -69,7 +69,7 @@ def test_the_table_end_to_end(mini: Path):
     assert ended.returncode == 0, ended.stderr + ended.stdout
     lines = ended.stdout.splitlines()
     assert lines[1].startswith("2 of 2: vkitti2kitti") and "left" in lines[1]
-    assert max(map(len, lines)) <= 80 and "1 seed" in ended.stdout
+    assert max(map(len, lines)) <= 80 and "*: 1 seed" in ended.stdout
     first = rows_in("runs")
     labels = {key[0]: row["target_labels"] for key, row in first.items()}
     assert labels == {"source_only": 0, "few_label": 1}
@@ -83,7 +83,8 @@ def test_the_table_end_to_end(mini: Path):
     benchmark.main(args)
     rows = rows_in("runs")
     assert len(rows) == 3 and rows[("few_label", 0)] == first[("few_label", 0)]
-    assert "| few_label | " in Path("runs/results.md").read_text()
+    table = Path("runs/results.md").read_text()
+    assert "| few_label | " in table and "]* |" in table  # the interval of one seed
     # All are finished now, but not with another argument.
     names = ("source_only", "few_label", "color_transfer")
     rows_of = benchmark.rows_of(dataclasses.replace(args, methods=names))
@@ -120,8 +121,9 @@ def test_the_command_of_a_row_gives_its_arguments(monkeypatch: pytest.MonkeyPatc
     )
     rows = benchmark.rows_of(args)
     # A combination comes last, and starts from what its first method hands on.
-    with pytest.raises(UserError, match="nonsense"):
-        benchmark.rows_of(benchmark.Args(combine=("metasim+nonsense",)))
+    for name in ("nonsense", "reward_opt@many"):
+        with pytest.raises(UserError, match=name):
+            benchmark.rows_of(benchmark.Args(combine=(name,)))
     assert [row.key[1] for row in rows[::2]] == ["few_label", "metasim", "metasim+few_label"]
     assert rows[-2].args.init == Path("runs/vkitti2kitti/metasim/seed0/set")
     few_label = benchmark.command_of(rows[-1])
@@ -215,18 +217,12 @@ def test_collected_runs_make_a_table_on_any_terminal(
         write_run(tmp_path / "a", "oracle", 0.9, seed, target_labels=100)
     terminal = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
     monkeypatch.setattr(sys, "stdout", terminal)
-    flags = [
-        "--collect",
-        str(tmp_path / "a"),
-        str(tmp_path / "b"),
-        "--out",
-        str(tmp_path / "table"),
-    ]
-    monkeypatch.setattr(sys, "argv", ["benchmark.py", *flags])
+    a, b, table = (str(tmp_path / name) for name in ("a", "b", "table"))
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "--collect", a, b, "--out", table])
     common.main(benchmark.Args, benchmark.main, None)
     terminal.flush()
     text = terminal.buffer.getvalue().decode("latin-1")
-    assert "Student's t" in text and max(map(len, text.splitlines()[:-1])) <= 80
+    assert "]*" not in text and max(map(len, text.splitlines()[:-1])) <= 80
     rows = rows_in("table")
     both = rows[("metasim+few_label", 0)]  # costs what its parts cost together
     assert (both["seconds"], both["steps"], both["other_updates"]) == (2.0, 5, "7 of the scenes")
@@ -239,21 +235,23 @@ def test_collected_runs_make_a_table_on_any_terminal(
     assert f"| {100 * (value - low) / (high - low):.0f}% |" in metasim
     assert f"| {value - low:+.1f} [" in metasim
     # A later command keeps these rows, though their folders are elsewhere.
-    assert len(benchmark.earlier_results(tmp_path / "table")) == 8
+    benchmark.main(benchmark.Args(collect=(tmp_path / "a",), out=tmp_path / "table"))
+    assert rows_in("table") == rows
 
 
 def test_rows_that_do_not_compare(tmp_path: Path):
     write_run(tmp_path, "source_only", 0.5)
     write_run(tmp_path, "oracle", 0.9, steps=50, commit="d")
-    write_run(tmp_path, "reward_opt@100", 0.9, steps=100)  # on purpose
+    write_run(tmp_path, "reward_opt@100", 0.9, steps=100, commit="e")  # its steps on purpose
     results, folders = benchmark.collected_results((tmp_path,))
     pair = [results[VKITTI, "oracle", 0]], [results[VKITTI, "source_only", 0]]
-    assert benchmark.interval_of(folders, *pair)[0] > 0
+    difference, _, _, seeds = benchmark.interval_of(folders, *pair)
+    assert difference > 0 and seeds == 1
     np.save(folders[VKITTI, "oracle", 0] / "confusion.npy", confusion_of(0.9, images=19))
     assert benchmark.interval_of(folders, *pair) is None  # not of the same test photos
     notes = benchmark.notes(list(results.values()), folders)
     assert [line for line in notes if line.startswith("warning")] == [
-        f"warning: {VKITTI}: commit differs: c, d",
+        f"warning: {VKITTI}: commit differs: c, d, e",
         f"warning: {VKITTI}: steps differs: 5, 50",
     ]
     Path(tmp_path, "results.json").write_text('[{"method":')
@@ -313,8 +311,8 @@ def test_a_failed_row_and_an_absent_class_are_named():
     assert table[0]["mIoU"] == "50.0; seed 1 failed: no such file"
     assert any("without pole, which no test" in line for line in benchmark.notes([good, bad], {}))
     assert {"class": "pole", "metasim": "-"} in benchmark.class_table({"metasim": [good, bad]})
-    spread = [dataclasses.replace(good, miou=value) for value in (1.0, 2.0, 4.5)]
-    table = benchmark.method_table({"metasim": spread}, {}, labelled=False)
+    rows = [dataclasses.replace(good, miou=value) for value in (1.0, 2.0, 4.5)]
+    table = benchmark.method_table({"metasim": rows}, {}, labelled=False)
     assert table[0]["mIoU"] == "2.5 ± 1.8"  # n - 1: sqrt((2.25 + 0.25 + 4) / 2) = 1.80
 
 
@@ -415,10 +413,16 @@ def test_every_flag_is_explained(name: str):
 def test_the_readme_shows_the_results_of_its_run():
     results = json.loads((ROOT / "docs/results.json").read_text())
     readme = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    mious = {}
+    for row in results:
+        mious.setdefault((row["benchmark"], row["method"]), []).append(row["miou"])
     for method in dict.fromkeys(row["method"] for row in results):
-        line = next(line for line in readme if line.startswith(f"| `{method}` |"))
+        cells, gaps = [], []
         for name in datasets.BENCHMARKS:
-            rows = [r for r in results if (r["method"], r["benchmark"]) == (method, name)]
-            values = [row["miou"] for row in rows]
-            spread = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
-            assert f"| {np.mean(values):.1f}{spread} |" in line
+            values, rows = mious[name, method], (method, "source_only", "oracle")
+            cells.append(f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}")
+            row, low, high = (np.mean(mious[name, other]) for other in rows)
+            gaps.append((row - low) / (high - low))
+        lines = [line for line in readme if line.startswith(f"| `{method}` |")]
+        end = f" | {' | '.join(cells)} | {np.mean(gaps):.0%} |"
+        assert lines and all(line.endswith(end) for line in lines), method
