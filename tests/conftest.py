@@ -82,9 +82,9 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-def same_weights(one: str, other: str) -> bool:
+def same_weights(first: str, second: str) -> bool:
     """Whether the networks of two run folders are equal, bit for bit."""
-    return same(weights(one), weights(other))
+    return same(weights(first), weights(second))
 
 
 @pytest.fixture

@@ -162,7 +162,7 @@ def test_train_ids_in_a_part_of_the_files(bad: common.Args):
     train_ids = datasets.label_table(datasets.CITYSCAPES)
     relabel(GREY.replace("*.png", "*[05]_10.png"), lambda ids: np.minimum(train_ids[ids], 18))
     expect(bad, r"[05]_10.png: no id is above 20", row="oracle")
-    ended = look("--data", "copy")
+    ended = inspected("--data", "copy")
     assert ended.returncode == 1 and "no id is above 20" in ended.stderr
 
 
@@ -307,22 +307,22 @@ def test_a_full_disk_costs_what_was_not_saved_yet(args: common.Args):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(args: common.Args):
-    one = common.Run(replace(args, out=Path("run")), "x", stages=1)
+    run = common.Run(replace(args, out=Path("run")), "x", stages=1)
     with pytest.raises(UserError, match="loss is nan at step 20; try a lower learning rate"):
-        for step in one.steps("train", 40):
-            one.log(step, loss=torch.tensor(float("nan") if step > 16 else 1.0), lr=0.1)
+        for step in run.steps("train", 40):
+            run.log(step, loss=torch.tensor(float("nan") if step > 16 else 1.0), lr=0.1)
     assert [line["step"] for line in read_scalars(Path("run"))] == [10]
 
 
 # ---- Scripts ------------------------------------------------------------------------------------
-def look(*flags: str) -> subprocess.CompletedProcess:
+def inspected(*flags: str) -> subprocess.CompletedProcess:
     command = [sys.executable, str(ROOT / "inspect_dataset.py"), "--dataset", "kitti", *flags]
     return subprocess.run(command, env=environment(), capture_output=True, text=True)
 
 
 def test_the_look_at_a_dataset(bad: common.Args):
     first(GREY).unlink()  # it says what is missing, and goes on
-    ended = look("--data", "copy")
+    ended = inspected("--data", "copy")
     assert ended.returncode == 0, ended.stderr
     first_line, *lines, last_line = ended.stdout.splitlines()
     assert first_line == "images with a label: 5, without: 1"
@@ -334,7 +334,7 @@ def test_the_look_at_a_dataset(bad: common.Args):
 
 
 def test_a_script_ends_with_one_line_and_no_traceback():
-    ended = look("--data", "nowhere")
+    ended = inspected("--data", "nowhere")
     assert ended.returncode == 1 and ended.stdout == ""
     assert ended.stderr.startswith("error: nowhere/kitti") and ended.stderr.count("\n") == 1
 

@@ -478,9 +478,9 @@ def test_two_processes_learn_the_attributes_of_one(args: common.Args):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     command = [*torchrun, str(ROOT / "metasim.py"), *flags.split()]
     subprocess.run(command, check=True, env=environment(), timeout=120)
-    one, two = (read_scalars(Path(out)) for out in ("one", "two"))
+    first, second = (read_scalars(Path(out)) for out in ("one", "two"))
     for name in ("mmd_loss", "mmd_content", "change"):
-        values = [[row[name] for row in rows if name in row] for rows in (one, two)]
+        values = [[row[name] for row in rows if name in row] for rows in (first, second)]
         assert values[0] and values[0] == pytest.approx(values[1], abs=1e-4)
-    one, two = (np.load(f"{out}/set/images.npy").astype(int) for out in ("one", "two"))
-    assert np.abs(one - two).max() <= 1
+    first, second = (np.load(f"{out}/set/images.npy").astype(int) for out in ("one", "two"))
+    assert np.abs(first - second).max() <= 1

@@ -28,12 +28,12 @@ def test_a_seed_gives_the_same_bytes_whatever_the_number_of_processes(mini: Path
     miniature.write(Path("one"), seed=0, scale=0.01, workers=1)
     miniature.write(Path("two"), seed=0, scale=0.01, workers=2)
     miniature.write(Path("other"), seed=4, scale=0.01)
-    one, two, other = (digest(Path(name)) for name in ("one", "two", "other"))
-    assert one == two and one.keys() == other.keys()
-    assert not set(one.values()) & set(other.values())
+    first, second, other = (digest(Path(name)) for name in ("one", "two", "other"))
+    assert first == second and first.keys() == other.keys()
+    assert not set(first.values()) & set(other.values())
     larger = digest(mini)  # an image does not depend on how many are written
-    images = [name for name in one.keys() & larger.keys() if name.startswith("gta5/images")]
-    assert images and all(one[name] == larger[name] for name in images)
+    images = [name for name in first.keys() & larger.keys() if name.startswith("gta5/images")]
+    assert images and all(first[name] == larger[name] for name in images)
 
 
 def test_labels_have_the_official_formats(mini: Path):

@@ -65,12 +65,12 @@ def test_a_run_writes_what_the_contract_says(args: common.Args):
 
 
 def test_every_tenth_step_is_logged_with_the_keys_that_it_has(args: common.Args):
-    one = common.Run(replace(args, out=Path("run")), "x", stages=2)
-    for step in one.steps("first", 25):
+    run = common.Run(replace(args, out=Path("run")), "x", stages=2)
+    for step in run.steps("first", 25):
         extra = {"images": 3} if step == 20 else {}
-        one.log(step, loss=torch.tensor(float(step)), **extra)
-    for step in one.steps("second", 2):
-        one.log(step, gap_loss=step)
+        run.log(step, loss=torch.tensor(float(step)), **extra)
+    for step in run.steps("second", 2):
+        run.log(step, gap_loss=step)
     lines = read_scalars(Path("run"))
     assert [line.get("loss") for line in lines] == [10, 20, 25, None]
     assert [line["step"] for line in lines] == [10, 20, 25, 27]
@@ -217,11 +217,11 @@ def test_a_run_cut_off_anywhere_ends_with_the_same_weights(args, monkeypatch, no
 
 def test_a_module_made_between_two_stages_is_the_same_after_a_restart(args, monkeypatch):
     def method(out: str) -> torch.Tensor:
-        one = common.Run(replace(args, out=Path(out)), "x", stages=2)
-        for step in one.steps("one", 3):
+        run = common.Run(replace(args, out=Path(out)), "x", stages=2)
+        for step in run.steps("one", 3):
             torch.rand(step)  # dropout, say
         discriminator = torch.nn.Linear(2, 1)
-        for _ in one.steps("two", 2, discriminator=discriminator):
+        for _ in run.steps("two", 2, discriminator=discriminator):
             pass
         return discriminator.weight
 
