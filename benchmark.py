@@ -9,7 +9,6 @@ finished row is not run again unless its arguments or its data change, or --forc
 """
 
 import contextlib
-import dataclasses
 import importlib
 import itertools
 import json
@@ -23,7 +22,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, Literal, NamedTuple, get_args
@@ -102,15 +101,15 @@ def needs_labels(method: str) -> bool:
 
 def shared_args(args: Args, **own: Any) -> common.Args:
     """A row's arguments: the flags that the whole benchmark shares, and its own."""
-    names = [field.name for field in dataclasses.fields(common.SharedArgs)]
+    names = [field.name for field in fields(common.SharedArgs)]
     return common.Args(**{name: getattr(args, name) for name in names} | own)
 
 
 def rows_of(args: Args) -> list[Row]:
     """Every run of the table; a combination comes after all that it starts from."""
-    names = list(args.methods)
-    for combination in args.combine:  # "a+b+c" needs "a" and "a+b"
-        names += itertools.accumulate(combination.split("+"), "{}+{}".format)
+    names = []
+    for name in (*args.methods, *args.combine):  # "a+b+c" needs "a" and "a+b"
+        names += itertools.accumulate(name.split("+"), "{}+{}".format)
     methods = {re.sub(r"@[1-9]\d*$", "", last) for name in names for last in name.split("+")}
     if not methods <= {*BASELINES, *METHODS}:
         known = " ".join([*BASELINES, *METHODS])
@@ -137,7 +136,7 @@ def command_of(row: Row) -> list[str]:
     script = "baseline" if row.method in BASELINES else row.method
     command = [sys.executable, str(Path(__file__).with_name(f"{script}.py"))]
     command += ["--row", row.method] if script == "baseline" else []
-    for field in dataclasses.fields(row.args):
+    for field in fields(row.args):
         flag, value = field.name.replace("_", "-"), getattr(row.args, field.name)
         if value == field.default:
             continue
@@ -255,7 +254,7 @@ def write_results(results: dict[Key, Result], out: Path) -> list[Result]:
     place = {name: i for i, name in enumerate([*BENCHMARKS, "own", *BASELINES, *METHODS])}
     keys = sorted(results, key=lambda k: (place[k[0]], k[1].count("+"), place.get(k[1], 99), k))
     rows = [results[key] for key in keys]
-    datasets.write_json(out / "results.json", [dataclasses.asdict(row) for row in rows])
+    datasets.write_json(out / "results.json", [asdict(row) for row in rows])
     return rows
 
 
@@ -275,7 +274,10 @@ def collected_results(roots: tuple[Path, ...]) -> tuple[dict[Key, Result], dict[
     paths = {path.parent.resolve() for root in roots for path in root.glob("**/seed*/result.json")}
     for folder in sorted(paths, key=lambda path: (path.parent.name.count("+"), path)):
         benchmark, name, seed = folder.parts[-3:]
-        result = replace(Result(**common.read_json(folder / "result.json")), method=name)
+        record = common.read_json(folder / "result.json")
+        if not record:
+            raise UserError(f"{folder}/result.json: damaged; copy this folder again")
+        result = replace(Result(**record), method=name)
         if (benchmark, seed) != (result.benchmark, f"seed{result.seed}") or not result.iou:
             continue  # an old run, seed0.old1, or a bridge alone
         key = key_of(result)
@@ -295,13 +297,13 @@ def collected_results(roots: tuple[Path, ...]) -> tuple[dict[Key, Result], dict[
 
 # ---- Statistics ---------------------------------------------------------------------------------
 def interval(method: np.ndarray, baseline: np.ndarray, draws: int = 2000) -> tuple[float, ...]:
-    """Difference of mIoU from the baseline's, and its 95% interval.
+    """Difference of mIoU from the baseline's, and its 95% interval. -> mean, low, high in percent.
 
-    method, baseline: confusion matrices [S,N,C,C] of the same S seeds and N images, which keeps
-    the comparison paired. -> mean, low, high in percent. The images are bootstrapped. A few seeds
-    can't be, so a draw of Student's t with S - 1 degrees of freedom is added: at the variance
-    between seeds, less what of it comes from the choice of images, which the bootstrap has.
-    """
+    method, baseline: confusion matrices [S,N,C,C] of the same S seeds and N images: paired.
+    The images are bootstrapped. A few seeds can't be, so a draw of Student's t is added. Its
+    variance is that between seeds, without the part that the choice of images explains."""
+    valid = method.any(axis=(0, 2, 3))  # a photo without labels changes no sum
+    method, baseline = method[:, valid], baseline[:, valid]
     seeds, images, classes = method.shape[:3]
     rng = np.random.default_rng(0)
     weights = rng.multinomial(images, np.full(images, 1 / images), size=draws)  # [D,N]
@@ -325,14 +327,15 @@ def interval(method: np.ndarray, baseline: np.ndarray, draws: int = 2000) -> tup
 def interval_of(
     folders: dict[Key, Path], method: list[Result], baseline: list[Result]
 ) -> tuple[float, ...] | None:
-    """`interval` of a method over another, and the number of seeds that both have.
-
-    None without such seeds or their run folders, or where these are not of the same test photos.
-    """
+    """`interval` of a method over another, and the number of seeds that both have. None without
+    such seeds or their run folders, or where these are not of the same test photos."""
     confusions = []
     for rows in (method, baseline):
         paths = {r.seed: folders[key_of(r)] / "confusion.npy" for r in rows if key_of(r) in folders}
-        confusions.append({seed: np.load(path) for seed, path in paths.items()})
+        try:
+            confusions.append({seed: np.load(path) for seed, path in paths.items()})
+        except (ValueError, EOFError) as error:
+            raise UserError(f"{[*paths.values()]}: cannot be read ({error})") from error
     seeds = sorted(set.intersection(*map(set, confusions)))
     truths = {c[seed].sum(axis=-1).tobytes() for c in confusions for seed in seeds}
     if len(truths) != 1:
@@ -382,15 +385,16 @@ def class_table(methods: Methods) -> Cells:
     """Classes by methods: IoU in percent, mean over the seeds."""
     table: dict[str, dict[str, str]] = {}
     for method, results in methods.items():
-        for name in next((r.iou for r in results if r.miou is not None), {}):
-            values = [r.iou[name] for r in results if not r.error]
+        ious = [r.iou for r in results if r.miou is not None]
+        for name in dict.fromkeys(itertools.chain(*ious)):  # own classes may have been changed
+            values = [iou.get(name) for iou in ious]
             text = "-" if None in values else f"{mean(values):.1f}"
             table.setdefault(name, {"class": name})[method] = text
     return list(table.values())
 
 
 SETTINGS = ("steps", "batch_size", "size", "net", "lr", "pretrained", "miniature")
-SETTINGS += ("source_files", "target_files", "test_files")  # hashes of their content
+SETTINGS += ("source_files", "target_files", "test_files", "label_maps")  # hashes of their content
 
 
 def notes(results: list[Result], folders: dict[Key, Path]) -> list[str]:
@@ -406,8 +410,8 @@ def notes(results: list[Result], folders: dict[Key, Path]) -> list[str]:
         if any(r.miou is None for r in rows):
             lines.append(f"{benchmark}: a row without a score was run without test labels.")
         elif absent:
-            names = ", ".join(sorted(absent))
-            lines.append(f"{benchmark}: mIoU without {names}, which no test photo has.")
+            without = ", ".join(sorted(absent))
+            lines.append(f"{benchmark}: mIoU without {without}, which no test photo has.")
         updates = {r.method: r.steps for r in rows}
         for method, count in updates.items():
             control = f"{method.rpartition('+')[2]}@{count}"
@@ -443,7 +447,7 @@ def show(title: str, table: Cells) -> None:
 
 def write_tables(results: list[Result], folders: dict[Key, Path], out: Path) -> None:
     """Prints the tables, and writes them as results.md."""
-    tables = {}
+    tables, text = {}, []
     for name in dict.fromkeys(r.benchmark for r in results):
         methods: Methods = {}
         for result in results:
@@ -458,7 +462,6 @@ def write_tables(results: list[Result], folders: dict[Key, Path], out: Path) -> 
             tables[f"{name}, IoU in percent"] = classes
     below = notes(results, folders)
     Console().print("\n".join(below), highlight=False, markup=False)
-    text = []
     for title, table in tables.items():
         names = list(dict.fromkeys(itertools.chain(*table)))
         rows = [[row.get(name, "").replace("|", "\\|") for name in names] for row in table]
@@ -546,10 +549,8 @@ def study_networks(args: Args) -> None:
 
 # ---- Command line -------------------------------------------------------------------------------
 def main(args: Args) -> None:
-    if args.jobs < 1 or any("+" in name for name in args.methods):
-        raise UserError("--jobs: expected at least 1; --methods: joined methods go to --combine")
-    if not (args.devices and args.seeds and args.benchmarks):
-        raise UserError("--devices, --seeds, --benchmarks: expected at least one of each")
+    if args.jobs < 1 or not (args.devices and args.seeds and args.benchmarks):
+        raise UserError("--jobs, --devices, --seeds, --benchmarks: expected at least one")
     if args.curves:
         return draw_curves(args)
     if args.networks:
@@ -585,8 +586,7 @@ def main(args: Args) -> None:
         folder = args.out / key[0] / key[1] / f"seed{key[2]}"
         if common.read_json(folder / "result.json").get("miou", "") == results[key].miou:
             folders[key] = folder  # else another run has taken its place
-    ordered = write_results(results, args.out)
-    write_tables(ordered, folders, args.out)
+    write_tables(write_results(results, args.out), folders, args.out)
     if not args.collect:
         draw_sheets(rows, results, args)
     print(f"written: {args.out}/results.json and results.md")

@@ -962,7 +962,8 @@ def draw_sheet(path: Path, columns: dict[str, list[np.ndarray]], classes: Sequen
     for axis, title in zip(axes[0], columns, strict=True):
         axis.set_title(title, fontsize=9)
     for i, name in enumerate((*classes, "ignored") if classes else ()):
-        axes[0, 0].plot([], [], "s", color=colours[i] / 255, label=name)
+        # The space, since matplotlib leaves out names that begin with "_".
+        axes[0, 0].plot([], [], "s", color=colours[i] / 255, label=f" {name}")
     if classes:
         figure.legend(loc="outside lower center", ncols=7, fontsize=7, frameon=False)
     save_figure(figure, path)

@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import sys
 import time
 import unicodedata
@@ -150,8 +151,9 @@ def get_benchmark(name: str, data: str) -> Benchmark:
                     raise ValueError(f"{v!r} of {class_name} is no id or colour, or is given twice")
                 values[key] = None if class_name.lower() == "ignore" else class_name
         classes = tuple(dict.fromkeys(filter(None, values.values())))
-        if not 1 <= len(classes) <= UNKNOWN:
-            raise ValueError(f"names {len(classes)} classes, expected 1 to {UNKNOWN}")
+        if not 2 <= len(classes) <= UNKNOWN:
+            expected = f"expected 2 to {UNKNOWN}; all that is not of one class can be another"
+            raise ValueError(f"names {len(classes)} classes, {expected}")
     except (OSError, ValueError, TypeError) as error:
         example = '{"road": 7, "car": [26, 27], "sky": [[70, 130, 180]], "ignore": 0}'
         reason = getattr(error, "strerror", None) or error
@@ -207,7 +209,11 @@ def find_images(root: Path, pattern: str) -> tuple[dict[str, str], list[str]]:
     options = {"root_dir": root, "recursive": True, "include_hidden": True}
     for prefix in ("", "*/"):  # archives are often unpacked into folders of their own
         images, others = {}, []
-        for path in sorted(glob.glob(prefix + pattern, **options)):
+        paths = sorted(glob.glob(prefix + pattern, **options))
+        folders = {path.rpartition("/")[0] for path in paths}  # their names may end with .jpg
+        for path in paths:
+            if path in folders:
+                continue
             key = unicodedata.normalize("NFC", path.partition("/")[2] if prefix else path)
             if is_foreign(path):
                 others += [path] if (root / path).is_file() else []
@@ -232,7 +238,11 @@ def list_files(dataset: Dataset, root: Path, split: str) -> tuple[list, list[Pat
     """
     pattern = dataset.images.format(split="train" if split == "train" else "val")
     images, others = find_images(root, pattern)
-    labels, other_labels = find_images(root, dataset.label_of(pattern))
+    label_pattern = dataset.label_of(pattern)
+    if "**" in pattern:  # own data: the suffix of a label may be in capitals
+        label_pattern = label_pattern.removesuffix(".png")
+    labels, other_labels = find_images(root, label_pattern)
+    labels = {re.sub(r"\.png$", ".png", key, flags=re.I): path for key, path in labels.items()}
     if not images and split == "train":
         raise UserError(f"{root}: no image of {dataset.name}, expected {pattern}")
     image_of = {dataset.label_of(key): key for key in images}
@@ -368,7 +378,8 @@ def resize_label(train_ids: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary file to write to, renamed to `path` at the end: there is never half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    name = os.fsdecode(os.fsencode(path.name)[:200])  # file systems allow 255 bytes
+    temporary = path.with_name(f".{name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         yield temporary
         temporary.replace(path)
@@ -443,6 +454,9 @@ def cached(cache: Path, name: str, files: Sequence[Path], shape: tuple[int, ...]
     """
     path = cache / f"{name}-{'x'.join(map(str, shape))}-{digest(files)}.npy"
     if rank() == 0 and not path.exists():
+        for left in cache.glob(f".{path.name}.*.tmp"):  # by a process that was killed
+            if time.time() - left.stat().st_mtime > 86_400:
+                left.unlink(missing_ok=True)
         with replacing(path) as temporary, ThreadPoolExecutor(os.cpu_count()) as pool:
             array = create_array(temporary, (len(files), *shape))
             for start in show_progress(range(0, len(files), 64), f"caching {name}"):

@@ -25,6 +25,7 @@ at P positions, E values of an embedding. Noise levels are angles a from 0 (the 
 to pi/2 (the noise e): x_a = cos(a) x + sin(a) e.
 """
 
+import contextlib
 import copy
 import json
 import math
@@ -105,6 +106,7 @@ SMALL = {"width": 32, "levels": 3, "patch": 2, "unet_lr": 2e-3}
 LARGE = {"width": 128, "levels": 4, "patch": 4, "unet_lr": 5e-4}
 LARGE_PIXELS = 256 * 256  # images with at least so many are large, as those of the real datasets
 MAX_NORM = 1.0  # to which the gradient of the U-Net is clipped
+MAX_PIXELS = 1 << 22  # of a batch in `translate`, unless it has one image alone
 
 
 def fill_in(args: Args) -> Args:
@@ -153,7 +155,7 @@ class TranslateArgs:
     """Least share of pixels on which the reader's prediction for the translation equals the mask
     (with --mask-labels none: its prediction for the original). Other images are not written."""
     batch_size: int = 16
-    """Images of equal size that are translated together."""
+    """Images of equal size that are translated together, but no more than 4 megapixels."""
     seed: int = 0
     """Decides, together with an image's path, its noise and the photo whose statistics it gets."""
 
@@ -620,9 +622,8 @@ def verdict(table: dict[str, Any], unet_steps: int) -> list[str]:
             result = "equal" if after == before else result
             results.append(f"{key} {result}")
             lines.append(f"{key}: {meaning}: {before:.3f} -> {after:.3f}, {result}")
-    if table["kid_of_classes"]:
-        pairs = table["kid_of_classes"].items()
-        changes = (f"{name} {before:.1f} -> {after:.1f}" for name, (before, after) in pairs)
+    if kid := table["kid_of_classes"]:
+        changes = [f"{name} {before:.1f} -> {after:.1f}" for name, (before, after) in kid.items()]
         lines.append(f"kid by class: {', '.join(changes)}")
     if table["affine_share"] is not None:
         lines.append(f"an affine colour map explains {table['affine_share']:.2f} of the change")
@@ -705,6 +706,8 @@ def run(args: Args) -> Result:
 def train(args: Args) -> None:
     """The command `train`: trains reader and U-Net, and writes OUT/bridge.pt."""
     run = Run(args, "diffusion_bridge_train", stages=2)
+    if run.result and not (run.out / "bridge.pt").exists():
+        raise UserError(f"{run.out / 'bridge.pt'}: is missing; --no-resume trains it again")
     if not run.result:
         args = fill_in(run.args)
         source, photos = (datasets.load(args, role) for role in ("source", "target_unlabelled"))
@@ -749,7 +752,6 @@ def find_pairs(
     if not images:
         raise UserError(f"{inputs}: no image, expected .png, .jpg or .jpeg files")
     mask_below = mask_dir.relative_to(inputs) if mask_dir.is_relative_to(inputs) else Path("masks")
-    unusable = {Path(name).stem for name in datasets.GTA5_MISMATCHED}
     pairs = []
     for stem, image in sorted(images.items()):
         if stem not in masks:
@@ -758,7 +760,8 @@ def find_pairs(
         size = datasets.size_of_labelled(image)
         with datasets.open_image(mask, decode=False) as picture:
             mask_size = picture.size
-        if size != mask_size and dataset is datasets.GTA5 and image.stem in unusable:
+        mismatched = f"images/{image.stem}.png" in datasets.GTA5_MISMATCHED
+        if size != mask_size and dataset is datasets.GTA5 and mismatched:
             ignored += 1
             continue
         if size != mask_size:
@@ -785,8 +788,7 @@ def write_pair(
 ) -> dict[str, Any]:
     """Writes a translation, uint8 [H,W,3], in its image's file format, and a copy of the mask,
     unless `share`, that of pixels whose predicted class is the mask's, is below --min-agreement.
-    Grey, alpha and 16 bits (of 256 levels) stay; palettes become RGB.
-    -> the record of the image."""
+    Grey, alpha and 16 bits (of 256 levels) stay; palettes become RGB. -> the image's record."""
     out, left_out = args.output_dir.resolve(), bool(share < args.min_agreement)
     record = {
         "image": pair.name,
@@ -865,7 +867,8 @@ def translate_folder(args: TranslateArgs) -> None:
     batches = []
     for _, group in groupby(pairs, key=lambda pair: pair.size):
         group = list(group)
-        batches += [group[i : i + args.batch_size] for i in range(0, len(group), args.batch_size)]
+        n = max(1, min(args.batch_size, MAX_PIXELS // math.prod(group[0].size)))
+        batches += [group[i : i + n] for i in range(0, len(group), n)]
     records = []  # One for each batch. Its name depends on the paths and times of the input files.
     for batch in batches:
         files = [path.stat() for pair in batch for path in (pair.image, pair.mask)]
@@ -877,8 +880,7 @@ def translate_folder(args: TranslateArgs) -> None:
     for name in ("input_dir", "mask_dir", "output_dir", "config"):
         del settings[name]  # a folder may be moved, and continued from there
     metadata = out / "metadata.json"
-    before = common.read_json(metadata).get("settings")
-    if before:
+    if before := common.read_json(metadata).get("settings"):
         for name, value in settings.items():
             if before.get(name) != value:
                 raise UserError(f"{out}: begun with another {name}; give another --output-dir")
@@ -892,6 +894,8 @@ def translate_folder(args: TranslateArgs) -> None:
     common.barrier()  # No process writes before all have looked into the folder.
     if common.rank() == 0:
         datasets.write_json(metadata, {"complete": False, "settings": settings})
+        for path in out.rglob(".*.tmp"):  # of a run that was killed
+            path.unlink()
         for record in filter(Path.exists, records):  # delete those of which a file is missing
             written = [i for i in json.loads(record.read_text()) if not i["left_out"]]
             if not all((out / i[key]).exists() for i in written for key in ("image", "mask")):
@@ -899,9 +903,7 @@ def translate_folder(args: TranslateArgs) -> None:
     common.barrier()
 
     # Step 3: translate what is missing, each process its share of the batches
-    if common.rank() == 0:
-        missing = sum(not record.exists() for record in records)
-        print(f"{len(pairs)} images -> {out}, {device}; {missing} of {len(batches)} batches to do")
+    datasets.note(f"{len(pairs)} images in {len(batches)} batches -> {out}; {device}")
     own = range(common.rank(), len(batches), common.world_size())
     previous: tuple[Path, Any] | None = None  # the batch that threads write: record and images
 
@@ -916,9 +918,7 @@ def translate_folder(args: TranslateArgs) -> None:
                 continue
             # Files take longer than the network on a GPU, so threads read and write them, and
             # write a batch while the next one is translated.
-            old = pool.map(
-                lambda p: np.asarray(datasets.to_rgb(datasets.open_image(p.image))), batch
-            )
+            old = pool.map(lambda pair: datasets.read_image(pair.image), batch)
             old = np.stack(list(old))  # [B,H,W,3]
             if dataset:
                 labels = pool.map(partial(read_mask, dataset=dataset), batch)
@@ -949,9 +949,6 @@ def translate_folder(args: TranslateArgs) -> None:
         masks = np.stack([datasets.resize_label(mask, size) for mask in masks])
         table["noise_deviation"] = sum(i["noise_deviation"] for i in images) / len(images)
         table |= check(bridge, before, after, masks, dataset is not None)
-        # The figure is not in the folder, so that no loader takes it for an image of the set.
-        sheet = out.with_name(f"{out.name}-sheet.png")
-        draw_translations(sheet, {"source": before, "translated": after}, masks)
     content = {"settings": settings, "checks": table, "ignored": ignored, "images": images}
     content |= {"complete": True, "commit": common.commit(), "torch": torch.__version__}
     datasets.write_json(metadata, content)
@@ -960,6 +957,9 @@ def translate_folder(args: TranslateArgs) -> None:
         print(f"{ignored} files ignored: foreign, masks without an image, GTA5's unusable frames")
     if kept:
         print(*verdict(table, bridge.config["unet_steps"]), sep="\n", flush=True)
+        sheet = out.with_name(f"{out.name}-sheet.png")  # outside, since loaders may read all in it
+        with contextlib.suppress(OSError):  # perhaps nothing else can be written
+            draw_translations(sheet, {"source": before, "translated": after}, masks)
 
 
 # ---- Command line -------------------------------------------------------------------------------

@@ -907,7 +907,8 @@ def draw_scenes(run: Run, roads: RoadScenes, transformer: Any, photos: Split, ne
         columns[title] = list(common.to_uint8(images[:6]))
         columns[f"labels, {title}"] = list(maps[-1][:6].numpy())
         labels[title] = torch.cat(maps)  # [256,H,W]
-    columns["photo"] = list(photos.images[datasets.spaced(len(photos), 6)])
+    six = np.linspace(0, len(photos) - 1, 6).round().astype(int)  # of fewer photos some twice
+    columns["photo"] = list(photos.images[six])
     common.draw_sheet(folder / "scenes.png", columns, run.classes)
 
     # Step 2: the share of each class at each pixel

@@ -14,6 +14,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -942,7 +943,11 @@ def write(out: Path, seed: int = 0, scale: float = 1.0, workers: int | None = No
     part = out.with_name(f"{out.name}.{os.getpid()}.part")
     try:
         with ProcessPoolExecutor(workers or os.cpu_count(), get_context("spawn")) as pool:
-            list(pool.map(write_pair, list_pairs(part, seed, scale), chunksize=8))  # raises errors
+            # The workers inherit that Ctrl-C is ignored; this process ends them.
+            handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+            written = pool.map(write_pair, list_pairs(part, seed, scale), chunksize=8)
+            signal.signal(signal.SIGINT, handler)
+            list(written)  # raises errors
         if is_current(out, seed, scale):
             return  # another process was quicker
         out.mkdir(parents=True, exist_ok=True)

@@ -51,8 +51,10 @@ def run(args: Args) -> None:
     same = sorted(set(photos.values()) - set(outputs.values()))
     if same:
         raise UserError(f"{args.photos / same[0]}: another photo differs by its suffix alone")
-    if args.out.resolve().is_relative_to(args.photos.resolve()):
-        raise UserError(f"--out {args.out}: lies in the folder of the photos")
+    inputs, out = args.photos.resolve(), args.out.resolve()
+    written = [out / name for name in ("ids", "colours", "overlays")]
+    if out.is_relative_to(inputs) or any(inputs.is_relative_to(folder) for folder in written):
+        raise UserError(f"--out {args.out}: the photos must lie elsewhere")
     legend = args.out / "classes.json"
     if legend.exists() and common.read_json(legend) != ids:  # perhaps that of own data
         raise UserError(f"{legend}: has other classes; give another --out")

@@ -191,9 +191,7 @@ def test_with_every_switch_off_it_trains_on_the_source_alone(args: common.Args):
 
 @pytest.mark.usefixtures("no_figures")
 @pytest.mark.parametrize("at", [3, 9])
-def test_a_run_that_is_cut_off_ends_with_the_same_weights(
-    args: common.Args, monkeypatch: pytest.MonkeyPatch, at: int
-):
+def test_a_run_that_is_cut_off_ends_with_the_same_weights(args, monkeypatch, at):
     settings = make(args, "whole", steps=12, **ALL_STAGES)
     whole_and_cut(monkeypatch, da.run, settings, ("source",), at=at)
     assert same_weights("whole", "cut")

@@ -93,9 +93,7 @@ def test_the_table_end_to_end(mini: Path):
     assert [benchmark.finished(row) for row in changed] == [None] * 3
 
 
-def test_color_transfer_gives_images_the_colours_of_a_training_photo(
-    args: common.Args, monkeypatch: pytest.MonkeyPatch
-):
+def test_color_transfer_gives_images_the_colours_of_a_training_photo(args, monkeypatch):
     seen = {}
 
     def train(run: common.Run, net: Any, split: Any, steps: int, stage: str, *maps: Any) -> None:
@@ -160,9 +158,7 @@ def stub(
     return benchmark.rows_of(args), args
 
 
-def test_a_row_that_fails_costs_no_other_row(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-):
+def test_a_row_that_fails_costs_no_other_row(monkeypatch, capsys):
     record = json.dumps(dataclasses.asdict(Result(VKITTI, "works", 0, miou=50.0, seconds=1.0)))
     write = "import pathlib, sys; out = pathlib.Path(sys.argv[1]); out.mkdir(parents=True); "
     write += f"(out / 'result.json').write_text({record!r})"
@@ -206,9 +202,7 @@ def test_ctrl_c_ends_the_rows(monkeypatch: pytest.MonkeyPatch):
 
 
 # ---- Tables of run folders ----------------------------------------------------------------------
-def test_collected_runs_make_a_table_on_any_terminal(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-):
+def test_collected_runs_make_a_table_on_any_terminal(monkeypatch, tmp_path):
     """From two folders, in two seeds, printed to a terminal of Latin-1."""
     for seed in (0, 1):
         write_run(tmp_path / "a", "source_only", 0.5, seed)
@@ -268,6 +262,9 @@ def test_two_run_folders_of_the_same_row(tmp_path: Path):
     assert len(benchmark.collected_results((tmp_path,))[0]) == 1
     with pytest.raises(UserError, match="no finished run folder"):
         benchmark.collected_results((tmp_path / "quick",))
+    (tmp_path / VKITTI / "source_only/seed0/result.json").write_text('{"benchmark":')
+    with pytest.raises(UserError, match=r"seed0/result.json: damaged"):
+        benchmark.collected_results((tmp_path,))
 
 
 def test_a_combination_needs_its_parent_and_a_control_at_matched_updates(tmp_path: Path):
@@ -311,6 +308,9 @@ def test_a_failed_row_and_an_absent_class_are_named():
     assert table[0]["mIoU"] == "50.0; seed 1 failed: no such file"
     assert any("without pole, which no test" in line for line in benchmark.notes([good, bad], {}))
     assert {"class": "pole", "metasim": "-"} in benchmark.class_table({"metasim": [good, bad]})
+    renamed = dataclasses.replace(good, iou={"road": 1.0, "lamp": 2.0})  # of another classes.json
+    table = benchmark.class_table({"metasim": [good, renamed]})
+    assert {"class": "lamp", "metasim": "-"} in table and table[0]["metasim"] == "25.5"
     rows = [dataclasses.replace(good, miou=value) for value in (1.0, 2.0, 4.5)]
     table = benchmark.method_table({"metasim": rows}, {}, labelled=False)
     assert table[0]["mIoU"] == "2.5 ± 1.8"  # n - 1: sqrt((2.25 + 0.25 + 4) / 2) = 1.80
@@ -354,6 +354,9 @@ def test_the_interval_is_paired():
     mious = [common.scores(confusion[0].sum(axis=0))["mIoU"] for confusion in (better, worse)]
     assert mean == pytest.approx(mious[0] - mious[1])
     assert high - low < 0.05 * (most - least) and low < mean < high
+    void = np.zeros((1, 3, 2, 2), int)  # photos without any label
+    with_void = (np.concatenate([void, confusion], axis=1) for confusion in (better, worse))
+    assert benchmark.interval(*with_void) == (mean, low, high)
 
 
 # ---- Curves -------------------------------------------------------------------------------------

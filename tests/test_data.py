@@ -59,9 +59,7 @@ def test_the_palette_of_a_gta5_label_is_never_read():
 
 
 @pytest.mark.parametrize("dataset", datasets.DATASETS.values(), ids=lambda dataset: dataset.name)
-def test_every_class_occurs_in_the_miniature_and_every_label_is_strict(
-    mini: Path, dataset: datasets.Dataset
-):
+def test_every_class_occurs_in_the_miniature_and_every_label_is_strict(mini, dataset):
     seen = set()
     for split in ("train",) if dataset in (VKITTI2, GTA5) else ("train", "test"):
         pairs, unlabelled = datasets.list_files(dataset, mini / dataset.name, split)

@@ -89,9 +89,7 @@ def unroll(inner: dr.InnerNetwork, batches, weights, photos, lr) -> tuple[Tensor
 
 @pytest.mark.parametrize("updates", [1, 2, 4])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.float64, 1e-8)])
-def test_weight_gradient_equals_the_unrolled_derivative(
-    updates: int, dtype: torch.dtype, tolerance: float
-):
+def test_weight_gradient_equals_the_unrolled_derivative(updates, dtype, tolerance):
     inner, *given = problem(Body(3), updates, dtype, (32, 32))
     other = copy.deepcopy(inner)
     a, b = dr.weight_gradient(inner, *given), unroll(other, *given)

@@ -521,9 +521,7 @@ def test_a_finished_folder_continues_with_more_images_but_not_with_others(
     assert content(out) == whole
 
 
-def test_labels_of_the_masks_and_the_filter(
-    trained: tuple, tmp_path: Path, no_figures, monkeypatch
-):
+def test_labels_of_the_masks_and_the_filter(trained, tmp_path, no_figures, monkeypatch):
     bridge, source = trained[:2]
     names_of = {name: colour for colour, name in datasets.VKITTI2_COLOURS.items() if name}
     classes = [*bridge.config["classes"], *[None] * 246]

@@ -162,9 +162,7 @@ def bilinear(picture: np.ndarray, x: np.ndarray, y: np.ndarray, edge: str) -> np
     return (1 - t) * upper + t * ((1 - u) * padded[top + 1, left] + u * padded[top + 1, left + 1])
 
 
-def test_a_scene_equals_plain_compositing(
-    roads: metasim.RoadScenes, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_scene_equals_plain_compositing(roads, monkeypatch):
     """Each object by itself, in pixels, the farthest first; cameras that see beyond the image."""
     monkeypatch.setattr(metasim, "retone", lambda image, _: image)
     graphs = roads.sample(12, common.generator(3))
@@ -214,9 +212,7 @@ def test_a_scene_equals_plain_compositing(
     assert {count for count, _ in seen} == {0, 1, 2} and any(beyond for _, beyond in seen)
 
 
-def test_a_surface_changes_its_own_pixels_and_no_label(
-    roads: metasim.RoadScenes, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_surface_changes_its_own_pixels_and_no_label(roads, monkeypatch):
     """Brighter, warmer, greener by exact gains, and twice what the blur removes."""
     monkeypatch.setattr(metasim, "retone", lambda image, _: image)
     graphs = roads.sample(6, common.generator(7))
@@ -458,9 +454,7 @@ def test_a_white_image_does_no_harm(args: common.Args, monkeypatch: pytest.Monke
 
 
 @pytest.mark.usefixtures("no_figures")
-def test_a_run_that_is_cut_off_in_every_stage_ends_with_the_same_weights(
-    args: common.Args, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_run_that_is_cut_off_in_every_stage_ends_with_the_same_weights(args, monkeypatch):
     stages = ("features", "match", "reward", "train")
     args = made(args, "whole", **REWARD)
     whole_and_cut(monkeypatch, metasim.run, args, stages, at=2)

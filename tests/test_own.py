@@ -31,16 +31,16 @@ def own(args: common.Args) -> common.Args:
     for i in range(10):
         root, suffix = ("own/target", "png") if i < 6 else ("own/source", "JPG")
         for folder in ("images", "labels"):
-            Path(root, folder, "a b").mkdir(parents=True, exist_ok=True)
+            Path(root, folder, "a b.png").mkdir(parents=True, exist_ok=True)
         image = Image.fromarray(rng.integers(0, 256, (48, 80, 3), dtype=np.uint8))
-        image.save(Path(root, f"images/a b/{i}.{suffix}"))
+        image.save(Path(root, f"images/a b.png/{i}.{suffix}"))
         label = rng.integers(0, 5, (48, 80), dtype=np.uint8)
         if i == 8:
             label = np.array([colours[2], colours[4]], np.uint8)[label % 2]
         picture = Image.fromarray(label)
         if i == 7:
             picture.putpalette([255, 0, 0] * 256)
-        picture.save(Path(root, f"labels/a b/{i}.png"))
+        picture.save(Path(root, f"labels/a b.png/{i}.{'PNG' if i == 3 else 'png'}"))
     Path("own/classes.json").write_text(json.dumps(CLASSES))
     return replace(args, data="own", benchmark="own")
 
@@ -51,14 +51,12 @@ def test_own_data_is_read_by_its_classes(own: common.Args):
     source, train, test = (datasets.load(a, role) for role in roles)
     assert source.dataset.classes == ("road", "tree", "sky", "hut") and a.size == (32, 64)
     assert [len(split) for split in (source, train, test)] == [4, 3, 3]
-    assert train.names[0] == "images/a b/0.png" and test.names[0] == "images/a b/3.png"
-    assert test.test_files[0][1] == Path("own/target/labels/a b/3.png")
-    read = [
-        datasets.read_label(path, source.dataset) for path in sorted(Path("own").rglob("6.png"))
-    ]
-    ids = np.asarray(Image.open("own/source/labels/a b/6.png"))
-    np.testing.assert_array_equal(read[0], np.array([IGNORE, 0, 1, 1, 3], np.uint8)[ids])
-    colours = datasets.read_label(Path("own/source/labels/a b/8.png"), source.dataset)
+    assert train.names[0] == "images/a b.png/0.png" and test.names[0] == "images/a b.png/3.png"
+    assert test.test_files[0][1] == Path("own/target/labels/a b.png/3.PNG")
+    grey, rgb = (Path(f"own/source/labels/a b.png/{i}.png") for i in (6, 8))
+    train_ids = np.array([IGNORE, 0, 1, 1, 3], np.uint8)[np.asarray(Image.open(grey))]
+    np.testing.assert_array_equal(datasets.read_label(grey, source.dataset), train_ids)
+    colours = datasets.read_label(rgb, source.dataset)
     assert set(np.unique(colours)) == {2, 3}
     table = datasets.palette(source.dataset.classes)
     assert table[2].tolist() == [70, 130, 180] and len(np.unique(table[:5], axis=0)) == 5
@@ -135,8 +133,8 @@ def refused(args: common.Args, message: str) -> None:
         (None, "No such file or directory"),
         ("{", "Expecting"),
         ("[7]", "no JSON object"),
-        ("{}", "names 0 classes, expected 1 to 254"),
-        ('{"Ignore": 0}', "names 0 classes, expected 1 to 254"),
+        ("{}", "names 0 classes, expected 2 to 254"),
+        ('{"Ignore": 0}', "names 0 classes, expected 2 to 254"),
         (json.dumps({f"c{i}": [[i, 0, 0]] for i in range(255)}), "names 255 classes"),
         ('{"road": 256}', "256 of road is no id or colour"),
         ('{"road": "7"}', "'7' of road is no id or colour"),
@@ -146,6 +144,7 @@ def refused(args: common.Args, message: str) -> None:
         ('{"road": 7.5}', "7.5 of road is no id or colour"),
         ('{"road": [[1, 2]]}', r"\[1, 2\] of road is no id or colour"),
         ('{"road": 7, "car": [7]}', "7 of car is no id or colour, or is given twice"),
+        ('{"road": 7, "ignore": 0}', "names 1 classes, expected 2 to 254"),
     ],
 )
 def test_own_classes_that_cannot_be(args: common.Args, content: str | None, message: str):
@@ -162,8 +161,8 @@ def test_own_labels_are_strict(args: common.Args):
         Image.fromarray(np.full((8, 8), 5, np.uint8)).save(Path("own", folder, "a.png"))
     own = replace(args, data="own", benchmark="own")
     for classes, message in (
-        ('{"road": 4}', "labels/a.png: id 5 is not in the label map of source"),
-        ('{"road": [[5, 5, 5]]}', "found PNG of mode L, expected a PNG of mode RGB or RGBA"),
+        ('{"road": 4, "sky": 6}', "labels/a.png: id 5 is not in the label map of source"),
+        ('{"a": [[5, 5, 5]], "b": [[6, 6, 6]]}', "found PNG of mode L, expected a PNG of mode RGB"),
     ):
         Path("own/classes.json").write_text(classes)
         refused(own, message)
@@ -190,15 +189,23 @@ def test_predict_replaces_no_other_classes(own: common.Args, no_figures: None):
     with pytest.raises(datasets.UserError, match=r"own/classes.json: has other classes"):
         predict.run(predict.Args(checkpoint, Path("own/target/images"), Path("own"), "cpu"))
     assert Path("own/classes.json").read_bytes() == before
+    Path("own/target/images").rename("own/ids")  # predict.py would write over these photos
+    with pytest.raises(datasets.UserError, match="own: the photos must lie elsewhere"):
+        predict.run(predict.Args(checkpoint, Path("own/ids"), Path("own"), "cpu"))
 
 
 def test_a_bridge_of_own_data_reads_own_masks(own: common.Args, no_figures: None):
     fields = {"width": 8, "levels": 3, "unet_steps": 2, "reader_steps": 2, "out": Path("bridge")}
-    diffusion_bridge.train(like(own, diffusion_bridge.Args, **fields))
+    for _ in range(2):  # the second time nothing is trained
+        diffusion_bridge.train(like(own, diffusion_bridge.Args, **fields))
+        assert [path.name for path in Path("bridge").glob("*.pt")] == ["bridge.pt"]
     source = {"input_dir": Path("own/source/images"), "mask_dir": Path("own/source/labels")}
     fields = {"checkpoint": Path("bridge/bridge.pt"), "mask_labels": "own", "sample_steps": 2}
     args = diffusion_bridge.TranslateArgs(**source, output_dir=Path("out"), **fields)
-    diffusion_bridge.translate_folder(args)
+    for _ in range(2):
+        diffusion_bridge.translate_folder(args)
+        assert Path("out-sheet.png").exists() and not Path("out/.a.png.tmp").exists()
+        Path("out/.a.png.tmp").touch()  # as a run that is killed leaves it
     assert 0 <= json.loads(Path("out/metadata.json").read_text())["checks"]["agreement_after"] <= 1
 
 
@@ -220,5 +227,5 @@ def test_the_benchmark_of_own_data(own: common.Args, capsys, labels: bool):
     assert ("so some rows are left out" in output.err) != labels
     assert Path("runs/figures/own.png").exists() and Path("runs/results.md").exists()
     if not labels:
-        with pytest.raises(datasets.UserError, match="all of these rows need labelled training"):
+        with pytest.raises(datasets.UserError, match="no row, or all of them need labelled"):
             benchmark.main(replace(args, methods=("few_label",)))
