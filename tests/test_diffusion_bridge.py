@@ -298,11 +298,11 @@ def test_verdict_says_what_is_better_and_that_few_updates_are_no_bridge():
 
 # ---- The row ------------------------------------------------------------------------------------
 def test_row_continues_where_it_was_cut_off(args: common.Args, no_figures, monkeypatch, capsys):
-    whole = db.run(row(args, "whole", color=0.5))
+    whole = db.run(row(args, "whole"))
     for stage in ("unet", "translate"):
         with interrupted(monkeypatch, stage, 3):
-            db.run(row(args, "cut", color=0.5))
-    cut = db.run(row(args, "cut", color=0.5))
+            db.run(row(args, "cut"))
+    cut = db.run(row(args, "cut"))
     assert cut.miou == whole.miou and cut.target_labels == 0
     assert cut.other_updates == "4 U-Net updates, 4 of the reader"
     for name in ("set/images.npy", "set/labels.npy"):

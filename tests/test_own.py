@@ -177,7 +177,7 @@ def test_own_labels_are_strict(args: common.Args):
 
 
 def test_a_single_labelled_photo_leaves_none_to_train_on(own: common.Args):
-    for photo in sorted(Path("own/target/images").rglob("*.*"))[1:]:
+    for photo in sorted(Path("own/target/images").glob("*/*"))[1:]:
         photo.unlink()
     with pytest.raises(datasets.UserError, match="own/target: no training photo; of photos with"):
         datasets.load(common.resolve(own, "own"), "target_unlabelled")
@@ -204,7 +204,7 @@ def test_a_bridge_of_own_data_reads_own_masks(own: common.Args, no_figures: None
     args = diffusion_bridge.TranslateArgs(**source, output_dir=Path("out"), **fields)
     for _ in range(2):
         diffusion_bridge.translate_folder(args)
-        assert Path("out-sheet.png").exists() and not Path("out/.a.png.tmp").exists()
+        assert not Path("out/.a.png.tmp").exists()
         Path("out/.a.png.tmp").touch()  # as a run that is killed leaves it
     assert 0 <= json.loads(Path("out/metadata.json").read_text())["checks"]["agreement_after"] <= 1
 
