@@ -74,7 +74,7 @@ class Args(common.SharedArgs):
     print_jobs: bool = False
     """Print the command of every row and stop: for SLURM arrays, GNU parallel."""
     collect: tuple[Path, ...] = ()
-    """Make the table of the finished run folders below these folders, and run nothing."""
+    """Run nothing, and add the finished run folders below these folders to the table."""
     curves: tuple[Path, ...] = ()
     """Draw the curves of these run folders, or of MMSegmentation's scalars.json, and stop."""
     networks: bool = False
@@ -152,10 +152,9 @@ def finished(row: Row) -> Result | None:
     """The result of a row that has been run with these arguments and this data."""
     flags = vars(row.args) | {"device": "cpu", "resume": True}  # they decide nothing here
     try:
-        if row.method in BASELINES:
-            args = baseline.Args(**flags, row=row.method)
-        else:
-            args = importlib.import_module(row.method).Args(**flags)
+        flags |= {"row": row.method} if row.method in BASELINES else {}
+        module = importlib.import_module("baseline" if "row" in flags else row.method)
+        args = module.Args(**flags)
         return common.finished(common.resolve(args, row.method), row.method)
     except Exception:  # the row's own process will report it
         return None
@@ -422,7 +421,8 @@ def notes(results: list[Result], folders: dict[Key, Path]) -> list[str]:
         for r in rows:
             records.append({"commit": r.commit, "device": r.device, "versions": r.versions})
             if not re.search(r"[+@]", r.method):  # these may have other updates
-                records[-1] |= common.read_json(folders.get(key_of(r), Path()) / "config.json")
+                config = common.read_json(folders.get(key_of(r), Path()) / "config.json")
+                records[-1] |= {"steps": r.steps, **config}
         if any(record.get("miniature") for record in records):
             lines.append(f"{benchmark}: the miniature; do not compare with published numbers.")
         for name in ("commit", "device", "versions", *SETTINGS):
@@ -454,8 +454,7 @@ def write_tables(results: list[Result], folders: dict[Key, Path], out: Path) -> 
             if result.benchmark == name:
                 methods.setdefault(result.method, []).append(result)
         for kind, labelled in (("no target labels", False), ("with target labels", True)):
-            table = method_table(methods, folders, labelled)
-            if table:
+            if table := method_table(methods, folders, labelled):
                 show(f"{name}, {kind}", table)
                 tables[f"{name}, {kind}"] = table
         if classes := class_table(methods):
@@ -566,6 +565,7 @@ def main(args: Args) -> None:
     if args.collect:
         collected, folders = collected_results(args.collect)
         results |= {key: r for key, r in collected.items() if not r.error or key not in results}
+        folders = {key: f for key, f in folders.items() if results[key] is collected[key]}
     else:
         for benchmark in args.benchmarks:  # a wrong flag, too; and this writes the miniature
             shared = common.resolve(shared_args(args, benchmark=benchmark, device="cpu"), "data")

@@ -8,7 +8,7 @@ mixed-mode differentiation (MixFlow-MG, arXiv:2505.00793v2).
 
     python datarater.py --choose random    # a control, like worst and original
 
-    python datarater.py --corrupt 0.1      # do damaged images get lower scores?
+    python datarater.py --corrupt 0.1 --inner-updates 16    # do damaged images get lower scores?
 
 The first command takes five minutes on one CPU core and reaches 53 mIoU on the miniature (the
 default data); training on the images as they are (--choose original) reaches 45.

@@ -240,9 +240,11 @@ def list_files(dataset: Dataset, root: Path, split: str) -> tuple[list, list[Pat
     images, others = find_images(root, pattern)
     label_pattern = dataset.label_of(pattern)
     if "**" in pattern:  # own data: the suffix of a label may be in capitals
-        label_pattern = label_pattern.removesuffix(".png")
-    labels, other_labels = find_images(root, label_pattern)
-    labels = {re.sub(r"\.png$", ".png", key, flags=re.I): path for key, path in labels.items()}
+        label_pattern = label_pattern.removesuffix(".png") + ".[pP][nN][gG]"
+    listed, other_labels = find_images(root, label_pattern)
+    labels = {re.sub(r"\.png$", ".png", key, flags=re.I): path for key, path in listed.items()}
+    if len(labels) < len(listed):
+        raise UserError(f"{root}: two labels differ in the case of their suffix alone")
     if not images and split == "train":
         raise UserError(f"{root}: no image of {dataset.name}, expected {pattern}")
     image_of = {dataset.label_of(key): key for key in images}
@@ -390,6 +392,14 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def delete_leftovers(folder: Path, pattern: str, age: float) -> None:
+    """Deletes temporary files that killed processes have left: those older than `age` seconds."""
+    for path in folder.rglob(pattern):
+        with contextlib.suppress(FileNotFoundError):  # another process was quicker
+            if path.is_file() and time.time() - path.stat().st_mtime > age:
+                path.unlink()
+
+
 def spaced(count: int, most: int) -> np.ndarray:
     """At most `most` evenly spaced indices of `count` things. -> int64."""
     return np.linspace(0, count - 1, min(most, count)).round().astype(int)
@@ -454,9 +464,7 @@ def cached(cache: Path, name: str, files: Sequence[Path], shape: tuple[int, ...]
     """
     path = cache / f"{name}-{'x'.join(map(str, shape))}-{digest(files)}.npy"
     if rank() == 0 and not path.exists():
-        for left in cache.glob(f".{path.name}.*.tmp"):  # by a process that was killed
-            if time.time() - left.stat().st_mtime > 86_400:
-                left.unlink(missing_ok=True)
+        delete_leftovers(cache, f".*{path.name}.*.tmp", age=86_400)
         with replacing(path) as temporary, ThreadPoolExecutor(os.cpu_count()) as pool:
             array = create_array(temporary, (len(files), *shape))
             for start in show_progress(range(0, len(files), 64), f"caching {name}"):

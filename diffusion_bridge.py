@@ -894,8 +894,7 @@ def translate_folder(args: TranslateArgs) -> None:
     common.barrier()  # No process writes before all have looked into the folder.
     if common.rank() == 0:
         datasets.write_json(metadata, {"complete": False, "settings": settings})
-        for path in out.rglob(".*.tmp"):  # of a run that was killed
-            path.unlink()
+        datasets.delete_leftovers(out, ".*.tmp", age=60)
         for record in filter(Path.exists, records):  # delete those of which a file is missing
             written = [i for i in json.loads(record.read_text()) if not i["left_out"]]
             if not all((out / i[key]).exists() for i in written for key in ("image", "mask")):

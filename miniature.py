@@ -16,6 +16,7 @@ import re
 import shutil
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache
@@ -944,9 +945,13 @@ def write(out: Path, seed: int = 0, scale: float = 1.0, workers: int | None = No
     try:
         with ProcessPoolExecutor(workers or os.cpu_count(), get_context("spawn")) as pool:
             # The workers inherit that Ctrl-C is ignored; this process ends them.
-            handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-            written = pool.map(write_pair, list_pairs(part, seed, scale), chunksize=8)
-            signal.signal(signal.SIGINT, handler)
+            main_thread = threading.current_thread() is threading.main_thread()
+            handler = signal.signal(signal.SIGINT, signal.SIG_IGN) if main_thread else None
+            try:
+                written = pool.map(write_pair, list_pairs(part, seed, scale), chunksize=8)
+            finally:
+                if main_thread:
+                    signal.signal(signal.SIGINT, handler or signal.SIG_DFL)
             list(written)  # raises errors
         if is_current(out, seed, scale):
             return  # another process was quicker
