@@ -152,9 +152,9 @@ def finished(row: Row) -> Result | None:
     """The result of a row that has been run with these arguments and this data."""
     flags = vars(row.args) | {"device": "cpu", "resume": True}  # they decide nothing here
     try:
-        flags |= {"row": row.method} if row.method in BASELINES else {}
-        module = importlib.import_module("baseline" if "row" in flags else row.method)
-        args = module.Args(**flags)
+        own = {"row": row.method} if row.method in BASELINES else {}
+        module = baseline if own else importlib.import_module(row.method)
+        args = module.Args(**flags, **own)
         return common.finished(common.resolve(args, row.method), row.method)
     except Exception:  # the row's own process will report it
         return None
@@ -334,7 +334,7 @@ def interval_of(
         try:
             confusions.append({seed: np.load(path) for seed, path in paths.items()})
         except (ValueError, EOFError) as error:
-            raise UserError(f"{[*paths.values()]}: cannot be read ({error})") from error
+            raise UserError(f"a confusion.npy of {rows[0].method} is damaged: {error}") from error
     seeds = sorted(set.intersection(*map(set, confusions)))
     truths = {c[seed].sum(axis=-1).tobytes() for c in confusions for seed in seeds}
     if len(truths) != 1:
@@ -409,8 +409,8 @@ def notes(results: list[Result], folders: dict[Key, Path]) -> list[str]:
         if any(r.miou is None for r in rows):
             lines.append(f"{benchmark}: a row without a score was run without test labels.")
         elif absent:
-            without = ", ".join(sorted(absent))
-            lines.append(f"{benchmark}: mIoU without {without}, which no test photo has.")
+            names = ", ".join(sorted(absent))
+            lines.append(f"{benchmark}: mIoU without {names}, which no test photo has.")
         updates = {r.method: r.steps for r in rows}
         for method, count in updates.items():
             control = f"{method.rpartition('+')[2]}@{count}"

@@ -648,7 +648,7 @@ class Run:
         if run.result:  # finished earlier, with the same arguments
             return run.result
         net = run.network()
-        for step in run.steps("train", 400, net=net, optimizer=optimizer):
+        for step in run.steps("train", 400, net=net, optimizer=optimizer):  # an update of net
             run.log(step, loss=loss, lr=lr)
         return run.finish(net, target_labels=0)
 

@@ -706,14 +706,14 @@ def run(args: Args) -> Result:
 def train(args: Args) -> None:
     """The command `train`: trains reader and U-Net, and writes OUT/bridge.pt."""
     run = Run(args, "diffusion_bridge_train", stages=2)
-    if run.result and not (run.out / "bridge.pt").exists():
-        raise UserError(f"{run.out / 'bridge.pt'}: is missing; --no-resume trains it again")
     if not run.result:
         args = fill_in(run.args)
         source, photos = (datasets.load(args, role) for role in ("source", "target_unlabelled"))
         train_bridge(run, args, source, photos)
         run.complete(Result(args.benchmark, run.method, args.seed))
         run.say(f"written: {run.out / 'bridge.pt'}")
+    elif not (run.out / "bridge.pt").exists():
+        raise UserError(f"{run.out / 'bridge.pt'}: is missing; --no-resume trains it again")
 
 
 # ---- A folder -----------------------------------------------------------------------------------
@@ -760,11 +760,10 @@ def find_pairs(
         size = datasets.size_of_labelled(image)
         with datasets.open_image(mask, decode=False) as picture:
             mask_size = picture.size
-        mismatched = f"images/{image.stem}.png" in datasets.GTA5_MISMATCHED
-        if size != mask_size and dataset is datasets.GTA5 and mismatched:
-            ignored += 1
-            continue
         if size != mask_size:
+            if dataset is datasets.GTA5 and f"images/{image.stem}.png" in datasets.GTA5_MISMATCHED:
+                ignored += 1
+                continue
             raise UserError(f"{mask}: width and height are {mask_size}, but {size} in its image")
         mask_name = (mask_below / mask.relative_to(mask_dir)).as_posix()
         pairs.append(Pair(image, mask, image.relative_to(inputs).as_posix(), mask_name, size))

@@ -557,9 +557,6 @@ def train(run: Run, args: Args, roads: RoadScenes, transformer: Any, net: Any, s
             run.evaluate(net, step)
 
 
-TASK_LR = 0.25  # constant learning rate of the task network, as a multiple of --lr
-
-
 def reinforce_loss(samples: Tensor, mean: Tensor, sigma: float, rewards: Tensor) -> Tensor:
     """Its gradient with respect to `mean` is an unbiased estimate of -grad E[reward]. The baseline
     of a reward is the mean of the others, which does not depend on the sample. samples [S,...] from
@@ -568,6 +565,9 @@ def reinforce_loss(samples: Tensor, mean: Tensor, sigma: float, rewards: Tensor)
     squared = (samples.detach() - mean).square().flatten(1).sum(dim=1)  # [S]
     log_probability = -squared / (2 * sigma**2)  # up to a constant
     return -((rewards - baseline).detach() * log_probability).mean()
+
+
+TASK_LR = 0.25  # constant learning rate of the task network, as a multiple of --lr
 
 
 def learn_attributes(run: Run, args: Args, roads: RoadScenes, photos: Split) -> Transformer:
@@ -898,17 +898,17 @@ def draw_scenes(run: Run, roads: RoadScenes, transformer: Any, photos: Split, ne
     is the total variation between the shares of the classes at a pixel, averaged over pixels."""
     # Step 1: scenes.png
     folder, columns, labels = run.out / "figures", {}, {}
+    count = min(6, len(photos))
     for title, rewrite in (("prior", None), ("learned", transformer)):
         maps = []
         for batch in range(32):
             graphs = roads.sample(8, common.generator(run.args.seed, "figures", batch))
             images, y = render_graphs(roads, rewrite, graphs)
             maps.append(y.byte().cpu())
-        columns[title] = list(common.to_uint8(images[:6]))
-        columns[f"labels, {title}"] = list(maps[-1][:6].numpy())
+        columns[title] = list(common.to_uint8(images[:count]))
+        columns[f"labels, {title}"] = list(maps[-1][:count].numpy())
         labels[title] = torch.cat(maps)  # [256,H,W]
-    six = np.linspace(0, len(photos) - 1, 6).round().astype(int)  # of fewer photos some twice
-    columns["photo"] = list(photos.images[six])
+    columns["photo"] = list(photos.images[datasets.spaced(len(photos), count)])
     common.draw_sheet(folder / "scenes.png", columns, run.classes)
 
     # Step 2: the share of each class at each pixel

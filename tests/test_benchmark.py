@@ -119,9 +119,9 @@ def test_the_command_of_a_row_gives_its_arguments(monkeypatch: pytest.MonkeyPatc
     )
     rows = benchmark.rows_of(args)
     # A combination comes last, and starts from what its first method hands on.
-    for name in ("nonsense", "reward_opt@many"):
-        with pytest.raises(UserError, match=name):
-            benchmark.rows_of(benchmark.Args(combine=(name,)))
+    for last in ("nonsense", "reward_opt@many"):
+        with pytest.raises(UserError, match=last):
+            benchmark.rows_of(benchmark.Args(combine=(f"metasim+{last}",)))
     assert [row.key[1] for row in rows[::2]] == ["few_label", "metasim", "metasim+few_label"]
     assert rows[-2].args.init == Path("runs/vkitti2kitti/metasim/seed0/set")
     few_label = benchmark.command_of(rows[-1])
