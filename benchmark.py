@@ -273,10 +273,10 @@ def collected_results(roots: tuple[Path, ...]) -> tuple[dict[Key, Result], dict[
     paths = {path.parent.resolve() for root in roots for path in root.glob("**/seed*/result.json")}
     for folder in sorted(paths, key=lambda path: (path.parent.name.count("+"), path)):
         benchmark, name, seed = folder.parts[-3:]
-        record = common.read_json(folder / "result.json")
-        if not record:
-            raise UserError(f"{folder}/result.json: damaged; copy this folder again")
-        result = replace(Result(**record), method=name)
+        try:
+            result = replace(Result(**common.read_json(folder / "result.json")), method=name)
+        except TypeError as error:
+            raise UserError(f"{folder}/result.json: damaged, or of another version") from error
         if (benchmark, seed) != (result.benchmark, f"seed{result.seed}") or not result.iou:
             continue  # an old run, seed0.old1, or a bridge alone
         key = key_of(result)
@@ -355,7 +355,7 @@ def method_table(methods: Methods, folders: dict[Key, Path], labelled: bool) -> 
     low, high = (mious.get(name, math.nan) for name in ("source_only", "oracle"))
     table = []
     for method, rows in finished.items():
-        if needs_labels(method) != labelled:
+        if (needs_labels(method) or any(r.target_labels for r in rows)) != labelled:
             continue
         text = [f"{mious[method]:.1f}"] if method in mious else []
         if len(scored[method]) > 1:
@@ -413,7 +413,7 @@ def notes(results: list[Result], folders: dict[Key, Path]) -> list[str]:
             lines.append(f"{benchmark}: mIoU without {names}, which no test photo has.")
         updates = {r.method: r.steps for r in rows}
         for method, count in updates.items():
-            control = f"{method.rpartition('+')[2]}@{count}"
+            control = f"{method.rpartition('+')[2].partition('@')[0]}@{count}"
             matched = control in updates or count <= updates.get(control.partition("@")[0], 0)
             if "+" in method and not matched:
                 lines.append(f"{benchmark}: {method}: --methods {control} has as many updates")

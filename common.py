@@ -136,11 +136,11 @@ def identity(images: Tensor, rng: torch.Generator) -> Tensor:
 
 def blur(images: Tensor, rng: torch.Generator) -> Tensor:
     """Gaussian, sigma 0.2 to 2 px at a height of 256 px. images [B,3,H,W]."""
-    scale = images.shape[2] / 256
+    scale, r = images.shape[2] / 256, 4 * math.ceil(images.shape[2] / 256)
     sigma = scale * (0.2 + 1.8 * draw(rng, len(images), 1, 1, 1))  # [B,1,1,1]
-    kernel = (-(torch.arange(-4, 5) ** 2) / (2 * sigma**2)).softmax(dim=-1)  # [B,1,1,9], sums to 1
-    kernel = to_device(kernel.repeat_interleave(3, dim=0), images.device)  # [B*3,1,1,9]
-    planes = F.pad(images, (4, 4, 4, 4), mode="reflect").flatten(0, 1)[None]  # [1,B*3,H+8,W+8]
+    kernel = (-(torch.arange(-r, r + 1) ** 2) / (2 * sigma**2)).softmax(dim=-1)  # [B,1,1,2r+1]
+    kernel = to_device(kernel.repeat_interleave(3, dim=0), images.device)
+    planes = F.pad(images, (r, r, r, r), mode="reflect").flatten(0, 1)[None]  # [1,B*3,H+2r,W+2r]
     planes = F.conv2d(planes, kernel, groups=len(kernel))
     return F.conv2d(planes, kernel.mT, groups=len(kernel)).view_as(images)
 
@@ -430,7 +430,7 @@ def predict(net: nn.Module, images: np.ndarray, device: torch.device) -> Tensor:
 def evaluate(net: nn.Module, split: Split, device: torch.device) -> np.ndarray:
     """Confusion matrix of every test image, at the resolution of its label. int64 [N,C,C].
 
-    This alone opens the labels of the test set. The network is left in the mode it came in.
+    This alone scores predictions on test photos. The network is left in the mode it came in.
     """
     c, training, batch = len(split.dataset.classes), net.training, 16
     matrices = torch.zeros(len(split), c, c, dtype=torch.int64, device=device)
@@ -1011,7 +1011,7 @@ def main(args_class: type, run: Callable[[Any], Any], doc: str | None) -> None:
     except (UserError, OSError) as error:  # of the latter: a full disk, no permission
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        print("interrupted; the same command continues from what was saved", file=sys.stderr)
+        print("interrupted; the same command continues (without --force)", file=sys.stderr)
         sys.exit(130)
 
 

@@ -310,7 +310,11 @@ def read_image(path: Path, size: tuple[int, int] | None = None) -> np.ndarray:
     """An image, upright as its EXIF data say. uint8 [H,W,3], at `size` (height, width) if given."""
     _, _, turned = read_header(path)
     with open_image(path) as image:
-        image = to_rgb(ImageOps.exif_transpose(image) if turned else image)
+        if turned:
+            image.getexif()  # read now, and forgotten below: Pillow cannot write every tag again
+            image.info = {k: v for k, v in image.info.items() if k not in EXIF_KEYS}
+            image = ImageOps.exif_transpose(image)
+        image = to_rgb(image)
     return np.asarray(image.resize(size[::-1], Image.Resampling.BILINEAR) if size else image)
 
 
@@ -446,7 +450,7 @@ def fingerprint(path: Path, changed: int) -> tuple[str, int, int, int]:
 
 
 def digest(files: Sequence[Path]) -> str:
-    """A hash of the files' names and content, the same wherever they lie."""
+    """A hash of the files' names, sizes, beginnings and ends, the same wherever they lie."""
 
     def read(paths: Sequence[Path]) -> list:
         return [fingerprint(path, path.stat().st_ctime_ns) for path in paths]
@@ -463,8 +467,9 @@ def cached(cache: Path, name: str, files: Sequence[Path], shape: tuple[int, ...]
     the shape, and the files' content. Two processes may build it at once: both rename whole files.
     """
     path = cache / f"{name}-{'x'.join(map(str, shape))}-{digest(files)}.npy"
-    if rank() == 0 and not path.exists():
+    if rank() == 0:
         delete_leftovers(cache, f".*{path.name}.*.tmp", age=86_400)
+    if rank() == 0 and not path.exists():
         with replacing(path) as temporary, ThreadPoolExecutor(os.cpu_count()) as pool:
             array = create_array(temporary, (len(files), *shape))
             for start in show_progress(range(0, len(files), 64), f"caching {name}"):
@@ -604,7 +609,7 @@ def load_set(folder: Path, dataset: Dataset, size: Sequence[int]) -> Split:
         record = json.loads((folder / "set.json").read_text())
         images, labels = (np.load(folder / f"{n}.npy", mmap_mode="r") for n in ("images", "labels"))
         kind, classes = (record["dataset"], *images.shape[1:3]), tuple(record["classes"])
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder}: not a training set that a method wrote ({error})") from error
     if kind[0] == dataset.name and classes != dataset.classes:
         raise UserError(f"{folder}: has other classes, {' '.join(classes)}")

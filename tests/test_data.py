@@ -91,11 +91,13 @@ def test_a_photo_is_read_upright_as_a_camera_held_it():
 def test_every_kind_of_orientation_counts_for_images_as_for_their_labels():
     """Cameras write EXIF data, ImageMagick and photo programs also other kinds of it."""
     exif, scene = Image.Exif(), Image.fromarray(np.arange(48, dtype=np.uint8).reshape(4, 4, 3))
-    exif[274] = 3  # turned by 180 degrees
+    exif[274], exif[271] = 3, "x"  # turned by 180 degrees
+    # A resolution of type text, which Pillow reads, but cannot write again.
+    odd = exif.tobytes().replace(b"\x01\x0f\x00\x02", b"\x01\x1a\x00\x02")
     xmp, text, late = '<rdf tiff:Orientation="3">', PngInfo(), PngInfo()
     text.add_itxt("XML:com.adobe.xmp", xmp)
     late.add(b"eXIf", exif.tobytes()[6:], after_idat=True)
-    scene.save("exif.png", exif=exif)
+    scene.save("exif.png", exif=odd)
     scene.save("xmp.png", pnginfo=text)
     scene.save("late.png", pnginfo=late)
     scene.save("xmp.jpg", xmp=xmp.encode(), quality=100)
