@@ -430,7 +430,7 @@ def predict(net: nn.Module, images: np.ndarray, device: torch.device) -> Tensor:
 def evaluate(net: nn.Module, split: Split, device: torch.device) -> np.ndarray:
     """Confusion matrix of every test image, at the resolution of its label. int64 [N,C,C].
 
-    This alone scores predictions on test photos. The network is left in the mode it came in.
+    No weight depends on it, nor on any test label. The network is left in the mode it came in.
     """
     c, training, batch = len(split.dataset.classes), net.training, 16
     matrices = torch.zeros(len(split), c, c, dtype=torch.int64, device=device)

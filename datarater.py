@@ -39,10 +39,11 @@ With --init RUN/set this and other methods train on such a set instead of the so
 Deviations: the paper takes the softmax over the examples of a batch and leaves out those of low
 scores; here it is over an image's candidates, of which the best stays. The paper has a population
 of inner networks, which start untrained and are reset from time to time. Here one inner network
-starts trained and is never reset; under torchrun each process has its own, the rater learns from
-the mean of their meta-gradients, and rank 0 chooses. The inner optimizer is Adam with fixed second
-moments: momentum SGD with fixed diagonal scaling. MixFlow-MG differentiates a gradient by forward
-mode; here reverse mode differentiates a forward-mode derivative, which gives the same product.
+starts trained and is never reset; under torchrun each process has its own (all that of rank 0, once
+resumed), the rater learns from the mean of their meta-gradients, and rank 0 chooses. The inner
+optimizer is Adam with fixed second moments: momentum SGD with fixed diagonal scaling. MixFlow-MG
+differentiates a gradient by forward mode; here reverse mode differentiates a forward-mode
+derivative, which gives the same product.
 """
 
 import contextlib

@@ -511,7 +511,7 @@ class Split:
     names: tuple[str, ...]  # paths below the dataset's folder
     images: np.ndarray  # uint8 [N,H,W,3], memory-mapped
     labels: np.ndarray | None  # uint8 [N,H,W] train ids, memory-mapped
-    test_files: tuple[tuple[Path, Path], ...] = ()  # image and label, for the evaluator alone
+    test_files: tuple[tuple[Path, Path], ...] = ()  # image and label, for scores and figures alone
 
     def __len__(self) -> int:
         return len(self.names)
@@ -537,8 +537,8 @@ def load(args: Any, role: Role) -> Split:
     """The images of a role, through the cache. `args` are common.Args, resolved.
 
     Labels are read for 'source', 'target_few' and 'target_train' (which is the oracle's alone);
-    those of 'target_test' are checked, and left to `evaluate`. Without any test label,
-    'target_test' holds photos for the pictures. UserError where needed labels are missing.
+    those of 'target_test' are only checked. Without any test label, 'target_test' holds photos for
+    the pictures. UserError where needed labels are missing.
     """
     dataset = get_benchmark(args.benchmark, args.data)[role != "source"]
     if role == "source" and args.init and args.init.is_dir():

@@ -187,7 +187,7 @@ def appearance(images: Tensor) -> Tensor:
     Haze is the mean of the dark channel (He et al., CVPR 2009), the least of R, G, B in squares of
     an eighth of the height, side by side. It is near 0 in clear air, except in the sky.
     """
-    luma, side = luminance(images), max(1, images.shape[2] // 8)
+    luma, side = luminance(images), max(1, min(images.shape[2] // 8, images.shape[3]))
     darkest, brightest = images.amin(dim=1), images.amax(dim=1)  # [B,H,W]
     dark_channel = -F.max_pool2d(-darkest, side)
     values = (
@@ -405,10 +405,10 @@ def train_bridge(run: Run, args: Args, source: Split, photos: Split) -> Bridge:
     bridge = Bridge(config, len(photos)).to(device)
 
     # Step 1: the reader is trained on the source, partly in photos' colours, and labels the photos.
-    def augment(images: Tensor, rng: torch.Generator) -> Tensor:
+    def restyle(images: Tensor, rng: torch.Generator) -> Tensor:
         return common.random_augmentation(recolor(images, rng, photos, args.reader_color), rng)
 
-    common.train(run, bridge.reader, source, args.reader_steps, "reader", augment, evaluated=False)
+    common.train(run, bridge.reader, source, args.reader_steps, "reader", restyle, evaluated=False)
     bridge.reader.eval()
     if common.world_size() > 1:  # the statistics of batch normalisation differ by process
         for buffer in bridge.reader.buffers():
@@ -868,13 +868,16 @@ def translate_folder(args: TranslateArgs) -> None:
         group = list(group)
         n = max(1, min(args.batch_size, MAX_PIXELS // math.prod(group[0].size)))
         batches += [group[i : i + n] for i in range(0, len(group), n)]
-    records = []  # One for each batch. Its name depends on the paths and times of the input files.
+    records = []  # One for each batch. Its name depends on the input's paths, times and sizes.
     for batch in batches:
         files = [path.stat() for pair in batch for path in (pair.image, pair.mask)]
-        stamp = [(pair.name, pair.mask_name) for pair in batch], [f.st_mtime_ns for f in files]
+        stamp = [(p.name, p.mask_name) for p in batch], [(f.st_mtime_ns, f.st_size) for f in files]
         records.append(out / f".records/{common.seed_of(repr(stamp)):014x}.json")
 
     # Step 2: a new output folder, or one begun with these settings that holds no other images
+    for folder in sorted({(out / n).parent for pair in pairs for n in (pair.name, pair.mask_name)}):
+        if folder.resolve() != folder:
+            raise UserError(f"{folder}: leads to {folder.resolve()}, outside of --output-dir")
     settings = {**asdict(args), "checkpoint": datasets.sha256(args.checkpoint)}
     for name in ("input_dir", "mask_dir", "output_dir", "config"):
         del settings[name]  # a folder may be moved, and continued from there
@@ -894,9 +897,11 @@ def translate_folder(args: TranslateArgs) -> None:
     if common.rank() == 0:
         datasets.write_json(metadata, {"complete": False, "settings": settings})
         datasets.delete_leftovers(out, ".*.tmp", age=60)
-        for record in filter(Path.exists, records):  # delete those of which a file is missing
+        current = set(records)
+        for record in out.glob(".records/*.json"):  # keep those of this input whose files exist
             written = [i for i in json.loads(record.read_text()) if not i["left_out"]]
-            if not all((out / i[key]).exists() for i in written for key in ("image", "mask")):
+            whole = all((out / i[key]).exists() for i in written for key in ("image", "mask"))
+            if record not in current or not whole:
                 record.unlink()
     common.barrier()
 
@@ -916,13 +921,11 @@ def translate_folder(args: TranslateArgs) -> None:
                 continue
             # Files take longer than the network on a GPU, so threads read and write them, and
             # write a batch while the next one is translated.
-            old = pool.map(lambda pair: datasets.read_image(pair.image), batch)
-            old = np.stack(list(old))  # [B,H,W,3]
+            old = np.stack([*pool.map(lambda pair: datasets.read_image(pair.image), batch)])
             if dataset:
-                labels = pool.map(partial(read_mask, dataset=dataset), batch)
-                labels = np.stack(list(labels))  # [B,H,W]
+                labels = np.stack([*pool.map(partial(read_mask, dataset=dataset), batch)])
             else:
-                labels, _ = read(bridge.reader, old)
+                labels, _ = read(bridge.reader, old)  # [B,H,W], of images [B,H,W,3]
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 new, noise = bridge.translate(old, labels, [pair.name for pair in batch], args)
             predicted, _ = read(bridge.reader, new)
@@ -943,8 +946,7 @@ def translate_folder(args: TranslateArgs) -> None:
         sample, size = kept[:: math.ceil(len(kept) / 1000)], bridge.config["size"]
         before = np.stack([datasets.read_image(pair.image, size) for pair in sample])
         after = np.stack([datasets.read_image(out / pair.name, size) for pair in sample])
-        masks = (read_mask(pair, dataset) for pair in sample)
-        masks = np.stack([datasets.resize_label(mask, size) for mask in masks])
+        masks = np.stack([datasets.resize_label(read_mask(p, dataset), size) for p in sample])
         table["noise_deviation"] = sum(i["noise_deviation"] for i in images) / len(images)
         table |= check(bridge, before, after, masks, dataset is not None)
     content = {"settings": settings, "checks": table, "ignored": ignored, "images": images}

@@ -677,8 +677,10 @@ def run(args: Args) -> Result:
     photos = datasets.load(args, "target_unlabelled")
     if len(photos) < 2:
         raise UserError(f"{photos.dataset.name}: metasim needs two photos, found {len(photos)}")
-    if args.match_batch % common.world_size():
-        raise UserError(f"--match-batch {args.match_batch}: no multiple of the number of processes")
+    for name in ("batch_size", "match_batch"):
+        if getattr(args, name) % common.world_size():
+            flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
+            raise UserError(f"{flag}: no multiple of the number of processes")
 
     roads = RoadScenes(datasets.load(args, "source"), args, run.device)
     if learned:

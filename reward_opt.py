@@ -72,7 +72,7 @@ class Args(common.Args):
     """Share of --steps for fine-tuning with the objective, after training on the source."""
     epochs: int = 400
     """Maximum number of passes over the labelled photos. If they need fewer steps than
-    --reward-share gives, training on the source gets the rest."""
+    --reward-share gives, training on the source gets the rest, if it is not left out by --init."""
     reward_lr: float = 0.5
     """Initial learning rate of fine-tuning, as a multiple of --lr."""
     smooth: float = 0.01
@@ -392,7 +392,8 @@ def draw_gradient(run: Run, start: Network, split: Split) -> None:
         losses = (objective(rng=rng)[0] for _ in range(64))
         gradients = -torch.cat([torch.autograd.grad(loss, logits)[0] for loss in losses])
         if title != "object recall, credit by image":
-            square = gradients.mean(dim=0).square().sum()
+            # The second term is the part of the first that is noise.
+            square = gradients.mean(dim=0).square().sum() - gradients.var(dim=0).sum() / 64
         valid = truth != IGNORE  # [1,H,W]; ignored pixels are shown as 0
         gradient = (gradients[0].gather(0, truth.where(valid, 0)) * valid)[0].cpu()  # [H,W]
         limit = 3 * gradient.std().item()

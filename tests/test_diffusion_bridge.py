@@ -519,6 +519,9 @@ def test_a_finished_folder_continues_with_more_images_but_not_with_others(
     (tmp_path / "moved/masks/wide.png").rename(tmp_path / "moved/masks/other.png")
     fails("out/masks/wide.png: of other images or masks", made(tmp_path, trained, **moved))
     assert content(out) == whole
+    (out / "masks").rename(tmp_path / "elsewhere")
+    (out / "masks").symlink_to(tmp_path / "elsewhere")
+    fails("out/masks.*: leads to", made(tmp_path, trained, **moved))
 
 
 def test_labels_of_the_masks_and_the_filter(trained, tmp_path, no_figures, monkeypatch):
@@ -543,13 +546,13 @@ def test_labels_of_the_masks_and_the_filter(trained, tmp_path, no_figures, monke
     db.translate_folder(made(tmp_path, trained, min_agreement=1.1, output_dir=tmp_path / "none"))
     metadata = json.loads((tmp_path / "none/metadata.json").read_text())
     assert metadata["checks"] == {"left_out": 3} and not list((tmp_path / "none").rglob("*.png"))
-    # An image that has changed and is left out now leaves no file of before.
+    # An image that has changed and is left out now leaves no file of before, and comes back.
     half = made(tmp_path, trained, min_agreement=0.5, batch_size=3, output_dir=tmp_path / "half")
-    for share, count in ((1.0, 6), (0.0, 0)):
+    for share, count, seconds in ((1.0, 6, 1), (0.0, 0, 2), (1.0, 6, 1)):
+        os.utime(tmp_path / "in/0.png", (seconds, seconds))
         monkeypatch.setattr(db, "agreement", lambda *_, share=share: np.full(3, share))
         db.translate_folder(half)
         assert len(list((tmp_path / "half").rglob("*.png"))) == count
-        os.utime(tmp_path / "in/0.png", (0, 0))
 
 
 # ---- Bad input ----------------------------------------------------------------------------------
