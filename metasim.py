@@ -55,7 +55,7 @@ class Args(common.Args):
     """Updates of the network whose features are compared. Default: a quarter of --steps."""
     match_steps: int | None = None
     """Updates of the transformer by MMD. Default: a quarter of --steps."""
-    match_lr: float = 2e-3
+    match_lr: float = 0.01
     """Learning rate of the updates by MMD. The paper's code: 1e-3."""
     match_batch: int | None = None
     """Scenes in an update by MMD. Default: 32, or 8 for scenes of more than 256x512 px, since
@@ -94,13 +94,14 @@ class Attribute(NamedTuple):
 
 
 # For the tone, mean is only the zero point: the prior is the image's own tone plus N(0, std).
-# Luma is the mean of R, G and B here, chroma what is left of a colour without it.
+# Luma is the mean of R, G and B here. Opponent colours are R - B and G - (R + B) / 2.
 TONE = {
     "illumination": Attribute(-1.5, 0.2, 0.5, "log2 of the mean luma"),
     "temperature": Attribute(0, 0.1, 0.3, "log2 of red / blue"),
     "tint": Attribute(0, 0.1, 0.3, "log2 of green / sqrt(red blue)"),
     "contrast": Attribute(-2.5, 0.2, 0.5, "log2 of luma's standard deviation"),
-    "saturation": Attribute(-4.5, 0.2, 0.5, "log2 of chroma's standard deviation"),
+    "red_blue": Attribute(-4, 0.2, 0.5, "log2 of the standard deviation of R - B"),
+    "green": Attribute(-5, 0.2, 0.5, "log2 of the standard deviation of G - (R + B) / 2"),
 }
 WEATHER = {
     "haze": Attribute(0, 0.05, 0.5, "optical depth at the horizon; below 0: clearer"),
@@ -235,28 +236,34 @@ def blur(images: Tensor) -> Tensor:
     return F.conv2d(images.contiguous(memory_format=torch.channels_last), kernel, groups=3)
 
 
+def opponents(images: Tensor) -> Tensor:
+    """Luma, R - B and G - (R + B) / 2 of each pixel. [B,3,H,W] -> [B,3,H,W]."""
+    red, green, blue = images.unbind(dim=1)
+    return torch.stack([images.mean(dim=1), red - blue, green - (red + blue) / 2], dim=1)
+
+
 def tone(images: Tensor) -> Tensor:
-    """TONE as measured in images, finite for a single colour too. [B,3,H,W] -> [B,5]."""
+    """TONE as measured in images, finite for a single colour too. [B,3,H,W] -> [B,6]."""
     mean = images.mean(dim=(2, 3), keepdim=True)
     red, green, blue = mean.flatten(1).clamp(min=1e-3).unbind(dim=1)  # [B] each
-    difference = images - mean
-    luma = difference.mean(dim=1, keepdim=True)  # [B,1,H,W]
-    contrast = luma.square().mean(dim=(1, 2, 3)).clamp(min=1e-6).sqrt()
-    saturation = (difference - luma).square().mean(dim=(1, 2, 3)).clamp(min=1e-6).sqrt()
     illumination = mean.mean(dim=(1, 2, 3)).clamp(min=1e-3)
-    values = [illumination, red / blue, green / (red * blue).sqrt(), contrast, saturation]
-    return torch.stack(values, dim=1).log2()
+    values = torch.stack([illumination, red / blue, green / (red * blue).sqrt()], dim=1)
+    spread = opponents(images - mean).square().mean(dim=(2, 3)).clamp(min=1e-6).sqrt()  # [B,3]
+    return torch.cat([values, spread], dim=1).log2()
 
 
 def retone(images: Tensor, target: Tensor) -> Tensor:
-    """Images with the TONE `target`, by an affine map of luma and chroma. [B,3,H,W], [B,5]."""
-    contrast, saturation = (2 ** (target - tone(images)))[:, 3:, None, None, None].unbind(dim=1)
-    luma, warm, tint = (2 ** target[:, :3, None, None]).unbind(dim=1)  # [B,1,1] each
+    """Images with the TONE `target`: another mean, other gains of luma and of the opponent colours.
+    [B,3,H,W], [B,6] -> [B,3,H,W]."""
+    illumination, warm, tint = (2 ** target[:, :3, None, None]).unbind(dim=1)  # [B,1,1] each
     colour = torch.stack([warm.sqrt(), tint, 1 / warm.sqrt()], dim=1)  # [B,3,1,1]
-    mean = luma[:, None] * colour / colour.mean(dim=1, keepdim=True)
-    difference = images - images.mean(dim=(2, 3), keepdim=True)
-    grey = difference.mean(dim=1, keepdim=True)  # [B,1,H,W]
-    return mean + contrast * grey + saturation * (difference - grey)
+    mean = illumination[:, None] * colour / colour.mean(dim=1, keepdim=True)
+    gains = (2 ** (target - tone(images)))[:, 3:, None, None]  # [B,3,1,1]
+    difference = gains * opponents(images - images.mean(dim=(2, 3), keepdim=True))
+    luma, red_blue, green = difference.unbind(dim=1)  # [B,H,W] each
+    magenta = luma - green / 3  # the mean of red and blue; green itself is luma + green * 2 / 3
+    channels = magenta + red_blue / 2, luma + green * 2 / 3, magenta - red_blue / 2
+    return mean + torch.stack(channels, dim=1)
 
 
 class RoadScenes:
@@ -376,8 +383,8 @@ class RoadScenes:
         image = retone(image, torch.cat([v[name] for name in TONE], dim=1))
         image = torch.lerp(image, blur(image), blurring)
         rngs = [torch.Generator(self.device).manual_seed(seed) for seed in graphs.seed.tolist()]
-        white = [torch.randn(3, *self.size, generator=rng, device=self.device) for rng in rngs]
-        image = image + 2**noise * torch.stack(white).to(values)
+        white = [torch.randn(1, *self.size, generator=rng, device=self.device) for rng in rngs]
+        image = image + 2**noise * torch.stack(white).to(values)  # grey, as most of photos' noise
         return image.clamp(0, 1), labels
 
 
@@ -464,7 +471,7 @@ def band_statistics(x: Tensor, bands: int) -> Tensor:
 
 def scene_features(net: Network, images: Tensor) -> list[Tensor]:
     """Five groups of features of images [B,3,H,W], with a tiny network. Tone and texture: simple
-    measurements [B,8], mean and spread of the colours in four bands [B,24], those of the first
+    measurements [B,9], mean and spread of the colours in four bands [B,24], those of the first
     layers in two bands [B,384]. Content: where the classes are [B,32C], their colours [B,3C]."""
     # Step 1: the network's first layers, and its prediction at a quarter of the resolution
     body = net.body

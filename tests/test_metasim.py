@@ -44,7 +44,7 @@ def neutral(roads: metasim.RoadScenes, graphs: metasim.Graphs) -> torch.Tensor:
             physical = -60 if name == "noise" else 0
             values[:, v, m] = (physical - grammar.mean[v, m]) / grammar.scale[v, m]
     tones = metasim.tone(common.to_tensor(roads.split.images[graphs.picture[:, 0].numpy()], CPU))
-    values[:, 0, :5] = (tones - grammar.mean[0, :5]) / grammar.scale[0, :5]
+    values[:, 0, :6] = (tones - grammar.mean[0, :6]) / grammar.scale[0, :6]
     return values
 
 
@@ -236,7 +236,7 @@ def test_a_surface_changes_its_own_pixels_and_no_label(roads, monkeypatch):
 def test_retone_gives_a_nearly_grey_image_its_tone():
     image = torch.rand(2, 3, 64, 128, generator=common.generator(0))
     image = 0.95 * image.mean(dim=1, keepdim=True) + 0.05 * image
-    target = torch.randn(2, 5, generator=common.generator(1)) / 4 - 2
+    target = torch.randn(2, 6, generator=common.generator(1)) / 4 - 2
     toned = metasim.retone(image, target)  # not clamped, so that means may be small
     torch.testing.assert_close(metasim.tone(toned), target, atol=1e-4, rtol=1e-4)
 
@@ -249,14 +249,14 @@ def test_haze_follows_koschmieder(roads: metasim.RoadScenes, monkeypatch: pytest
     values = neutral(roads, graphs)
     image, _ = roads.render(graphs, values)
     physical = torch.tensor([0.7, -0.5, 0.0, -5.0])  # haze, airlight, blur, noise
-    values[:, 0, 5:9] = (physical - roads.grammar.mean[0, 5:9]) / roads.grammar.scale[0, 5:9]
+    values[:, 0, 6:10] = (physical - roads.grammar.mean[0, 6:10]) / roads.grammar.scale[0, 6:10]
     hazy, _ = roads.render(graphs, values)
     height, width = roads.size
     row = (torch.arange(height) + 0.5).view(1, 1, height, 1) / height * 2 - 1
     horizon = graphs.fixed[:, 0, 0].view(3, 1, 1, 1)
     depth = 1 / (1 + 6 * ((row - horizon) / (1 - horizon)).clamp(min=0))
     rngs = [torch.Generator().manual_seed(seed) for seed in graphs.seed.tolist()]
-    white = torch.stack([torch.randn(3, height, width, generator=rng) for rng in rngs])
+    white = torch.stack([torch.randn(1, height, width, generator=rng) for rng in rngs])
     clear = torch.exp(-0.7 * depth)
     expected = image * clear + (1 - clear) * 2**-0.5 + white / 32
     torch.testing.assert_close(hazy, expected.clamp(0, 1))
