@@ -65,7 +65,7 @@ class Args(common.Args):
     lambda_content: float = 1.0
     """Weight of the MMD of the content: which classes the feature network sees in which part of
     the image, and their colours. 0: tone and texture alone."""
-    lambda_prior: float = 0.02
+    lambda_prior: float = 0.2
     """Weight of the squared change of the attributes (mean over all nodes, empty ones included).
     Attributes about which the photos say nothing then stay at the prior. The paper: 0."""
     reward_rounds: int = 4
