@@ -253,8 +253,9 @@ def train(
     discriminator.to(run.device, memory_format=torch.channels_last)
     # The teacher is in training mode, as in DACS: it normalises photos by their batch's statistics.
     teacher = copy.deepcopy(net).requires_grad_(False).train()
-    for layer in teacher.modules():  # DeepLabV3 has dropout, which would make its labels random
-        layer.train(not isinstance(layer, torch.nn.Dropout))
+    for layer in teacher.modules():
+        if isinstance(layer, torch.nn.Dropout):  # as in DeepLabV3; it would make labels random
+            layer.eval()
     model, model_d = common.parallel(net), common.parallel(discriminator)
     optimizer = common.make_optimizer(net, args.lr)
     optimizer_d = torch.optim.Adam(discriminator.parameters(), betas=(0.9, 0.99), fused=True)

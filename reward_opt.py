@@ -392,8 +392,9 @@ def draw_gradient(run: Run, start: Network, split: Split) -> None:
         losses = (objective(rng=rng)[0] for _ in range(64))
         gradients = -torch.cat([torch.autograd.grad(loss, logits)[0] for loss in losses])
         if title != "object recall, credit by image":
-            # The second term is the part of the first that is noise.
+            # The second term is the part of the first that is noise. 0: no signal, infinite noise.
             square = gradients.mean(dim=0).square().sum() - gradients.var(dim=0).sum() / 64
+            square = square.clamp(min=0)
         valid = truth != IGNORE  # [1,H,W]; ignored pixels are shown as 0
         gradient = (gradients[0].gather(0, truth.where(valid, 0)) * valid)[0].cpu()  # [H,W]
         limit = 3 * gradient.std().item()
