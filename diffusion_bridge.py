@@ -697,8 +697,8 @@ def run(args: Args) -> Result:
         columns = {"source": before, "translated": after, "photo": photos.images}
         draw_translations(run.out / "figures/translation.png", columns, labels)
 
-    # Step 4: the segmentation network is trained on the translated set
-    common.train(run, net, translated, args.steps, "segmenter")
+    # Step 4: the segmentation network. "source" seeds the batches, which are those of the baselines
+    common.train(run, net, translated, args.steps, "source")
     updates = f"{args.unet_steps} U-Net updates, {args.reader_steps} of the reader"
     return run.finish(net, target_labels=0, other_updates=updates)
 
