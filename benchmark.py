@@ -446,13 +446,12 @@ def show(title: str, table: Cells) -> None:
 
 
 def write_tables(results: list[Result], folders: dict[Key, Path], out: Path) -> None:
-    """Prints the tables, and writes them as results.md."""
+    """Prints the tables, and writes them as results.md. results: in the table's order."""
     tables, text = {}, []
-    for name in dict.fromkeys(r.benchmark for r in results):
+    for name, group in itertools.groupby(results, key=lambda result: result.benchmark):
         methods: Methods = {}
-        for result in results:
-            if result.benchmark == name:
-                methods.setdefault(result.method, []).append(result)
+        for result in group:
+            methods.setdefault(result.method, []).append(result)
         for kind, labelled in (("no target labels", False), ("with target labels", True)):
             if table := method_table(methods, folders, labelled):
                 show(f"{name}, {kind}", table)
@@ -581,6 +580,7 @@ def main(args: Args) -> None:
                 datasets.load(shared, "target_few")  # a --labelled that is too large, above all
         if not rows:
             raise UserError("--methods: no row, or all of them need labelled training photos")
+        print(f"{len(rows)} rows; what they print is in {args.out}/logs/", flush=True)
         run_rows(rows, args, results)
     for key in results.keys() - folders.keys():
         folder = args.out / key[0] / key[1] / f"seed{key[2]}"

@@ -68,8 +68,8 @@ def test_the_table_end_to_end(mini: Path):
     ended = subprocess.run(command, env=notebook, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr + ended.stdout
     lines = ended.stdout.splitlines()
-    assert lines[1].startswith("2 of 2: vkitti2kitti") and "left" in lines[1]
-    assert max(map(len, lines)) <= 80 and "*: 1 seed" in ended.stdout
+    assert lines[0].startswith("2 rows;") and lines[2].startswith("2 of 2: vkitti2kitti")
+    assert max(map(len, lines)) <= 80 and "*: 1 seed" in ended.stdout and "left" in lines[2]
     first = rows_in("runs")
     labels = {key[0]: row["target_labels"] for key, row in first.items()}
     assert labels == {"source_only": 0, "few_label": 1}
