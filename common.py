@@ -995,8 +995,8 @@ def main(args_class: type, run: Callable[[Any], Any], doc: str | None) -> None:
     try:
         args = parse(args_class, doc)
         for name, value in vars(args).items():
-            if isinstance(value, float) and not math.isfinite(value):
-                raise UserError(f"--{name.replace('_', '-')} {value}: expected a finite number")
+            if isinstance(value, int | float) and not 0 <= value < math.inf:
+                raise UserError(f"--{name.replace('_', '-')} {value}: expected a number from 0")
         result = run(args)
         if isinstance(result, Result) and rank() == 0:
             name = f"{result.benchmark} {result.method} seed {result.seed}"

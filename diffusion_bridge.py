@@ -12,12 +12,12 @@ each with its own --help:
 
     python diffusion_bridge.py translate --input-dir A --output-dir B --checkpoint RUN/bridge.pt
 
-The last translates the images of a folder; their masks are in A/masks (or --mask-dir). The first
-takes eleven minutes on one CPU core and reaches 57 mIoU on the miniature (the default data), where
-training on the source alone reaches 45. No label of a photo is used in training. A translated set
-is checked: kernel distance to the photos by class, edges along the masks' borders, the classes that
-a small segmentation network (the reader) predicts, how much of the change an affine map of colours
-explains, and the size of the encoded noise.
+`translate` translates a folder of images; their masks are in A/masks (or --mask-dir). The first
+command takes eleven minutes on one CPU core and reaches 57 mIoU on the miniature (the default
+data), where training on the source alone reaches 45. No label of a photo is used in training. A
+translated set is checked: kernel distance to the photos by class, edges along the masks' borders,
+the classes that a small segmentation network (the reader) predicts, the share of the change that
+an affine map of colours explains, and the size of the encoded noise.
 
 Letters: B batch, C classes, H x W pixels, N images (M of a second set). A cell is a patch of
 pixels; an image has h x w cells of K channels. S statistics of appearance, D features of the reader
@@ -62,7 +62,7 @@ SOURCE, TARGET = 0, 1  # numbers of the domains, a condition of the U-Net
 class Args(common.Args):
     bridge: Literal["ddib", "sdedit"] = "ddib"
     """ddib: encode along the flow of the source, decode along that of the target. sdedit, a
-    baseline for comparison: add noise once, then decode likewise. The original SDEdit
+    baseline for comparison: add noise once, decode as ddib does. The original SDEdit
     (arXiv:2108.01073) follows the reverse SDE, with new noise in every step."""
     strength: float = 0.97
     """Highest noise level: its angle as a share of pi/2. 1: pure noise; near 0: the image."""
@@ -70,8 +70,8 @@ class Args(common.Args):
     """Lowest noise level, on the same scale. ddib adds noise of this level before encoding, because
     a perfectly flat area has nothing that could be turned into noise. Decoding removes it."""
     statistics: Literal["photo", "own"] = "photo"
-    """Statistics of appearance for decoding: a random photo's, or, as a baseline for comparison,
-    the image's own. With own, materials and textures change, and the overall colour stays."""
+    """Statistics of appearance for decoding: those of a random photo, or, for comparison, the
+    image's own. With own, materials and textures change, and the overall colour stays."""
     sample_steps: int | None = None
     """Evaluations of the U-Net to encode, and again to decode. Decoding takes one more if
     --noise-floor is above 0. Default: a tenth of --steps, at least 2 and at most 12."""
@@ -84,8 +84,8 @@ class Args(common.Args):
     reader_color: float = 0.5
     """Share of the reader's training images that get the colours of a random photo."""
     width: int | None = None
-    """Channels of the U-Net at its finest level. The second level has twice as many,
-    each coarser one four times as many. Default: 32, for large images 128."""
+    """Channels of the U-Net at its finest level. The second level has twice as many, all coarser
+    ones have four times as many. Default: 32, for large images 128."""
     levels: int | None = None
     """Resolutions of the U-Net, each half of the one before. Default: 3, for large images 4."""
     patch: Literal[2, 4, 8] | None = None
@@ -105,8 +105,8 @@ class Args(common.Args):
 SMALL = {"width": 32, "levels": 3, "patch": 2, "unet_lr": 2e-3}
 LARGE = {"width": 128, "levels": 4, "patch": 4, "unet_lr": 5e-4}
 LARGE_PIXELS = 256 * 256  # images with at least so many are large, as those of the real datasets
-MAX_NORM = 1.0  # to which the gradient of the U-Net is clipped
-MAX_PIXELS = 1 << 22  # of a batch in `translate`, unless it has one image alone
+MAX_NORM = 1.0  # the U-Net's gradient is clipped to this norm
+MAX_PIXELS = 1 << 22  # of a batch of several images in `translate`
 
 
 def fill_in(args: Args) -> Args:
@@ -117,6 +117,8 @@ def fill_in(args: Args) -> Args:
     defaults["sample_steps"] = max(2, min(12, args.steps // 10))
     args = replace(args, **{k: v for k, v in defaults.items() if getattr(args, k) is None})
     noise_levels(args)  # an error now rather than after the training
+    if min(args.width, args.levels) < 1:
+        raise UserError("--width, --levels: expected 1 or more")
     multiple = args.patch * 2 ** (args.levels - 1)
     if any(side % multiple for side in args.size):
         raise UserError(f"--size {args.size}: --patch and --levels need multiples of {multiple}")
@@ -153,7 +155,7 @@ class TranslateArgs:
     """Evaluations of the U-Net to encode. Decoding takes one more if --noise-floor is above 0."""
     min_agreement: float = 0.0
     """Least share of pixels on which the reader's prediction for the translation equals the mask
-    (with --mask-labels none: its prediction for the original). Other images are not written."""
+    (with --mask-labels none: its prediction for the original). Images below it are left out."""
     batch_size: int = 16
     """Images of equal size that are translated together, but no more than 4 megapixels."""
     seed: int = 0
@@ -184,8 +186,8 @@ def appearance(images: Tensor) -> Tensor:
     """Statistics of appearance, in the order of STATISTICS. [B,3,H,W] in [0,1] -> [B,S].
 
     Saturation is the mean of the largest less the smallest of R, G, B. Warmth is the mean of R - B.
-    Haze is the mean of the dark channel (He et al., CVPR 2009), the least of R, G, B in squares of
-    an eighth of the height, side by side. It is near 0 in clear air, except in the sky.
+    Haze is the mean of the dark channel (He et al., CVPR 2009), the minimum of R, G, B in adjacent
+    squares whose side is an eighth of the height. It is near 0 in clear air, except in the sky.
     """
     luma, side = luminance(images), max(1, min(images.shape[2] // 8, images.shape[3]))
     darkest, brightest = images.amin(dim=1), images.amax(dim=1)  # [B,H,W]
@@ -271,7 +273,7 @@ def flow(velocity: Callable[[Tensor, float], Tensor], x: Tensor, angles: Sequenc
 
     x [B,K,h,w] at the first angle -> x [B,K,h,w] at the last. The first step is that of DDIM
     (arXiv:2202.00512v2, app. D). The later steps extrapolate image and noise linearly to the
-    midpoint of the step, which makes the solver one of second order.
+    midpoint of the step, for second order, but not too far, since that multiplies errors of v.
     """
     previous, last = None, 0.0  # image and noise at the step before, and its angle
     for a, b in pairwise(angles):
@@ -279,7 +281,7 @@ def flow(velocity: Callable[[Tensor, float], Tensor], x: Tensor, angles: Sequenc
         image, noise = math.cos(a) * x - math.sin(a) * v, math.sin(a) * x + math.cos(a) * v
         current = midpoint = torch.stack([image, noise])  # [2,B,K,h,w]
         if previous is not None:
-            midpoint = current + (b - a) / (a - last) / 2 * (current - previous)
+            midpoint = current + min(2, (b - a) / (a - last) / 2) * (current - previous)
         image, noise = midpoint
         x = x + (math.cos(b) - math.cos(a)) * image + (math.sin(b) - math.sin(a)) * noise
         previous, last = current, a
@@ -289,7 +291,7 @@ def flow(velocity: Callable[[Tensor, float], Tensor], x: Tensor, angles: Sequenc
 def noise_levels(args: Args | TranslateArgs) -> list[float]:
     """Angles from --noise-floor to --strength. The steps between them grow from one to the next.
 
-    A structure of standard deviation s is turned into noise (or back) where tan(a) is near s. Flat
+    A structure of standard deviation s is turned into noise (or back) near cos(a) s = sin(a). Flat
     areas such as sky have a small s, so the steps must be small at low angles. With equal steps,
     the noise of flat areas has a standard deviation far below 1.
     """
@@ -460,8 +462,7 @@ def train_unet(run: Run, args: Args, bridge: Bridge, source: Split, photos: Spli
         x, statistics = bridge.to_cells(images), appearance(images)  # [B,K,h,w], [B,S]
         maps = class_shares(labels, len(run.classes), x.shape[2:])  # [B,C,h,w]
 
-        # Step 3: noise. Stratified: one angle in each of B equal intervals, which lowers the
-        # variance of the loss.
+        # Step 3: noise. One angle in each of B equal intervals lowers the variance of the loss.
         order = torch.randperm(len(images), generator=rng)
         angle = (order + common.draw(rng, len(images))) / len(images) * math.pi / 2
         angle = common.to_device(angle, device)  # [B]
@@ -514,7 +515,7 @@ def read(
 def kernel_distance(x: np.ndarray, y: np.ndarray) -> float:
     """KID: the unbiased squared MMD of two sets of features, [N,D] and [M,D], with the kernel
     (x.y / D + 1)^3 (arXiv:1801.01401). Rows of NaN, of images that lack the class, are left out;
-    NaN where a set then has fewer than 8 rows. The features of the reader have no natural scale:
+    NaN if fewer than 8 rows remain in a set. The features of the reader have no natural scale:
     one shift and one factor for both sets give `y` mean 0 and, on average, variance 1."""
     x, y = (z[~np.isnan(z[:, 0])] for z in (x, y))
     n, m = len(x), len(y)
@@ -627,8 +628,7 @@ def verdict(table: dict[str, Any], unet_steps: int) -> list[str]:
         lines.append(f"kid by class: {', '.join(changes)}")
     if table["affine_share"] is not None:
         lines.append(f"an affine colour map explains {table['affine_share']:.2f} of the change")
-    noise = table["noise_deviation"]
-    lines.append(f"size of the encoded noise: {noise:.2f} (1 is right for ddib near --strength 1)")
+    lines.append(f"encoded noise: {table['noise_deviation']:.2f} (1 is right near --strength 1)")
     if unet_steps < FEW_UPDATES:
         lines.append(f"{unet_steps} updates of the U-Net are too few: this is no bridge yet")
     return [*lines, f"verdict: {', '.join(results) or 'nothing to compare'}"]
@@ -786,8 +786,8 @@ def write_pair(
     args: TranslateArgs, pair: Pair, new: np.ndarray, share: float, noise: float
 ) -> dict[str, Any]:
     """Writes a translation, uint8 [H,W,3], in its image's file format, and a copy of the mask,
-    unless `share`, that of pixels whose predicted class is the mask's, is below --min-agreement.
-    Grey, alpha and 16 bits (of 256 levels) stay; palettes become RGB. -> the image's record."""
+    unless `share`, of pixels predicted as in the mask, is below --min-agreement. Keeps grey, alpha
+    and 16 bits (of 256 levels); palettes become RGB. -> the image's record."""
     out, left_out = args.output_dir.resolve(), bool(share < args.min_agreement)
     record = {
         "image": pair.name,

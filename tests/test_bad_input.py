@@ -337,6 +337,9 @@ def test_a_script_ends_with_one_line_and_no_traceback():
     ended = inspected("--data", "nowhere")
     assert ended.returncode == 1 and ended.stdout == ""
     assert ended.stderr.startswith("error: nowhere/kitti") and ended.stderr.count("\n") == 1
+    command = [sys.executable, str(ROOT / "reward_opt.py"), "--reward-lr=-1"]
+    ended = subprocess.run(command, env=environment(), capture_output=True, text=True)
+    assert ended.stderr == "error: --reward-lr -1.0: expected a number from 0\n"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
