@@ -48,7 +48,7 @@ class Args(common.Args):
     """Scenes to save in set/ after training, for --init of another method; 0: none.
     Default: 5 times --steps, at most 2,000."""
     objects: int = 1
-    """Most objects to add to a source image: their number is drawn uniformly from 0 to this."""
+    """Maximum number of objects to add to a source image; the number is uniform from 0 to this."""
     cut_outs: int = 600
     """Objects to cut out of the source images, about the same number of each class."""
     feature_steps: int | None = None
@@ -73,8 +73,8 @@ class Args(common.Args):
     reward_samples: int = 4
     """Rewards in an update by REINFORCE, at least 2."""
     reward_steps: int | None = None
-    """Updates of the task network for each reward. It starts anew as a copy of the feature network.
-    Default: 1/16 of --steps."""
+    """Updates of the task network for each reward. Each time it starts as a copy of the feature
+    network. Default: 1/16 of --steps."""
     reward_sigma: float = 0.2
     """Standard deviation of the noise of REINFORCE, in units of each attribute's scale. The
     paper's code: 0.02."""
@@ -105,8 +105,8 @@ TONE = {
 }
 WEATHER = {
     "haze": Attribute(0, 0.05, 0.5, "optical depth at the horizon; below 0: clearer"),
-    "airlight": Attribute(-0.5, 0.2, 0.5, "log2 of the haze's brightness"),
-    "blur": Attribute(0, 0.1, 0.5, "share of a blur of 1 px; below 0: sharper"),
+    "airlight": Attribute(-0.5, 0.2, 0.5, "log2 of the haze's brightness, before exposure"),
+    "blur": Attribute(0, 0.1, 0.5, "weight of a blur of 1 px; below 0: sharper"),
     "noise": Attribute(-7.5, 0.5, 1, "log2 of the standard deviation"),
 }
 CAMERA = {
@@ -119,7 +119,7 @@ SURFACE = {
     "albedo": Attribute(0, 0.1, 0.3, "log2 of the gain"),
     "warmth": Attribute(0, 0.05, 0.2, "log2 of red / blue"),
     "hue": Attribute(0, 0.05, 0.2, "log2 of green / sqrt(red blue)"),
-    "texture": Attribute(0, 0.1, 0.3, "log2 of the gain of what a blur of 1 px removes"),
+    "texture": Attribute(0, 0.1, 0.3, "log2 of the gain of details, which a blur of 1 px removes"),
 }
 OBJECT = {
     "lateral": Attribute(0, 0.3, 0.3, "half widths right of its own place"),
@@ -182,7 +182,7 @@ MAX_READ = 2000  # source images that are searched for objects
 
 def horizons(labels: np.ndarray, names: Sequence[str]) -> Tensor:
     """The horizon of each image: the first row by which a quarter of the columns have reached the
-    ground, at least a quarter of the height away from the edges.
+    ground, but never in the uppermost or lowest quarter of the image.
 
     [B,H,W] train ids -> [B] in half heights, -1 at the top.
     """
@@ -289,14 +289,14 @@ class RoadScenes:
         present = torch.arange(self.objects) < limit  # [B,K]
         asset = torch.randint(max(1, len(self.kinds)), present.shape, generator=rng)
 
-        # Horizon and tone of the source images, from at most 256 of their columns
+        # Horizon and tone of the source images; of large ones from a part of their columns
         every, grammar, tones = max(1, self.size[1] // 256), self.grammar, len(TONE)
         pixels = np.s_[source.numpy(), ::every, ::every]
         horizon = horizons(self.split.labels[pixels], self.names)
         measured = tone(common.to_tensor(self.split.images[pixels], torch.device("cpu")))
         measured = (measured - grammar.mean[0, :tones]) / grammar.scale[0, :tones]
         values = torch.randn(count, *grammar.mean.shape, generator=rng) * grammar.prior_std
-        values[:, 0, :tones] += measured.clamp(-6, 6)  # of one colour the logarithm is extreme
+        values[:, 0, :tones] += measured.clamp(-6, 6)  # images of one colour have extreme ones
         classes = torch.arange(1, 1 + FIRST).expand(count, FIRST)
         classes = torch.cat([classes, (1 + FIRST + self.kinds[asset]) * present], dim=1)
         fixed = torch.zeros(*classes.shape, self.num_fixed)
@@ -307,7 +307,7 @@ class RoadScenes:
         return Graphs(values, classes, fixed, picture, seed)
 
     def render(self, graphs: Graphs, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Images and label maps of scene graphs, differentiable in their mutable attributes.
+        """Images, differentiable in the mutable attributes of their scene graphs, and label maps.
 
         graphs on the CPU, values [B,V,M] on the device -> images [B,3,H,W] in [0,1], labels int64
         [B,H,W]. Each pixel has the label of the layer that contributes most to its colour.
@@ -384,7 +384,7 @@ class RoadScenes:
         image = torch.lerp(image, blur(image), blurring)
         rngs = [torch.Generator(self.device).manual_seed(seed) for seed in graphs.seed.tolist()]
         white = [torch.randn(1, *self.size, generator=rng, device=self.device) for rng in rngs]
-        image = image + 2**noise * torch.stack(white).to(values)  # grey, as most of photos' noise
+        image = image + 2**noise * torch.stack(white).to(values)  # grey, like most noise of photos
         return image.clamp(0, 1), labels
 
 
@@ -470,9 +470,9 @@ def band_statistics(x: Tensor, bands: int) -> Tensor:
 
 
 def scene_features(net: Network, images: Tensor) -> list[Tensor]:
-    """Five groups of features of images [B,3,H,W], with a tiny network. Tone and texture: simple
-    measurements [B,9], mean and spread of the colours in four bands [B,24], those of the first
-    layers in two bands [B,384]. Content: where the classes are [B,32C], their colours [B,3C]."""
+    """Five groups of features of images [B,3,H,W]. 1 to 3, tone and texture: simple measurements
+    [B,9], mean and spread of the colours in four bands [B,24] and of net's first layers in two
+    bands [B,384]. 4 and 5, content: where the classes are [B,32C], their colours [B,3C]."""
     # Step 1: the network's first layers, and its prediction at a quarter of the resolution
     body = net.body
     x4 = body.down4(body.stem((images - net.mean) / net.std))  # [B,32,H/4,W/4]
@@ -613,8 +613,8 @@ def learn_attributes(run: Run, args: Args, roads: RoadScenes, photos: Split) -> 
         gradient_step(optimizer, loss, lr)
         run.log(step, mmd_loss=weights @ mmd, mmd_content=mmd[3:].sum(), change=change, lr=lr)
 
-    # Stage 3: REINFORCE. The reward of a set of scenes is the mIoU (0 to 1) on the labelled photos
-    # of a copy of `net` that is trained on the set. The paper draws new noise for each scene, which
+    # Stage 3: REINFORCE. For a reward, a copy of `net` trains on a set of scenes; the reward is its
+    # mIoU (0 to 1) on the labelled photos. The paper draws new noise for each scene, which
     # averages out over a set. Here all scenes of a set get the same noise, so only the mean of the
     # attributes is learned.
     if few is None:
@@ -687,7 +687,7 @@ def run(args: Args) -> Result:
     for name in ("batch_size", "match_batch"):
         if getattr(args, name) % common.world_size():
             flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
-            raise UserError(f"{flag}: no multiple of the number of processes")
+            raise UserError(f"{flag}: not a multiple of the number of processes")
 
     roads = RoadScenes(datasets.load(args, "source"), args, run.device)
     if learned:
@@ -844,7 +844,7 @@ def run_digits(args: DigitsArgs) -> None:
     images, truth = render_graphs(test, None, draw)
     draw = world.sample(1000, common.generator(seed, "scenes"))
     prior, _ = render_graphs(world, None, draw)
-    # min_std: pixels near the edge hardly vary in the prior's scenes, but must not count for more.
+    # min_std: edge pixels hardly vary in the prior's scenes, which must not raise their weight.
     features = Features(blurred_pixels, [prior[:256]], [photos], min_std=(1, 1, 1, 1))
 
     # Step 2: the transformer with the lowest MMD of several
@@ -868,7 +868,7 @@ def run_digits(args: DigitsArgs) -> None:
         candidates.append((mmd, candidate, scenes))
     _, transformer, learned = min(candidates, key=lambda item: item[0])
 
-    # Step 3: test accuracy, in %, of a classifier that is trained on scenes before, and after
+    # Step 3: test accuracy, in %, of a classifier trained on scenes before and after step 2
     accuracies, steps = [], args.steps * 4 // 10
     for rewrite in (None, transformer):
         torch.manual_seed(common.seed_of(seed, "task"))
@@ -883,7 +883,7 @@ def run_digits(args: DigitsArgs) -> None:
         correct = net.eval()(images).argmax(dim=1) == truth
         accuracies.append(100 * correct.float().mean().item())
 
-    # Step 4: the result, with learned angles around that of the target
+    # Step 4: the result; learned angles are within 180 degrees of the target's
     before, after = accuracies
     attributes, target = world.grammar.read(transformer(draw)), world.target
     attributes["yaw"] = (attributes["yaw"] - target["yaw"] + 180) % 360 + target["yaw"] - 180
@@ -904,7 +904,7 @@ def run_digits(args: DigitsArgs) -> None:
 def draw_scenes(run: Run, roads: RoadScenes, transformer: Any, photos: Split, net: Any) -> None:
     """scenes.png: some graphs before and after, and photos. content.png: where the photos' six
     commonest classes lie in scenes before and after, and in photos as `net` predicts. The distance
-    is the total variation between the shares of the classes at a pixel, averaged over pixels."""
+    is half the sum of the differences of the classes' shares at a pixel, averaged over pixels."""
     # Step 1: scenes.png
     folder, columns, labels = run.out / "figures", {}, {}
     count = min(6, len(photos))
