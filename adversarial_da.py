@@ -17,13 +17,13 @@ ADVENT does, `--translate fda` translates as FDA does. To measure the effect of 
 compare with the same command and `--lambda-adv 0`: the network then sees the same photos.
 
 The network is trained for --steps updates, with one schedule of the learning rate. The first
-updates (a share of --source-share) use translated source images alone. Then adaptation starts: each
+updates (the share --source-share) use translated source images alone. Then adaptation starts: each
 update uses a batch of source images and a batch of photos. With --align, an update of the
-discriminator follows, by its own optimizer. With --init CHECKPOINT the network has been trained on
-the source already. So the first updates are left out, and a run is shorter, if there is any
-adaptation (--self-train, --align or --lambda-ent).
+discriminator follows, by its own optimizer. With --init CHECKPOINT, a network that was trained on
+the source, the first updates are left out if there is any adaptation (--self-train, --align or
+--lambda-ent).
 
-scalars.json has the accuracy of the discriminator. Near 1, the discriminator tells source from
+With --align, scalars.json has the accuracy of the discriminator. Near 1, it tells source from
 target; near 0.5, it cannot.
 """
 
@@ -48,8 +48,8 @@ from datasets import Split, UserError
 @dataclass(frozen=True)
 class Args(common.Args):
     translate: Literal["fda", "color", "none"] = "color"
-    """How source images are translated. color: each takes over the mean and covariance of RGB of a
-    random photo. fda: it takes over the amplitude of the low frequencies. none: unchanged."""
+    """How source images are translated. color: each gets the mean and covariance of RGB of a
+    random photo. fda: it gets the photo's amplitudes of low frequencies. none: unchanged."""
     align: Literal["output", "entropy", "none"] = "none"
     """Input of the discriminator. output: softmax maps p (AdaptSegNet). entropy: self-information
     maps -p log p (ADVENT). none: there is no discriminator."""
@@ -176,8 +176,8 @@ def class_mix_mask(labels: Tensor, num_classes: int, rng: torch.Generator) -> Te
 def mixed_loss(logits: Tensor, labels: Tensor, pasted: Tensor, shares: Tensor) -> Tensor:
     """Cross-entropy of mixed images, the mean over all pixels, in nats.
 
-    As in the code of DACS, pasted source pixels have weight 1, photo pixels the share of confident
-    pixels, here of their own image and not of the batch.
+    Pasted source pixels have weight 1, photo pixels the share of confident pixels: that of their
+    own image, in the code of DACS that of the batch.
     logits [B,C,H,W], labels [B,H,W], pasted: bool [B,H,W], shares [B] -> scalar.
     """
     losses = F.cross_entropy(logits, labels, ignore_index=datasets.IGNORE, reduction="none")
@@ -253,7 +253,7 @@ def train(
     # The teacher is in training mode, as in DACS: it normalises photos by their batch's statistics.
     teacher = copy.deepcopy(net).requires_grad_(False).train()
     for layer in teacher.modules():
-        if isinstance(layer, torch.nn.Dropout):  # as in DeepLabV3; it would make labels random
+        if isinstance(layer, nn.Dropout):  # DeepLabV3 has it; labels would be random
             layer.eval()
     model, model_d = common.parallel(net), common.parallel(discriminator)
     optimizer = common.make_optimizer(net, args.lr)

@@ -2,10 +2,10 @@
 
 After "Tuning computer vision models with task rewards" (arXiv:2302.08242v1). The network is trained
 on the source, then fine-tuned on the labelled target photos with a reward and with cross-entropy
-(the anchor). For the IoU of single images, the mean over the classes of one image, the exact
-gradient of the expected reward points in the direction that lowers a soft-Jaccard loss (1 - IoU of
-expected counts), to a measured cosine of 0.9999. This is measured, not proven. Training by either
-ends at the same mIoU, so sampling is meant for rewards that have no such loss.
+(the anchor). If the reward is the IoU of single images (its mean over classes), the exact gradient
+of the expected reward points in the direction that lowers a soft-Jaccard loss (1 - IoU of expected
+counts): the cosine is 0.9999, measured, not proven. Training by either ends at the same mIoU, so
+sampling is meant for rewards that have no such loss.
 
 Object recall is such a reward. An object is a connected region of one class. It is found if at
 least half of its pixels are right. Recall is the share of objects that are found. On the miniature
@@ -71,8 +71,8 @@ class Args(common.Args):
     reward_share: float = 0.5
     """Share of --steps for fine-tuning with the objective, after training on the source."""
     epochs: int = 400
-    """Maximum number of passes over the labelled photos. If they need fewer steps than
-    --reward-share gives, training on the source gets the rest, if it is not left out by --init."""
+    """Maximum number of passes over the labelled photos. Steps of --reward-share beyond this go to
+    training on the source, unless --init has replaced it."""
     reward_lr: float = 0.5
     """Initial learning rate of fine-tuning, as a multiple of --lr."""
     smooth: float = 0.01
@@ -83,7 +83,7 @@ class Args(common.Args):
     """For object_recall: side of a cell in pixels. Default: the largest power of 2 that is at most
     a sixteenth of the height and divides height and width."""
     smallest: float = 0.0005
-    """Size of the smallest object, as a share of the image. Smaller regions are not counted."""
+    """Size of the smallest object, as a share of the image, or of the crop in training."""
     credit: Literal["object", "image"] = "object"
     """What a cell is rewarded for: the objects that it touches, or, as in the paper, the image."""
 
@@ -135,11 +135,11 @@ def gain_table(right: Tensor, predicted: Tensor, true: Tensor) -> Tensor:
 
 
 def counterfactual(p: Tensor, labels: Tensor, truth: Tensor) -> Tensor:
-    """The sum over pixels of the expected gain of the mean IoU if this pixel alone is drawn again.
+    """The sum over pixels of the expected gain of the mean IoU if that pixel alone is drawn again.
 
     p [B,H,W,C], labels drawn from it [B,H,W] -> [B]. Its gradient is an unbiased estimate: grad
     E[R] = E[sum over pixels and k of (grad p(k)) * R(labels, with k at this pixel)]. The gain is
-    this R minus R(labels). The term that this subtracts is 0, since sum_k grad p(k) = 0.
+    this R minus R(labels), which changes nothing, since sum_k grad p(k) = 0.
     """
     gains = gain_table(*counts(labels, truth, p.shape[3]))  # [B,a,t,k]
     valid = truth != IGNORE
@@ -259,7 +259,7 @@ def soft_jaccard(logits: Tensor, truth: Tensor) -> Tensor:
 
 def class_weighted_ce(logits: Tensor, truth: Tensor, pixels: Tensor, smooth: float) -> Tensor:
     """Cross-entropy in nats, a weighted mean over pixels. A pixel of true class c has the weight
-    1 / (n_c + smooth * sum n). pixels: n, the pixels of each class in the training set, [C]."""
+    1 / (n_c + smooth * sum n). pixels: n, the pixels of each class in the labelled photos, [C]."""
     weights = 1 / (pixels + smooth * pixels.sum())
     # Dividing by the mean changes no result. It only keeps `total` far above the clamp.
     weights = (weights / weights.mean()).to(logits.dtype)
@@ -281,7 +281,7 @@ def report_rewards(run: Run, net: Network, step: int) -> None:
         rewards["iou"].append(mean_iou(*counts(labels, truth, len(run.classes))).item())
         objects = find_objects(truth, 1, run.args.smallest)
         recall = object_recall(labels[None], objects)[1].item()
-        # null in the file, and left out of the mean, where a photo has no object
+        # A photo without objects: null in the file, left out of the mean
         rewards["object_recall"].append(recall if len(objects.size) else None)
     net.train(training)
     values = {name: [v for v in values if v is not None] for name, values in rewards.items()}
@@ -372,7 +372,7 @@ def run(args: Args) -> Result:
 def draw_gradient(run: Run, start: Network, split: Split) -> None:
     """figures/gradient.png: one estimate of each reward's gradient with respect to the logit of the
     true class: blue where a higher logit raises the reward, red where it lowers it. noise: the
-    summed variance of 64 estimates, divided by the squared length of their mean. For credit by
+    summed variance of 64 estimates, divided by the squared length of the expected gradient. For credit by
     image, the mean of the estimates by object is taken: it has the same expectation and is more
     exact."""
     truth = torch.from_numpy(split.labels[:1].astype(np.int64)).to(run.device)  # [1,H,W]
@@ -392,7 +392,7 @@ def draw_gradient(run: Run, start: Network, split: Split) -> None:
         losses = (objective(rng=rng)[0] for _ in range(64))
         gradients = -torch.cat([torch.autograd.grad(loss, logits)[0] for loss in losses])
         if title != "object recall, credit by image":
-            # The second term is the part of the first that is noise. 0: no signal, infinite noise.
+            # The squared length of the mean, less its noise. If 0 is left, the noise is infinite.
             square = gradients.mean(dim=0).square().sum() - gradients.var(dim=0).sum() / 64
             square = square.clamp(min=0)
         valid = truth != IGNORE  # [1,H,W]; ignored pixels are shown as 0
