@@ -121,8 +121,7 @@ def crop_flip(
     theta = torch.zeros(len(images), 2, 3)
     theta[:, 0, 0] = torch.where(numbers[:, 3] < 0.5, -scale, scale)
     theta[:, 1, 1], theta[:, :, 2] = scale, shift
-    theta = to_device(theta, images.device)
-    grid = F.affine_grid(theta, list(images.shape), align_corners=False)  # [B,H,W,2]
+    grid = F.affine_grid(to_device(theta, images.device), list(images.shape), align_corners=False)
     images = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
     if labels is not None:
         values = labels[:, None].float()
@@ -329,7 +328,7 @@ class Network(nn.Module):
                 self.body = lraspp_mobilenet_v3_large(**options)
             else:
                 self.body = deeplabv3_resnet101(**options, aux_loss=True)
-        except OSError as error:  # no connection, say
+        except (OSError, RuntimeError) as error:  # no connection, say, or half a file
             reason = f"ImageNet weights of {name} cannot be downloaded ({error})"
             raise UserError(f"{reason}; --pretrained False trains from scratch") from error
         mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # of ImageNet
@@ -363,8 +362,7 @@ def join_processes(device: str) -> str:
         raise UserError(f"--device {device}: not available") from error
     if cuda:
         torch.set_float32_matmul_precision("high")  # TF32
-    if local_rank and not dist.is_initialized():
-        # Others may wait for hours while rank 0 writes a large set.
+    if local_rank and not dist.is_initialized():  # others wait while rank 0 writes a large set
         dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(days=1))
     return device
 
@@ -665,7 +663,9 @@ class Run:
             self.say(f"{self.out}: finished earlier, with these arguments")
             return
         if args.checkpoint:  # one that is of no use must not move an old run aside
-            read_network(args.checkpoint, Network(args.net, len(self.classes)))
+            _, checkpoint = read_network(args.checkpoint, Network(args.net, len(self.classes)))
+            if checkpoint["classes"] != list(self.classes):
+                raise UserError(f"--init {args.checkpoint}: has other classes")
         if args.init and args.init.resolve().is_relative_to(self.out.resolve()):
             raise UserError(f"--init {args.init}: lies in the run folder; give another --out")
         config = configuration(args, method)
@@ -963,7 +963,7 @@ def draw_sheet(path: Path, columns: dict[str, list[np.ndarray]], classes: Sequen
         axis.set_title(title, fontsize=9)
     for i, name in enumerate((*classes, "ignored") if classes else ()):
         # The space, since matplotlib leaves out names that begin with "_".
-        axes[0, 0].plot([], [], "s", color=colours[i] / 255, label=f" {name}")
+        axes[0, 0].plot([], [], "s", color=colours[i] / 255, label=f" {name}".replace("$", r"\$"))
     if classes:
         figure.legend(loc="outside lower center", ncols=7, fontsize=7, frameon=False)
     save_figure(figure, path)

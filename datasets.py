@@ -300,7 +300,7 @@ def read_header(path: Path) -> tuple[int, int, bool]:
     """
     with open_image(path, decode=False) as image:
         try:  # damaged data make Pillow raise errors of many kinds
-            turned = EXIF_KEYS & image.info.keys() and image.getexif().get(274, 1) != 1
+            turned = EXIF_KEYS & image.info.keys() and image.getexif().get(274) in range(2, 9)
         except Exception as error:
             raise UserError(f"{path}: its EXIF data cannot be read ({error})") from error
         return *image.size, bool(turned)
@@ -609,10 +609,11 @@ def load_set(folder: Path, dataset: Dataset, size: Sequence[int]) -> Split:
         record = json.loads((folder / "set.json").read_text())
         images, labels = (np.load(folder / f"{n}.npy", mmap_mode="r") for n in ("images", "labels"))
         kind, classes = (record["dataset"], *images.shape[1:3]), tuple(record["classes"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        names = tuple(record["names"])
+    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder}: not a training set that a method wrote ({error})") from error
     if kind[0] == dataset.name and classes != dataset.classes:
         raise UserError(f"{folder}: has other classes, {' '.join(classes)}")
     if kind != (dataset.name, *size):
         raise UserError(f"{folder}: holds {kind}, expected {(dataset.name, *size)}")
-    return Split(dataset, tuple(record["names"]), images, labels)
+    return Split(dataset, names, images, labels)

@@ -372,8 +372,8 @@ def run(args: Args) -> Result:
 def draw_gradient(run: Run, start: Network, split: Split) -> None:
     """figures/gradient.png: one estimate of each reward's gradient with respect to the logit of the
     true class: blue where a higher logit raises the reward, red where it lowers it. noise: the
-    summed variance of 64 estimates, divided by the squared length of the expected gradient. For credit by
-    image, the mean of the estimates by object is taken: it has the same expectation and is more
+    summed variance of 64 estimates, divided by the squared length of the true gradient. For credit
+    by image, the mean of the estimates by object is taken: it has the same expectation and is more
     exact."""
     truth = torch.from_numpy(split.labels[:1].astype(np.int64)).to(run.device)  # [1,H,W]
     logits = common.predict(start, split.images[:1], run.device).clone().requires_grad_()

@@ -232,6 +232,9 @@ def test_checkpoint_of_another_network(args: common.Args):
     message = "tiny10.pt: holds tiny of 10 classes, expected"
     expect(replace(init, benchmark="gta52cityscapes"), f"{message} tiny of 19")
     expect(replace(init, net="bisenet"), f"{message} bisenet of 10")
+    checkpoint = torch.load("tiny10.pt", weights_only=True)
+    torch.save({**checkpoint, "classes": checkpoint["classes"][::-1]}, "tiny10.pt")
+    expect(init, "--init tiny10.pt: has other classes")
 
 
 @pytest.mark.parametrize("content", [b"", b"rubbish", b"PK\x03\x04 half a zip"])

@@ -73,8 +73,7 @@ def test_the_table_end_to_end(mini: Path):
     first = rows_in("runs")
     labels = {key[0]: row["target_labels"] for key, row in first.items()}
     assert labels == {"source_only": 0, "few_label": 1}
-    pictures = sorted(path.name for path in Path("runs/figures").iterdir())
-    assert pictures == [f"{VKITTI}.png"]
+    assert [path.name for path in Path("runs/figures").iterdir()] == [f"{VKITTI}.png"]
 
     # Another command with one more row keeps the others in the table.
     args = benchmark.Args(

@@ -393,8 +393,7 @@ def test_streams_are_named_and_a_batch_depends_on_stream_and_step_alone():
     assert len({str(batches(*stream)) for stream in names}) == len(names)
     draws = {common.draw(common.generator(*stream), 1).item() for stream in names}
     assert len(draws) == len(names)
-    again = common.draw(common.generator(0, "align"), 1).item()
-    assert again in draws
+    assert common.draw(common.generator(0, "align"), 1).item() in draws
 
 
 def test_processes_share_a_global_batch(monkeypatch: pytest.MonkeyPatch):
