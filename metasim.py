@@ -587,8 +587,9 @@ def learn_attributes(run: Run, args: Args, roads: RoadScenes, photos: Split) -> 
     # Stage 1: the network whose features are compared learns to segment the prior's scenes
     train(run, args, roads, None, net, "features")
     net.eval().requires_grad_(False)
-    for buffer in net.buffers():  # each process has batch statistics of its own
-        buffer.copy_(common.mean_over_processes(buffer))
+    if common.world_size() > 1:  # each process has batch statistics of its own
+        for buffer in net.buffers():
+            torch.distributed.broadcast(buffer, 0)  # those of the checkpoint, for a resumed run
     draws = (roads.sample(8, common.generator(seed, "prior", batch)) for batch in range(32))
     scenes = (render_graphs(roads, None, graphs)[0] for graphs in draws)
     chosen = datasets.spaced(len(photos), 256)

@@ -346,8 +346,9 @@ def test_defaults_and_bad_values(args: common.Args, monkeypatch: pytest.MonkeyPa
     for flags in ({"noise_floor": 0.97}, {"strength": 1.1}, {"sample_steps": 0}):
         with pytest.raises(UserError, match="0 <= --noise-floor < --strength <= 1"):
             db.fill_in(row(args, "run", **flags))
-    with pytest.raises(UserError, match="--patch and --levels need multiples of 64"):
-        db.fill_in(row(args, "run", patch=8, levels=4))
+    for levels, match in {4: "--patch and --levels need multiples of 64", 0: "--width, "}.items():
+        with pytest.raises(UserError, match=match):
+            db.fill_in(row(args, "run", patch=8, levels=levels))
     monkeypatch.setattr(common, "world_size", lambda: 3)  # before anything is trained
     with pytest.raises(UserError, match="--batch-size 4: expected a multiple of 6"):
         db.fill_in(row(args, "run"))

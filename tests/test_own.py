@@ -79,8 +79,7 @@ def test_a_run_on_own_data_and_its_network_on_own_photos(own: common.Args, capsy
     Path("photos/._0.png").touch()
     checkpoint = Path("runs/own/few_label/seed0/checkpoint.pt")
     predict.run(predict.Args(checkpoint, Path("photos"), Path("out"), "cpu"))
-    said = "8 photos labelled, 1 other files ignored, such as ._0.png"
-    assert said in capsys.readouterr().out
+    assert "8 photos labelled, 1 other files ignored, such as ._0.png" in capsys.readouterr().out
     ids, names = json.loads(Path("out/classes.json").read_text()), result.iou.keys()
     assert ids == {name: i for i, name in enumerate(names)}
     net, _ = common.read_network(checkpoint)
