@@ -206,6 +206,9 @@ def check(args: Args) -> None:
     for name in ("source_share", "confidence_threshold", "ema"):
         if not 0 <= getattr(args, name) <= 1:
             raise UserError(f"--{name.replace('_', '-')}: expected a number from 0 to 1")
+    for name in ("lambda_adv", "lambda_ent", "beta"):
+        if not getattr(args, name) >= 0:  # NaN is refused, too
+            raise UserError(f"--{name.replace('_', '-')}: expected a number from 0")
     if args.discriminator_width < 1:
         raise UserError(f"--discriminator-width {args.discriminator_width}: expected 1 or more")
     if args.source_share == 1:

@@ -6,7 +6,6 @@ labels are train ids 0..C-1 or 255 for "ignored".
 """
 
 import contextlib
-import dataclasses
 import functools
 import hashlib
 import io
@@ -23,7 +22,7 @@ import time
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, make_dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
@@ -938,9 +937,10 @@ def update_ema(teacher: nn.Module, student: nn.Module, decay: float) -> None:
 def new_figure(width: float, height: float) -> Any:
     """A figure of so many inches. Without pyplot, which would look for a screen."""
     os.environ["MPLBACKEND"] = "agg"  # that of a notebook does not exist in a script
-    from matplotlib.figure import Figure
+    from matplotlib import figure, rcParams
 
-    return Figure(figsize=(width, height), layout="constrained")
+    rcParams["text.parse_math"] = False  # a name of a class may have dollar signs
+    return figure.Figure(figsize=(width, height), layout="constrained")
 
 
 def save_figure(figure: Any, path: Path) -> None:
@@ -963,7 +963,7 @@ def draw_sheet(path: Path, columns: dict[str, list[np.ndarray]], classes: Sequen
         axis.set_title(title, fontsize=9)
     for i, name in enumerate((*classes, "ignored") if classes else ()):
         # The space, since matplotlib leaves out names that begin with "_".
-        axes[0, 0].plot([], [], "s", color=colours[i] / 255, label=f" {name}".replace("$", r"\$"))
+        axes[0, 0].plot([], [], "s", color=colours[i] / 255, label=f" {name}")
     if classes:
         figure.legend(loc="outside lower center", ncols=7, fontsize=7, frameon=False)
     save_figure(figure, path)
@@ -1027,9 +1027,8 @@ def parse(args_class: type, doc: str | None) -> Any:
     if not issubclass(args_class, SharedArgs):
         return command_line(args_class)
     shared = Args if issubclass(args_class, Args) else SharedArgs
-    fields = dataclasses.fields(shared)
-    hidden = [(f.name, f.type, dataclasses.field(default=f.default, init=False)) for f in fields]
-    own = dataclasses.make_dataclass("Own", hidden, bases=(args_class,), frozen=True)
+    hidden = [(f.name, f.type, field(default=f.default, init=False)) for f in fields(shared)]
+    own = make_dataclass("Own", hidden, bases=(args_class,), frozen=True)
     groups = {"own": tyro.conf.OmitArgPrefixes[own], "shared": tyro.conf.OmitArgPrefixes[shared]}
-    parsed = command_line(dataclasses.make_dataclass("Both", groups.items()))
+    parsed = command_line(make_dataclass("Both", groups.items()))
     return args_class(**vars(parsed.own) | vars(parsed.shared))

@@ -296,7 +296,7 @@ class RoadScenes:
         measured = tone(common.to_tensor(self.split.images[pixels], torch.device("cpu")))
         measured = (measured - grammar.mean[0, :tones]) / grammar.scale[0, :tones]
         values = torch.randn(count, *grammar.mean.shape, generator=rng) * grammar.prior_std
-        values[:, 0, :tones] += measured.clamp(-6, 6)  # images of one colour have extreme ones
+        values[:, 0, :tones] += measured.clamp(-6, 6)  # extreme for images of one colour
         classes = torch.arange(1, 1 + FIRST).expand(count, FIRST)
         classes = torch.cat([classes, (1 + FIRST + self.kinds[asset]) * present], dim=1)
         fixed = torch.zeros(*classes.shape, self.num_fixed)
@@ -934,13 +934,12 @@ def draw_scenes(run: Run, roads: RoadScenes, transformer: Any, photos: Split, ne
     shown = photo_share.mean(dim=(1, 2)).argsort(descending=True)[:6].tolist()
     figure = common.new_figure(2.4 * len(shown), 1.6 * len(shares))
     axes = figure.subplots(len(shares), len(shown), squeeze=False)
-    names = [name.replace("$", r"\$") for name in run.classes]  # no formula
     for i, (title, share) in enumerate(shares.items()):
         distance = (share - photo_share).abs().sum(dim=0).mean() / 2
         axes[i, 0].set_ylabel(f"{title}\ndistance {distance:.3f}", fontsize=8)
         for axis, c in zip(axes[i], shown, strict=True):
             axis.imshow(share[c].numpy(), vmin=0, vmax=photo_share[c].max().item(), cmap="magma")
-            axis.set(xticks=[], yticks=[], title=names[c] if i == 0 else "")
+            axis.set(xticks=[], yticks=[], title=run.classes[c] if i == 0 else "")
     common.save_figure(figure, folder / "content.png")
 
 

@@ -219,8 +219,7 @@ def test_any_size_and_flat_images(trained: tuple, colour: float):
 def test_kernel_distance_by_its_definition():
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(9, 3)), rng.normal(size=(8, 3))
-    scale = np.sqrt(y.var(axis=0).mean())
-    a, b = ((z - y.mean(axis=0)) / scale for z in (x, y))
+    a, b = ((z - y.mean(axis=0)) / np.sqrt(y.var(axis=0).mean()) for z in (x, y))
 
     def mean(p: np.ndarray, q: np.ndarray, same: bool) -> float:
         pairs = [(i, j) for i in range(len(p)) for j in range(len(q)) if not (same and i == j)]

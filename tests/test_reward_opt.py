@@ -189,8 +189,7 @@ def test_the_default_cell_divides_the_size(args: common.Args, monkeypatch, size,
     find, cells = ro.find_objects, []
     monkeypatch.setattr(ro, "find_objects", lambda *a: (cells.append(a[1]), find(*a))[1])
     logits, truth = torch.zeros(1, 3, *size), torch.zeros(1, *size, dtype=torch.int64)
-    settings = make(args, "run", samples=2)
-    ro.object_objective(logits, truth, settings, common.generator("test"))
+    ro.object_objective(logits, truth, make(args, "run", samples=2), common.generator("test"))
     assert cells == [cell]
 
 

@@ -181,8 +181,7 @@ def start(mini: Path, out: str, wait: float = 0, **options) -> subprocess.Popen:
 
 def scalars(folder: str) -> list[dict]:
     """Without what differs from process to process."""
-    lines = read_scalars(Path(folder))
-    return [{k: v for k, v in line.items() if k != "memory"} for line in lines]
+    return [{k: v for k, v in line.items() if k != "memory"} for line in read_scalars(Path(folder))]
 
 
 def test_a_killed_process_ends_with_the_same_weights(args: common.Args, mini: Path, no_figures):
