@@ -1,6 +1,6 @@
 """Runs every method on the same splits of VKITTI to KITTI and GTA5 to Cityscapes; prints the table.
 
-    python benchmark.py --jobs 2                         (half an hour on two CPU cores)
+    python benchmark.py --jobs 2                         (30 to 80 minutes on two CPU cores)
 
     python benchmark.py --data /datasets --seeds 0 1 2   (real data, see the README; three seeds)
 
