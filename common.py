@@ -1015,7 +1015,7 @@ def main(args_class: type, run: Callable[[Any], Any], doc: str | None) -> None:
         sys.exit(130)
 
 
-def parse(args_class: type, doc: str | None) -> Any:
+def parse(args_class: type, doc: str | None, argv: list[str] | None = None) -> Any:
     """The command line as `args_class`; --help shows its own flags first, then the shared ones."""
     import tyro
 
@@ -1023,12 +1023,12 @@ def parse(args_class: type, doc: str | None) -> Any:
     fill = functools.partial(textwrap.fill, width=80, initial_indent=" ", subsequent_indent=" ")
     paragraphs = (doc or "").strip("\n").split("\n\n")
     doc = "\n".join(fill(re.sub(r"(?<=\S)\s+", " ", paragraph)) for paragraph in paragraphs)
-    command_line = functools.partial(tyro.cli, prog=Path(sys.argv[0]).name, description=doc)
+    cli = functools.partial(tyro.cli, prog=Path(sys.argv[0]).name, description=doc, args=argv)
     if not issubclass(args_class, SharedArgs):
-        return command_line(args_class)
+        return cli(args_class)
     shared = Args if issubclass(args_class, Args) else SharedArgs
     hidden = [(f.name, f.type, field(default=f.default, init=False)) for f in fields(shared)]
     own = make_dataclass("Own", hidden, bases=(args_class,), frozen=True)
     groups = {"own": tyro.conf.OmitArgPrefixes[own], "shared": tyro.conf.OmitArgPrefixes[shared]}
-    parsed = command_line(make_dataclass("Both", groups.items()))
+    parsed = cli(make_dataclass("Both", groups.items()))
     return args_class(**vars(parsed.own) | vars(parsed.shared))

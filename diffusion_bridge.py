@@ -25,7 +25,6 @@ at P positions, E values of an embedding. Noise levels are angles a from 0 (the 
 to pi/2 (the noise e): x_a = cos(a) x + sin(a) e.
 """
 
-import contextlib
 import copy
 import json
 import math
@@ -105,7 +104,6 @@ class Args(common.Args):
 SMALL = {"width": 32, "levels": 3, "patch": 2, "unet_lr": 2e-3}
 LARGE = {"width": 128, "levels": 4, "patch": 4, "unet_lr": 5e-4}
 LARGE_PIXELS = 256 * 256  # images with at least so many are large, as those of the real datasets
-MAX_NORM = 1.0  # the U-Net's gradient is clipped to this norm
 MAX_PIXELS = 1 << 22  # of a batch of several images in `translate`
 
 
@@ -363,9 +361,8 @@ class Bridge(nn.Module):
         target = source if args.statistics == "own" else self.photo_statistics[photos]
 
         def velocity(x: Tensor, angle: float, domain: int, statistics: Tensor) -> Tensor:
-            angles = x.new_full((len(x),), angle)
             domains = torch.full((len(x),), domain, device=device)
-            return self.unet(x, maps, angles, domains, statistics)
+            return self.unet(x, maps, x.new_full((len(x),), angle), domains, statistics)
 
         angles = noise_levels(args)
         start = angles[0] if args.bridge == "ddib" else angles[-1]
@@ -477,7 +474,7 @@ def train_unet(run: Run, args: Args, bridge: Bridge, source: Split, photos: Spli
             loss = F.mse_loss(v, cos * noise - sin * x)
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(unet.parameters(), MAX_NORM)
+        nn.utils.clip_grad_norm_(unet.parameters(), max_norm=1.0)
         optimizer.step()
         common.update_ema(average, unet, min(decay, step / (step + 9)))  # see --ema
         run.log(step, unet_loss=loss, unet_lr=lr)
@@ -582,7 +579,6 @@ CHECKS = {  # what each of them measures, whether more of it is better, and what
     "edges": ("image edges along the borders of the masks", True, "masks of more than one class"),
     "agreement": ("pixels in which the reader's class is that of the mask", True, "--mask-labels"),
 }
-FEW_UPDATES = 500  # after fewer updates of the U-Net, the bridge adds noise and does little else
 
 
 def check(
@@ -629,7 +625,7 @@ def verdict(table: dict[str, Any], unet_steps: int) -> list[str]:
     if table["affine_share"] is not None:
         lines.append(f"an affine colour map explains {table['affine_share']:.2f} of the change")
     lines.append(f"encoded noise: {table['noise_deviation']:.2f} (1 is right near --strength 1)")
-    if unet_steps < FEW_UPDATES:
+    if unet_steps < 500:  # it then adds noise and does little else
         lines.append(f"{unet_steps} updates of the U-Net are too few: this is no bridge yet")
     return [*lines, f"verdict: {', '.join(results) or 'nothing to compare'}"]
 
@@ -650,19 +646,22 @@ def draw_translations(path: Path, columns: dict[str, np.ndarray], masks: np.ndar
 # ---- The benchmark's row ------------------------------------------------------------------------
 def run(args: Args) -> Result:
     """Trains the bridge, translates the source, and trains the network on the translations."""
+    fill_in(common.resolve(args, "diffusion_bridge"))  # bad arguments move no old run aside
     run = Run(args, "diffusion_bridge", stages=4)
     if run.result:
         return run.result
     args, net = fill_in(run.args), run.network()
     source, photos = datasets.load(args, "source"), datasets.load(args, "target_unlabelled")
 
-    # Step 1: the reader and the U-Net
+    # Step 1: the reader and the U-Net, and now, in case that the disk is full, a file for Step 2
+    folder, n = run.out / "set", args.batch_size
+    if common.rank() == 0:
+        if not (folder / "images.npy").exists():  # deleted meanwhile: translate all images again
+            (run.out / "stage_translate.pt").unlink(missing_ok=True)
+        images = datasets.create_array(folder / "images.npy", source.images.shape)
     bridge = train_bridge(run, args, source, photos)
 
     # Step 2: the source is translated into OUT/set; each process translates a part of every batch
-    folder, n = run.out / "set", args.batch_size
-    if common.rank() == 0:
-        images = datasets.create_array(folder / "images.npy", source.images.shape)
     for step in run.steps("translate", math.ceil(len(source) / n)):
         batch = np.arange((step - 1) * n, min(step * n, len(source)))
         result = torch.zeros(len(batch), *args.size, 3, dtype=torch.uint8, device=run.device)
@@ -705,6 +704,10 @@ def run(args: Args) -> Result:
 
 def train(args: Args) -> None:
     """The command `train`: trains reader and U-Net, and writes OUT/bridge.pt."""
+    for name in ("bridge", "strength", "noise_floor", "statistics", "sample_steps"):
+        if getattr(args, name) != getattr(Args, name):
+            raise UserError(f"--{name.replace('_', '-')}: has no effect in the command train")
+    fill_in(common.resolve(args, "diffusion_bridge_train"))
     run = Run(args, "diffusion_bridge_train", stages=2)
     if not run.result:
         args = fill_in(run.args)
@@ -786,8 +789,8 @@ def write_pair(
     args: TranslateArgs, pair: Pair, new: np.ndarray, share: float, noise: float
 ) -> dict[str, Any]:
     """Writes a translation, uint8 [H,W,3], in its image's file format, and a copy of the mask,
-    unless `share`, of pixels predicted as in the mask, is below --min-agreement. Keeps grey, alpha
-    and 16 bits (of 256 levels); palettes become RGB. -> the image's record."""
+    unless `share`, of pixels predicted as in the mask, is below --min-agreement. Keeps grey
+    (16 bits, too, with 256 levels) and alpha (8 bits); palettes become RGB. -> its record."""
     out, left_out = args.output_dir.resolve(), bool(share < args.min_agreement)
     record = {
         "image": pair.name,
@@ -824,8 +827,6 @@ def translate_folder(args: TranslateArgs) -> None:
     that is continued, or has several processes, writes the same bytes on the same machine. A batch
     is skipped if it has a record in OUTPUT_DIR/.records and all files of this record exist."""
     if args.config:  # Parse again: the file's options first, then the flags, which override them.
-        import tyro
-
         try:
             text = args.config.read_text()
             options = json.loads(text) if args.config.suffix == ".json" else tomllib.loads(text)
@@ -833,13 +834,13 @@ def translate_folder(args: TranslateArgs) -> None:
         except (ValueError, AttributeError) as error:
             raise UserError(f"{args.config}: neither TOML nor a JSON object ({error})") from error
         datasets.note(f"{args.config}: {' '.join(flags)}")
-        args = tyro.cli(TranslateArgs, args=[*flags, *sys.argv[1:]])
+        args = common.parse(TranslateArgs, __doc__, [*flags, *sys.argv[1:]])
+    noise_levels(args)
+    if args.batch_size < 1 or args.seed < 0 or not 0 <= args.min_agreement < math.inf:
+        raise UserError("expected a --batch-size from 1, a --seed and --min-agreement from 0")
     for name in ("input_dir", "output_dir", "checkpoint"):
         if getattr(args, name) is None:
             raise UserError(f"--{name.replace('_', '-')}: not given")
-    noise_levels(args)
-    if args.batch_size < 1:
-        raise UserError(f"--batch-size {args.batch_size}: expected at least 1")
     inputs, out = args.input_dir.resolve(), args.output_dir.resolve()
     mask_dir = (args.mask_dir or args.input_dir / "masks").resolve()
     for flag, folder in (("--input-dir", inputs), ("--mask-dir", mask_dir)):
@@ -864,8 +865,7 @@ def translate_folder(args: TranslateArgs) -> None:
     # Step 1: batches of images of one size
     pairs, ignored = find_pairs(inputs, mask_dir, dataset)
     batches = []
-    for _, group in groupby(pairs, key=lambda pair: pair.size):
-        group = list(group)
+    for group in [list(group) for _, group in groupby(pairs, key=lambda pair: pair.size)]:
         n = max(1, min(args.batch_size, MAX_PIXELS // math.prod(group[0].size)))
         batches += [group[i : i + n] for i in range(0, len(group), n)]
     records = []  # One for each batch. Its name depends on the input's paths, times and sizes.
@@ -874,6 +874,9 @@ def translate_folder(args: TranslateArgs) -> None:
         stamp = [(p.name, p.mask_name) for p in batch], [(f.st_mtime_ns, f.st_size) for f in files]
         records.append(out / f".records/{common.seed_of(repr(stamp)):014x}.json")
 
+    for folder in {path.parent.resolve() for p in pairs for path in (p.image, p.mask)}:
+        if out.is_relative_to(folder):
+            raise UserError(f"--output-dir {out}: inside {folder}, which has images or masks")
     # Step 2: a new output folder, or one begun with these settings that holds no other images
     for folder in sorted({(out / n).parent for pair in pairs for n in (pair.name, pair.mask_name)}):
         if folder.resolve() != folder:
@@ -899,9 +902,9 @@ def translate_folder(args: TranslateArgs) -> None:
         datasets.delete_leftovers(out, ".*.tmp", age=60)
         current = set(records)
         for record in out.glob(".records/*.json"):  # keep those of this input whose files exist
-            written = [i for i in json.loads(record.read_text()) if not i["left_out"]]
-            whole = all((out / i[key]).exists() for i in written for key in ("image", "mask"))
-            if record not in current or not whole:
+            images = common.read_json(record).get("images", [])  # [] where the file is damaged
+            written = [out / i[k] for i in images if not i["left_out"] for k in ("image", "mask")]
+            if record not in current or not images or not all(path.exists() for path in written):
                 record.unlink()
     common.barrier()
 
@@ -912,24 +915,20 @@ def translate_folder(args: TranslateArgs) -> None:
 
     def record_previous() -> None:
         if previous:
-            datasets.write_json(previous[0], list(previous[1]))
+            datasets.write_json(previous[0], {"images": list(previous[1])})
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for number in datasets.show_progress(own, "translating"):
             batch = batches[number]
             if records[number].exists():
                 continue
-            # Files take longer than the network on a GPU, so threads read and write them, and
-            # write a batch while the next one is translated.
+            # Threads read and write the files, which take longer than the network on a GPU.
             old = np.stack([*pool.map(lambda pair: datasets.read_image(pair.image), batch)])
-            if dataset:
-                labels = np.stack([*pool.map(partial(read_mask, dataset=dataset), batch)])
-            else:
-                labels, _ = read(bridge.reader, old)  # [B,H,W], of images [B,H,W,3]
+            masks = [*pool.map(partial(read_mask, dataset=dataset), batch)]  # a bad one ends here
+            labels = np.stack(masks) if dataset else read(bridge.reader, old)[0]  # [B,H,W]
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 new, noise = bridge.translate(old, labels, [pair.name for pair in batch], args)
-            predicted, _ = read(bridge.reader, new)
-            shares = agreement(predicted, labels)
+            shares = agreement(read(bridge.reader, new)[0], labels)
             record_previous()
             images = pool.map(partial(write_pair, args), batch, new, shares, noise)
             previous = records[number], images
@@ -939,7 +938,7 @@ def translate_folder(args: TranslateArgs) -> None:
     # that end at the same time all do so, and write the same bytes.
     if not all(record.exists() for record in records):
         return
-    images = [image for record in records for image in json.loads(record.read_text())]
+    images = [image for record in records for image in common.read_json(record)["images"]]
     kept = [p for p, i in zip(pairs, images, strict=True) if not i["left_out"]]
     table = {"left_out": len(pairs) - len(kept)}
     if kept:
@@ -956,10 +955,10 @@ def translate_folder(args: TranslateArgs) -> None:
     if ignored:
         print(f"{ignored} files ignored: foreign, masks without an image, GTA5's unusable frames")
     if kept:
-        print(*verdict(table, bridge.config["unet_steps"]), sep="\n", flush=True)
-        sheet = out.with_name(f"{out.name}-sheet.png")  # outside, since loaders may read all in it
-        with contextlib.suppress(OSError):  # perhaps nothing else can be written
-            draw_translations(sheet, {"source": before, "translated": after}, masks)
+        sheet = out / ".records/translations.png"  # hidden, since loaders may read all images
+        draw_translations(sheet, {"source": before, "translated": after}, masks)
+        lines = verdict(table, bridge.config["unet_steps"])
+        print(f"pictures: {sheet}", *lines, sep="\n", flush=True)
 
 
 # ---- Command line -------------------------------------------------------------------------------

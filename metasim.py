@@ -50,7 +50,8 @@ class Args(common.Args):
     objects: int = 1
     """Maximum number of objects to add to a source image; the number is uniform from 0 to this."""
     cut_outs: int = 600
-    """Objects to cut out of the source images, about the same number of each class."""
+    """Objects to cut out of the source images, at most 1/11 of them of each of 11 classes. So they
+    are fewer where the dataset lacks some of these classes."""
     feature_steps: int | None = None
     """Updates of the network whose features are compared. Default: a quarter of --steps."""
     match_steps: int | None = None
@@ -192,8 +193,8 @@ def horizons(labels: np.ndarray, names: Sequence[str]) -> Tensor:
 
 
 def cut_out(split: Split, count: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """About `count` connected regions of the object classes, about equally many of each. At most
-    MAX_READ images are read. An image gives at most one object of a class, and none that is
+    """Connected regions of the object classes: of each at most count / len(OBJECTS), rounded up. At
+    most MAX_READ images are read. An image gives at most one object of a class, and none that is
     small, wider than half the image, or cut off at the sides or below. -> RGBA (colours times
     alpha) in the top left corner of a canvas, uint8 [A,4,h,w]; classes int64 [A]; boxes [A,4]:
     centre x, centre y minus horizon, half width, half height, where the image spans -1 to 1."""
@@ -663,8 +664,13 @@ def check(args: Any, least: int, *names: str) -> None:
 def run(args: Args) -> Result:
     """Learns the attributes of scenes, and trains the network on scenes that are drawn anew."""
     learned = args.attributes == "learned"
-    if args.task_reward and not learned:
-        raise UserError("--task-reward: has no effect with --attributes prior")
+    needs = {"reward_": "--task-reward"} if not args.task_reward else {}
+    if not learned:
+        needs |= dict.fromkeys(("feature_", "match_", "lambda_", "task_"), "--attributes learned")
+    for name, value in vars(args).items():
+        for prefix, flag in needs.items():
+            if name.startswith(prefix) and value != getattr(Args, name):
+                raise UserError(f"--{name.replace('_', '-')}: has no effect without {flag}")
     check(args, 2, "match_batch", "match_photos", "reward_samples")
     check(args, 1, "reward_rounds", "reward_steps")
     check(args, 0, "scenes", "objects", "cut_outs", "feature_steps", "match_steps")
@@ -707,7 +713,8 @@ def run(args: Args) -> Result:
         for start in datasets.show_progress(range(0, args.scenes, 8), "writing set/"):
             rng = common.generator(args.seed, "scenes", start)
             graphs = roads.sample(min(8, args.scenes - start), rng)
-            names += [roads.split.names[n] for n in graphs.picture[:, 0]]
+            pictures = enumerate(graphs.picture[:, 0], start)  # the number makes names unique
+            names += [f"{roads.split.names[n]} {scene}" for scene, n in pictures]
             x, y = render_graphs(roads, transformer, graphs)
             images[start : start + 8] = common.to_uint8(x)
             labels[start : start + 8] = y.byte().cpu()
@@ -834,6 +841,8 @@ def run_digits(args: DigitsArgs) -> None:
     check(args, 0, "seed")
     seed, device = args.seed, torch.device(common.join_processes(args.device))
     out = args.out or Path("runs/digits") / f"{args.experiment}-seed{seed}"
+    if (out / "config.json").exists():
+        raise UserError(f"{out}: a run folder of a method; give another --out")
 
     # Step 1: three disjoint sets of pictures: the simulator's, the unlabelled target's, the test's
     pictures, digits, kind = load_digits(args.data, seed)

@@ -55,18 +55,12 @@ GREY = "kitti/training/semantic/*.png"
 
 
 # ---- Folders ------------------------------------------------------------------------------------
-def test_missing_folder(args: common.Args):
+def test_folders_that_are_missing_or_empty(bad: common.Args):
     message = r"nowhere/vkitti2: no such folder; --data must hold vkitti2/ with Scene\*/clone"
-    expect(replace(args, data="nowhere"), message)
-
-
-def test_empty_folder(args: common.Args):
+    expect(replace(bad, data="nowhere"), message)
     Path("empty/vkitti2").mkdir(parents=True)
     message = r"empty/vkitti2: no image of vkitti2, expected Scene\*/clone/frames"
-    expect(replace(args, data="empty"), message)
-
-
-def test_only_one_side_of_the_benchmark_is_there(bad: common.Args):
+    expect(replace(bad, data="empty"), message)
     shutil.rmtree("copy/kitti")
     expect(bad, "copy/kitti: no such folder")
 
@@ -176,13 +170,10 @@ def test_a_cache_of_labels_is_one_of_their_images(bad: common.Args):
     expect(bad, r"_10.png: is \d+x\d+, its image \d+x\d+", row="oracle")
 
 
-def test_train_ids_with_their_255(bad: common.Args):
+def test_train_ids_with_their_255_and_test_labels_that_are_all_void(bad: common.Args):
     train_ids = datasets.label_table(datasets.CITYSCAPES)
     relabel("gta5/labels/*.png", lambda ids: train_ids[ids] | 255 * (ids == 23))
     expect(replace(bad, benchmark="gta52cityscapes"), "id 255 is not .* are these train ids?")
-
-
-def test_test_labels_that_are_all_void(bad: common.Args):
     relabel(GREY, lambda ids: 0 * ids)
     expect(bad, "000006_10.png: no pixel of any class, as in all 6 labels")
 
@@ -237,14 +228,11 @@ def test_checkpoint_of_another_network(args: common.Args):
     expect(init, "--init tiny10.pt: has other classes")
 
 
-@pytest.mark.parametrize("content", [b"", b"rubbish", b"PK\x03\x04 half a zip"])
-def test_corrupt_checkpoint(args: common.Args, content: bytes):
-    Path("bad.pt").write_bytes(content)
-    expect(replace(args, init=Path("bad.pt")), r"bad.pt: cannot be read as a checkpoint \(")
-    assert not Path("run").exists()
-
-
 def test_torn_and_foreign_checkpoints(args: common.Args, monkeypatch: pytest.MonkeyPatch):
+    for content in (b"", b"rubbish", b"PK\x03\x04 half a zip"):
+        Path("bad.pt").write_bytes(content)
+        expect(replace(args, init=Path("bad.pt")), r"bad.pt: cannot be read as a checkpoint \(")
+    assert not Path("run").exists()
     torch.save({"model": torch.zeros(3)}, "other.pt")
     expect(replace(args, init=Path("other.pt")), "other.pt: not a checkpoint of this project")
     torch.save(torch.nn.ReLU(), "code.pt")  # it would run code of the file
@@ -278,11 +266,7 @@ def test_output_folder_that_holds_something_else(args: common.Args):
     Path("run/thesis.txt").write_text("mine")
     expect(args, "run: not empty and not a run folder")
     assert Path("run/thesis.txt").read_text() == "mine"
-
-
-def test_a_kill_before_the_first_file_of_a_run_folder_costs_nothing(args: common.Args):
-    Path("run").mkdir()
-    Path("run/.config.json.0123abcd.tmp").write_text("{")
+    Path("run/thesis.txt").rename("run/.config.json.0123abcd.tmp")  # of a run that was killed
     common.Run(replace(args, out=Path("run")), "x", stages=1)
 
 
@@ -355,7 +339,6 @@ def test_what_ends_a_session_ends_a_run_like_ctrl_c(number: int, monkeypatch: py
 
 
 def test_windows_gets_one_line():
-    code = "import sys; sys.modules['resource'] = None; import common"  # as if it did not exist
-    command = [sys.executable, "-c", code]
+    command = [sys.executable, "-c", "import sys; sys.modules['resource'] = None; import common"]
     ended = subprocess.run(command, env=environment(), capture_output=True, text=True)
     assert ended.returncode == 1 and ended.stderr.startswith("error: this needs Linux or macOS")

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -304,10 +305,15 @@ def test_row_continues_where_it_was_cut_off(args: common.Args, no_figures, monke
         with interrupted(monkeypatch, stage, 3):
             db.run(row(args, "cut"))
     cut = db.run(row(args, "cut"))
+    with interrupted(monkeypatch, "translate", 3):
+        db.run(row(args, "lost"))
+    Path("lost/set/images.npy").unlink()  # then all images are translated again
+    db.run(row(args, "lost"))
     assert cut.miou == whole.miou and cut.target_labels == 0
     assert cut.other_updates == "4 U-Net updates, 4 of the reader"
     for name in ("set/images.npy", "set/labels.npy"):
         np.testing.assert_array_equal(*(np.load(f"{run}/{name}") for run in ("whole", "cut")))
+        np.testing.assert_array_equal(*(np.load(f"{run}/{name}") for run in ("whole", "lost")))
     steps = [[line["step"] for line in read_scalars(Path(o))] for o in ("whole", "cut")]
     old, new = (common.read_checkpoint(Path(o, "bridge.pt"))["bridge"] for o in ("whole", "cut"))
     assert steps[0] == steps[1]
@@ -328,7 +334,12 @@ def test_train_needs_no_label_of_a_photo_and_flat_photos_do(args: common.Args, m
     for photo in photos[: len(photos) // 2]:
         Image.new("RGB", Image.open(photo).size, (200, 200, 200)).save(photo)
         (photo.parents[1] / "semantic" / photo.name).unlink()
-    db.train(row(args, "run", data="data"))
+    args = row(args, "run", data="data", sample_steps=None)
+    db.train(args)
+    for flags, match in ({"strength": 0.5}, "--strength: has no effect"), ({"levels": 9}, "--size"):
+        with pytest.raises(UserError, match=match):
+            db.train(replace(args, **flags))
+    assert not Path("run.old1").exists()  # nothing has moved the finished run aside
     state = common.read_checkpoint(Path("run/bridge.pt"))["bridge"]
     features = state.pop("photo_features")  # NaN where a photo lacks a class
     assert all(value.isfinite().all() for value in state.values())
@@ -444,6 +455,9 @@ def test_folder_contract(trained: tuple, tmp_path: Path, no_figures, monkeypatch
         (out / lost).unlink()
         db.translate_folder(args)
         assert len(calls) == number and content(out) == whole
+    next(out.glob(".records/*.json")).write_text("")  # as after a power failure
+    db.translate_folder(args)
+    assert len(calls) == 3 and content(out) == whole
     with pytest.raises(UserError, match="another sample_steps"):
         db.translate_folder(made(tmp_path, trained, sample_steps=3))
     # Two processes write what one does.
@@ -590,6 +604,10 @@ def test_bad_folders(trained: tuple, tmp_path: Path):
     fails(r"wide.png: width and height are \(99, 36\), but \(100, 36\) in its image", args)
     mask.write_bytes(b"junk")
     fails("masks/wide.png: cannot be read as an image", args)
+    mask.write_bytes(kept[:-20])
+    with pytest.raises(UserError, match=r"wide\.png: cannot be read"):
+        db.translate_folder(made(tmp_path, trained, output_dir=tmp_path / "other"))
+    assert not (tmp_path / "other/masks/wide.png").exists()
     mask.write_bytes(kept)
     (images / "wide.jpg").write_bytes((images / "photo.jpg").read_bytes())
     fails("wide.png: differs from wide.jpg by its suffix", args)
@@ -608,6 +626,9 @@ def test_bad_folders(trained: tuple, tmp_path: Path):
     fails("no image", made(tmp_path, trained, input_dir=tmp_path / "empty"))
     for output in (images, images / "below", masks / "below", tmp_path):
         fails("inside, around or equal", made(tmp_path, trained, output_dir=output))
+    (images / "a").rename(tmp_path / "a")
+    (images / "a").symlink_to(tmp_path / "a")
+    fails("/a, which has images", made(tmp_path, trained, output_dir=tmp_path / "a/out"))
     (tmp_path / "full").mkdir()
     (tmp_path / "full/thesis.tex").write_text("")
     for content in ("{}", "[1]", "{"):  # another program's, or half a file
@@ -651,6 +672,7 @@ def test_config_and_flags(trained: tuple, tmp_path: Path, monkeypatch, no_figure
         with pytest.raises(SystemExit):
             db.translate_folder(made(tmp_path, trained, config=config))
         assert re.search(match, capsys.readouterr().err)
-    for text in ("{", "[1]"):
+    other = "c.json: neither TOML nor a JSON object"
+    for text, match in {"{": other, "[1]": other, '{"min_agreement": NaN}': "expected"}.items():
         config.write_text(text)
-        fails("c.json: neither TOML nor a JSON object", made(tmp_path, trained, config=config))
+        fails(match, made(tmp_path, trained, config=config))

@@ -393,14 +393,15 @@ def test_a_run_writes_its_scenes_and_pictures(args: common.Args):
     for name in ("content", "scenes"):
         assert Path(f"run/figures/{name}.png").stat().st_size > 10_000
     scenes = datasets.load_set(Path("run/set"), datasets.VKITTI2, (32, 64))
-    assert len(scenes) == 12 and set(np.unique(scenes.labels)) <= {*range(10), IGNORE}
+    assert len(scenes) == len({*scenes.names}) == 12
+    assert set(np.unique(scenes.labels)) <= {*range(10), IGNORE}
     names = set().union(*read_scalars(Path("run")))
     assert {"features_loss", "mmd_loss", "mmd_content", "change", "reward", "loss"} <= names
 
 
 def test_bad_flags_cost_one_line_and_no_folder(args: common.Args):
     bad = {"match_batch": 1}, {"reward_samples": 1}, {"task_reward": True, "attributes": "prior"}
-    for changes in bad:
+    for changes in (*bad, {"feature_steps": 3, "attributes": "prior"}):
         flag = "--" + next(iter(changes)).replace("_", "-")
         with pytest.raises(UserError, match=rf"^{flag}.*$"):
             metasim.run(made(args, "run", **changes))
@@ -417,7 +418,7 @@ def test_every_update_trains_on_new_scenes(args: common.Args, monkeypatch: pytes
         return render(roads, transformer, graphs, *shift)
 
     monkeypatch.setattr(metasim, "render_graphs", recorded)
-    metasim.run(made(args, "run", scenes=None, objects=0, attributes="prior"))
+    metasim.run(like(args, metasim.Args, attributes="prior", objects=0, out=Path("run")))
     assert len(datasets.load_set(Path("run/set"), datasets.VKITTI2, (32, 64))) == 5 * args.steps
     assert len(set(seeds)) == len(seeds) == args.steps * (args.batch_size + 5)
 

@@ -138,7 +138,6 @@ def refused(args: common.Args, message: str) -> None:
         ('{"road": 1.0}', "1.0 of road is no id or colour"),
         ('{"road": true}', "True of road is no id or colour"),
         ('{"road": [[1]]}', r"\[1\] of road is no id or colour"),
-        ('{"road": 7.5}', "7.5 of road is no id or colour"),
         ('{"road": [[1, 2]]}', r"\[1, 2\] of road is no id or colour"),
         ('{"road": 7, "car": [7]}', "7 of car is no id or colour, or is given twice"),
         ('{"road": 7, "ignore": 0}', "names 1 classes, expected 2 to 254"),
