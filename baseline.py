@@ -35,11 +35,13 @@ class Args(common.Args):
 def run(args: Args) -> Result:
     """Trains a baseline: the segmentation network without any adaptation method."""
     few_label, oracle = args.row == "few_label", args.row == "oracle"
+    labelled = ()  # too few labelled photos are an error before there is a run folder
+    if few_label:
+        labelled = datasets.load(common.resolve(args, args.row), "target_few")
     run = common.Run(args, args.row, stages=2 if few_label else 1)
     if run.result:
         return run.result
     args, net = run.args, run.network()
-    labelled = datasets.load(args, "target_few") if few_label else ()  # errors come first
 
     # Step 1: training on the source. A checkpoint given by --init has had it already.
     finetune_steps = 0

@@ -86,8 +86,6 @@ class Loader:
     """
 
     def __init__(self, split: Split, batch_size: int, device: torch.device, *stream: int | str):
-        if batch_size % world_size():
-            raise UserError(f"a batch of {batch_size}: no multiple of {world_size()} processes")
         self.split, self.batch_size, self.device, self.stream = split, batch_size, device, stream
 
     def indices(self, step: int) -> np.ndarray:
@@ -522,6 +520,8 @@ def resolve(args: Any, method: str) -> Any:
         raise UserError("--pretrained: there are no ImageNet weights of tiny")
     if args.steps < 1 or args.batch_size < 2 or args.seed < 0 or not 0 < args.lr < math.inf:
         raise UserError("--steps, --batch-size (at least 2), --seed or --lr is out of range")
+    if args.batch_size % world_size():
+        raise UserError(f"--batch-size {args.batch_size}: no multiple of {world_size()} processes")
     if args.init and args.init.is_dir():
         datasets.load_set(args.init, source, args.size)
     return args

@@ -10,7 +10,7 @@ mixed-mode differentiation (MixFlow-MG, arXiv:2505.00793v2).
 
     python datarater.py --corrupt 0.1 --inner-updates 16    # do damaged images get lower scores?
 
-The first command takes five minutes on one CPU core and reaches 53 mIoU on the miniature (the
+The first command takes 5 to 14 minutes on one CPU core and reaches 53 mIoU on the miniature (the
 default data); training on the images as they are (--choose original) reaches 45.
 
 A run has four parts. Part 1, the warm-up: a segmentation network is trained on random candidates.
@@ -447,7 +447,7 @@ def corrupted(split: Split, share: float, seed: int) -> tuple[Split, np.ndarray]
 def resolve(args: Args) -> Args:
     """The arguments with the defaults that depend on other arguments. UserError for arguments that
     cannot work or make no sense together. args: as common.resolve returns them."""
-    values = {"warm_up": args.steps, "meta_steps": max(1, args.steps // 8)}
+    given, values = args, {"warm_up": args.steps, "meta_steps": max(1, args.steps // 8)}
     values["inner_batch"] = 16 if args.corrupt else 4
     args = replace(args, **{k: v for k, v in values.items() if getattr(args, k) is None})
     if args.corrupt or args.choose == "original":
@@ -460,8 +460,16 @@ def resolve(args: Args) -> Args:
         raise UserError(f"--k {args.k}: expected 1 to {count}, the candidates of an image")
     if not 0 <= args.corrupt < 1:
         raise UserError(f"--corrupt {args.corrupt}: expected a share from 0 to below 1")
-    if args.choose in ("random", "original"):  # the rest is about the rater
+    rater = ("warm_up", "meta_steps", "meta_lr", "clip", "inner_updates", "inner_batch", "inner_lr")
+    if args.choose in ("random", "original"):
+        for name in rater:
+            if getattr(given, name) != getattr(Args, name):
+                flag = name.replace("_", "-")
+                raise UserError(f"--{flag}: has no effect with --choose {args.choose}")
         return args
+    for name in ("meta_lr", "clip", "inner_lr"):
+        if not getattr(args, name) > 0:
+            raise UserError(f"--{name.replace('_', '-')}: expected above 0, or no rater is trained")
     if args.choose == "worst" and args.corrupt:
         raise UserError("--choose worst --corrupt: each image has only one candidate to choose")
     minimum = {"inner_updates": 1, "inner_batch": 1, "meta_steps": 0, "warm_up": 0}
@@ -482,8 +490,10 @@ def run(args: Args) -> Result:
     """Trains the rater, chooses candidates, and trains the network on those."""
     method = "datarater" if args.choose == "best" else f"datarater_{args.choose}"
     method = f"{method}_corrupt" if args.corrupt else method
-    resolve(common.resolve(args, method))  # bad arguments leave no run folder
-    rated = args.choose in ("best", "worst")
+    rated, resolved = args.choose in ("best", "worst"), common.resolve(args, method)
+    resolve(resolved)  # bad arguments and too few labelled photos leave no run folder
+    if rated:
+        datasets.load(resolved, "target_few")
     run = Run(args, method, stages=3 if rated else 1)  # stages with updates: warm-up, rater, final
     if run.result:
         return run.result

@@ -13,7 +13,7 @@ each with its own --help:
     python diffusion_bridge.py translate --input-dir A --output-dir B --checkpoint RUN/bridge.pt
 
 `translate` translates a folder of images; their masks are in A/masks (or --mask-dir). The first
-command takes eleven minutes on one CPU core and reaches 57 mIoU on the miniature (the default
+command takes 11 to 33 minutes on one CPU core and reaches 57 mIoU on the miniature (the default
 data), where training on the source alone reaches 45. No label of a photo is used in training. A
 translated set is checked: kernel distance to the photos by class, edges along the masks' borders,
 the classes that a small segmentation network (the reader) predicts, the share of the change that

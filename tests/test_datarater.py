@@ -261,10 +261,10 @@ def test_a_run_writes_its_figures_and_a_training_set(args: common.Args, corrupt:
 
 @pytest.mark.usefixtures("no_figures")
 def test_original_is_the_baseline_without_any_method(args: common.Args):
-    result = dr.run(make(args, "original", choose="original"))
+    result = dr.run(like(args, dr.Args, out=Path("original"), choose="original"))
     assert (result.target_labels, result.other_updates) == (0, "")
     baseline.run(like(args, baseline.Args, out=Path("source_only")))
-    dr.run(make(args, "random", choose="random"))
+    dr.run(like(args, dr.Args, out=Path("random"), choose="random"))
     assert same_weights("source_only", "original") and not same_weights("random", "original")
 
 
@@ -305,11 +305,12 @@ def test_what_cannot_run(args: common.Args):
         ({"corrupt": 0.1}, "--inner-batch 1: a single image"),
         ({"corrupt": 0.1, "choose": "worst"}, "--choose worst --corrupt: each image has only one"),
         *(({"corrupt": x}, f"--corrupt {x}: expected a share") for x in (-0.1, 1.0, 1.5)),
-        ({"corrupt": 1.5, "choose": "random"}, "--corrupt 1.5: expected a share"),
         ({"inner_updates": 0}, "--inner-updates 0: expected 1 or more"),
         ({"inner_batch": 0}, "--inner-batch 0: expected 1 or more"),
         ({"meta_steps": -1}, "--meta-steps -1: expected 0 or more"),
-        ({"warm_up": -1}, "--warm-up -1: expected 0 or more"),
+        ({"clip": 0.0}, "--clip: expected above 0"),
+        ({"choose": "random"}, "--warm-up: has no effect with --choose random"),
+        ({"labelled": 9}, "--labelled 9: "),
         ({"net": "lraspp"}, "--net lraspp"),
     ):
         with pytest.raises(UserError, match=message):
