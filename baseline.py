@@ -13,6 +13,7 @@ from typing import Literal
 import common
 import datasets
 from common import Result
+from datasets import UserError
 
 Row = Literal["source_only", "random_aug", "color_transfer", "few_label", "oracle"]
 
@@ -35,6 +36,8 @@ class Args(common.Args):
 def run(args: Args) -> Result:
     """Trains a baseline: the segmentation network without any adaptation method."""
     few_label, oracle = args.row == "few_label", args.row == "oracle"
+    if not 0 < args.finetune <= 1:
+        raise UserError(f"--finetune {args.finetune}: expected above 0 and at most 1")
     labelled = ()  # too few labelled photos are an error before there is a run folder
     if few_label:
         labelled = datasets.load(common.resolve(args, args.row), "target_few")

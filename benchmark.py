@@ -101,8 +101,7 @@ def needs_labels(method: str) -> bool:
 
 def shared_args(args: Args, **own: Any) -> common.Args:
     """A row's arguments: the flags that the whole benchmark shares, and its own."""
-    names = [field.name for field in fields(common.SharedArgs)]
-    return common.Args(**{name: getattr(args, name) for name in names} | own)
+    return common.Args(**{f.name: getattr(args, f.name) for f in fields(common.SharedArgs)} | own)
 
 
 def rows_of(args: Args) -> list[Row]:
@@ -178,8 +177,7 @@ def run_row(row: Row, args: Args, running: list[subprocess.Popen]) -> Result:
         process.kill()
         process.wait()
         return Result(*row.key, "failed", f"stopped after --timeout {args.timeout:g} s")
-    result = finished(row)
-    if status == 0 and result:
+    if status == 0 and (result := finished(row)):
         return result
     if status < 0:
         return Result(*row.key, "failed", f"killed by {signal.Signals(-status).name}")
@@ -216,7 +214,9 @@ def run_rows(rows: list[Row], args: Args, results: dict[Key, Result]) -> None:
                 futures[row.key] = pool.submit(task, row)
             for count, future in enumerate(as_completed(futures.values()), start=1):
                 result = future.result()
-                results[key_of(result)] = result
+                out = args.out / result.benchmark / result.method / f"seed{result.seed}"
+                whole = result.error and (out / "result.json").exists()  # its earlier run, that is
+                results[key_of(result)] = (whole and results.get(key_of(result))) or result
                 write_results(results, args.out)
                 name = f"{result.benchmark} {result.method} seed {result.seed}"
                 score = "no score" if result.miou is None else f"{result.miou:.1f}"
@@ -250,8 +250,8 @@ def combined(result: Result, parent: Result) -> Result:
 # ---- Results ------------------------------------------------------------------------------------
 def write_results(results: dict[Key, Result], out: Path) -> list[Result]:
     """Writes results.json. -> the rows in the table's order."""
-    place = {name: i for i, name in enumerate([*BENCHMARKS, "own", *BASELINES, *METHODS])}
-    keys = sorted(results, key=lambda k: (place[k[0]], k[1].count("+"), place.get(k[1], 99), k))
+    rank = {n: i for i, n in enumerate([*BENCHMARKS, "own", *BASELINES, *METHODS])} | {"oracle": 99}
+    keys = sorted(results, key=lambda k: (rank[k[0]], rank.get(k[1], 90 + k[1].count("+")), k))
     rows = [results[key] for key in keys]
     datasets.write_json(out / "results.json", [asdict(row) for row in rows])
     return rows
@@ -332,7 +332,7 @@ def interval_of(
     for rows in (method, baseline):
         paths = {r.seed: folders[key_of(r)] / "confusion.npy" for r in rows if key_of(r) in folders}
         try:
-            confusions.append({seed: np.load(path) for seed, path in paths.items()})
+            confusions.append({seed: np.load(p) for seed, p in paths.items() if p.exists()})
         except (ValueError, EOFError) as error:
             raise UserError(f"a confusion.npy of {rows[0].method} is damaged: {error}") from error
     seeds = sorted(set.intersection(*map(set, confusions)))
@@ -351,8 +351,8 @@ def method_table(methods: Methods, folders: dict[Key, Path], labelled: bool) -> 
     """The rows with or without target labels: mIoU, difference from their baselines, cost."""
     finished = {name: [r for r in rows if not r.error] for name, rows in methods.items()}
     scored = {name: [r for r in rows if r.miou is not None] for name, rows in finished.items()}
+    by_seed = {name: {r.seed: r.miou for r in rows} for name, rows in scored.items()}
     mious = {name: mean(r.miou for r in rows) for name, rows in scored.items() if rows}
-    low, high = (mious.get(name, math.nan) for name in ("source_only", "oracle"))
     table = []
     for method, rows in finished.items():
         if (needs_labels(method) or any(r.target_labels for r in rows)) != labelled:
@@ -370,8 +370,10 @@ def method_table(methods: Methods, folders: dict[Key, Path], labelled: bool) -> 
             text = "{:+.1f} [{:.1f}, {:.1f}]".format(*difference[:3]) if difference else ""
             cells[f"over {name}"] = text + "*" if difference and difference[3] == 1 else text
         if rows:
-            known = method in mious and high > low
-            gap = f"{(mious[method] - low) / (high - low):.0%}" if known else ""
+            runs = [by_seed.get(name, {}) for name in (method, "source_only", "oracle")]
+            shared = set.intersection(*map(set, runs))  # seeds
+            row, low, high = (mean([of[seed] for seed in shared] or [math.nan]) for of in runs)
+            gap = f"{(row - low) / (high - low):.0%}" if high > low else ""
             cells |= {"gap closed": gap, "updates": "/".join({f"{r.steps:,}": 0 for r in rows})}
             cells["other updates"] = "; ".join(dict.fromkeys(r.other_updates for r in rows))
             cells["seconds"] = f"{mean(r.seconds for r in rows):,.0f}"
@@ -419,14 +421,14 @@ def notes(results: list[Result], folders: dict[Key, Path]) -> list[str]:
                 lines.append(f"{benchmark}: {method}: --methods {control} has as many updates")
         records = []
         for r in rows:
-            records.append({"commit": r.commit, "device": r.device, "versions": r.versions})
-            if not re.search(r"[+@]", r.method):  # these may have other updates
-                config = common.read_json(folders.get(key_of(r), Path()) / "config.json")
-                records[-1] |= {"steps": r.steps, **config}
+            file = folders.get(key_of(r), Path(os.devnull)) / "config.json"
+            steps = None if re.search(r"[+@]", r.method) else r.steps  # these may have others
+            about = {"commit": r.commit, "device": r.device, "versions": r.versions, "steps": steps}
+            records.append(common.read_json(file) | about)
         if any(record.get("miniature") for record in records):
             lines.append(f"{benchmark}: the miniature; do not compare with published numbers.")
         for name in ("commit", "device", "versions", *SETTINGS):
-            values = sorted({str(record[name]) for record in records if name in record})
+            values = sorted({str(record[name]) for record in records if name in record} - {"None"})
             if len(values) > 1:
                 lines.append(f"warning: {benchmark}: {name} differs: {', '.join(values)}")
     return lines
@@ -470,14 +472,14 @@ def write_tables(results: list[Result], folders: dict[Key, Path], out: Path) -> 
 
 
 # ---- Figures ------------------------------------------------------------------------------------
-def draw_sheets(rows: list[Row], results: dict[Key, Result], args: Args) -> None:
+def draw_sheets(rows: list[Row], args: Args) -> None:
     """figures/BENCHMARK.png: test photos, ground truth, and the first seed's predictions."""
     for benchmark in args.benchmarks:
         networks = {}
         for row in rows:
-            if row.key[::2] == (benchmark, args.seeds[0]) and not results[row.key].error:
-                net, _ = common.read_network(row.args.out / "checkpoint.pt")
-                networks[row.key[1].replace("+", "+\n")] = net
+            path, name = row.args.out / "checkpoint.pt", row.key[1].replace("+", "+\n")
+            if row.key[::2] == (benchmark, args.seeds[0]) and path.exists():
+                networks[name], _ = common.read_network(path)
         if networks:
             shared = common.resolve(shared_args(args, benchmark=benchmark, device="cpu"), "sheets")
             test, path = datasets.load(shared, "target_test"), args.out / f"figures/{benchmark}.png"
@@ -527,13 +529,11 @@ def study_networks(args: Args) -> None:
     from torch.utils.benchmark import Timer  # which looks for CUDA when it is imported
 
     table = []
-    for benchmark, name in itertools.product(args.benchmarks, common.NETWORKS):
-        flags = shared_args(args, benchmark=benchmark, device=args.devices[0])
-        flags = common.resolve(flags, "networks")
+    for pair, name in itertools.product(args.benchmarks, common.NETWORKS):
+        flags = common.resolve(shared_args(args, benchmark=pair, device=args.devices[0]), "speed")
         image = torch.rand(1, 3, *flags.size, device=flags.device)  # [1,3,H,W]
-        classes = datasets.get_benchmark(benchmark, args.data).source.classes
-        net = common.Network(name, len(classes)).eval()
-        net.to(flags.device, memory_format=torch.channels_last)
+        net = common.Network(name, len(datasets.get_benchmark(pair, args.data).source.classes))
+        net.eval().to(flags.device, memory_format=torch.channels_last)
         amp = flags.amp and image.device.type == "cuda"
         autocast = torch.autocast(image.device.type, torch.bfloat16, enabled=amp)
         options = {"globals": {"net": net, "image": image}, "num_threads": torch.get_num_threads()}
@@ -588,7 +588,7 @@ def main(args: Args) -> None:
             folders[key] = folder  # else another run has taken its place
     write_tables(write_results(results, args.out), folders, args.out)
     if not args.collect:
-        draw_sheets(rows, results, args)
+        draw_sheets(rows, args)
     print(f"written: {args.out}/results.json and results.md")
     if not args.collect and any(results[row.key].error for row in rows):
         sys.exit(1)

@@ -619,13 +619,14 @@ def finished(args: Any, method: str) -> Result | None:
     """The result of an earlier run with the same configuration. `args` are resolved."""
     result = read_json(args.out / "result.json")
     same = read_json(args.out / "config.json") == configuration(args, method)
-    return Result(**result) if result and same and args.resume else None
+    known = result.keys() <= {field.name for field in fields(Result)}  # else another program's
+    return Result(**result) if result and same and known and args.resume else None
 
 
 def commit() -> str:
     """The commit of this code, '-dirty' where files differ from it; 'unknown' outside git."""
-    git = f"git -C '{Path(__file__).parent}' describe --always --dirty"
-    ended = subprocess.run(git, shell=True, capture_output=True, text=True)
+    git, here = "git describe --always --dirty", Path(__file__).parent
+    ended = subprocess.run(git, shell=True, capture_output=True, text=True, cwd=here)
     return ended.stdout.strip() or "unknown"
 
 
@@ -694,7 +695,7 @@ class Run:
             raise UserError(f"{self.out}: not empty and not a run folder; give another --out")
         same = {**old, "test_files": ""} == {**config, "test_files": ""}  # which change no weight
         if old and not (same and self.args.resume and not (self.out / "result.json").exists()):
-            names = (self.out.with_name(f"{self.out.name}.old{n}") for n in itertools.count(1))
+            names = (Path(f"{self.out}.old{n}") for n in itertools.count(1))
             aside = self.out.rename(next(name for name in names if not name.exists()))
             self.say(f"{self.out}: the run that was there is now {aside}")
         write_json(self.out / "config.json", config)

@@ -2,7 +2,6 @@
 
 import io
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -277,20 +276,6 @@ def test_output_that_cannot_be_written(mini: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(sys, "argv", ["benchmark.py", *flags])
     with pytest.raises(SystemExit, match=r"^error: \[Errno \d+\].*file"):
         common.main(baseline.Args, baseline.run, None)
-
-
-def test_a_full_disk_costs_what_was_not_saved_yet(args: common.Args):
-    """A limit of the size of files stands in for it; the file is named, the rest is kept."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (3_000_000, limits[1]))  # less than a checkpoint
-    try:
-        with pytest.raises(OSError, match=r"^\[Errno \d+\] [\w ]+: 'run/stage_source.pt'$"):
-            run(args)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert not list(Path().rglob("*.tmp"))
-    run(args)
-    assert not Path("run.old1").exists()
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(args: common.Args):

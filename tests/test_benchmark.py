@@ -109,7 +109,7 @@ def test_color_transfer_gives_images_the_colours_of_a_training_photo(args, monke
 
 
 # ---- Rows as commands ---------------------------------------------------------------------------
-def test_the_command_of_a_row_gives_its_arguments(monkeypatch: pytest.MonkeyPatch):
+def test_the_command_of_a_row_gives_its_arguments(monkeypatch: pytest.MonkeyPatch, capsys):
     shared = {"size": (32, 64), "amp": False, "pretrained": True, "lr": 0.25, "compile": True}
     args = benchmark.Args(
         methods=("few_label", "metasim"), combine=("metasim+few_label",), force=True, **shared
@@ -126,9 +126,6 @@ def test_the_command_of_a_row_gives_its_arguments(monkeypatch: pytest.MonkeyPatc
     parsed = common.parse(baseline.Args, None)
     assert parsed == baseline.Args(**vars(rows[-1].args), row="few_label")
     assert benchmark.command_of(rows[2])[1].endswith("metasim.py")
-
-
-def test_printed_jobs_are_the_commands_of_the_rows(capsys: pytest.CaptureFixture):
     args = benchmark.Args(methods=("oracle",), seeds=(0, 1), print_jobs=True, devices=("a", "b"))
     benchmark.main(args)
     lines = capsys.readouterr().out.splitlines()
@@ -166,10 +163,13 @@ def test_a_row_that_fails_costs_no_other_row(monkeypatch, capsys):
         "killed": "import os, signal; os.kill(os.getpid(), signal.SIGKILL)",
         "silent": "import sys; sys.exit(3)",
         "lies": "pass",
+        "whole": "import sys; sys.exit(3)",
         "works": write,
     }
     rows, args = stub(monkeypatch, code, timeout=4.0, jobs=2, combine=("raises+works",))
-    results: dict[benchmark.Key, Result] = {}
+    old = Result(VKITTI, "whole", 0, miou=40.0)  # of a run that is still there
+    datasets.write_json(Path(f"runs/{VKITTI}/whole/seed0/result.json"), {})
+    results = {benchmark.key_of(old): old}
     benchmark.run_rows(rows, args, results)
     failed = {key[1]: result.error for key, result in results.items() if result.error}
     assert {name: error.split(",")[0] for name, error in failed.items()} == {
@@ -183,6 +183,7 @@ def test_a_row_that_fails_costs_no_other_row(monkeypatch, capsys):
     }
     assert "works seed 0: 50.0" in capsys.readouterr().out
     assert rows_in("runs")[("hangs", 0)]["status"] == "failed"
+    assert rows_in("runs")[("whole", 0)]["miou"] == 40
 
 
 def test_ctrl_c_ends_the_rows(monkeypatch: pytest.MonkeyPatch):
@@ -249,6 +250,14 @@ def test_rows_that_do_not_compare(tmp_path: Path):
     Path(tmp_path, "results.json").write_text('[{"method":')
     with pytest.raises(UserError, match=r"results\.json: damaged"):
         benchmark.earlier_results(tmp_path)
+
+
+def test_gap_closed_compares_the_same_seeds():
+    costs, methods = {"steps": 1, "seconds": 1.0, "peak_memory_mb": 1.0}, {}
+    for name, scores in {"source_only": (10, 20), "metasim": (40,), "oracle": (50, 60)}.items():
+        rows = [Result(VKITTI, name, i, miou=miou, **costs) for i, miou in enumerate(scores)]
+        methods[name] = rows
+    assert benchmark.method_table(methods, {}, labelled=False)[1]["gap closed"] == "75%"
 
 
 def test_two_run_folders_of_the_same_row(tmp_path: Path):

@@ -277,6 +277,7 @@ def test_a_full_disk_gets_one_line_and_no_half_file(args: common.Args, mini: Pat
     assert re.match(r"error: \[Errno 27\] File too large: 'run/stage_\w+.pt'$", error)
     assert Path("run.old1/checkpoint.pt").read_bytes() == before
     assert not list(Path().rglob("*.tmp")) and not list(Path("run").glob("*.pt"))
+    assert start(mini, "run").wait() == 0 and not Path("run.old2").exists()  # it goes on
 
 
 # ---- Several processes --------------------------------------------------------------------------
