@@ -199,6 +199,8 @@ def run_rows(rows: list[Row], args: Args, results: dict[Key, Result]) -> None:
         parent = futures[row.parent].result() if row.parent else None
         if parent and parent.error:
             return Result(*row.key, "failed", f"{parent.method} failed")
+        if parent and row.key in results and not row.args.init.exists():
+            return results[row.key]  # what it started from was deleted after an earlier run
         result = None if args.force else finished(row)
         if result is None:
             device, start = devices.get(), time.monotonic()
@@ -214,9 +216,7 @@ def run_rows(rows: list[Row], args: Args, results: dict[Key, Result]) -> None:
                 futures[row.key] = pool.submit(task, row)
             for count, future in enumerate(as_completed(futures.values()), start=1):
                 result = future.result()
-                out = args.out / result.benchmark / result.method / f"seed{result.seed}"
-                whole = result.error and (out / "result.json").exists()  # its earlier run, that is
-                results[key_of(result)] = (whole and results.get(key_of(result))) or result
+                results[key_of(result)] = result
                 write_results(results, args.out)
                 name = f"{result.benchmark} {result.method} seed {result.seed}"
                 score = "no score" if result.miou is None else f"{result.miou:.1f}"

@@ -955,10 +955,11 @@ def translate_folder(args: TranslateArgs) -> None:
     if ignored:
         print(f"{ignored} files ignored: foreign, masks without an image, GTA5's unusable frames")
     if kept:
-        sheet = out / ".records/translations.png"  # hidden, since loaders may read all images
-        draw_translations(sheet, {"source": before, "translated": after}, masks)
-        lines = verdict(table, bridge.config["unet_steps"])
-        print(f"pictures: {sheet}", *lines, sep="\n", flush=True)
+        print(*verdict(table, bridge.config["unet_steps"]), sep="\n", flush=True)
+        sheet = out.with_name(f"{out.name}-sheet.png")  # outside, since loaders may read all in it
+        if os.access(out.parent, os.W_OK) and not sheet.exists():  # perhaps a file of the user's
+            draw_translations(sheet, {"source": before, "translated": after}, masks)
+            print(f"pictures: {sheet}", flush=True)
 
 
 # ---- Command line -------------------------------------------------------------------------------

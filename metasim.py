@@ -693,7 +693,7 @@ def run(args: Args) -> Result:
     photos = datasets.load(args, "target_unlabelled")
     if len(photos) < 2:
         raise UserError(f"{photos.dataset.name}: metasim needs two photos, found {len(photos)}")
-    if args.match_batch % common.world_size():
+    if learned and args.match_batch % common.world_size():
         raise UserError(f"--match-batch {args.match_batch}: no multiple of the processes")
 
     roads = RoadScenes(datasets.load(args, "source"), args, run.device)

@@ -163,12 +163,11 @@ def test_a_row_that_fails_costs_no_other_row(monkeypatch, capsys):
         "killed": "import os, signal; os.kill(os.getpid(), signal.SIGKILL)",
         "silent": "import sys; sys.exit(3)",
         "lies": "pass",
-        "whole": "import sys; sys.exit(3)",
         "works": write,
     }
-    rows, args = stub(monkeypatch, code, timeout=4.0, jobs=2, combine=("raises+works",))
-    old = Result(VKITTI, "whole", 0, miou=40.0)  # of a run that is still there
-    datasets.write_json(Path(f"runs/{VKITTI}/whole/seed0/result.json"), {})
+    combine = ("raises+works", "works+silent")
+    rows, args = stub(monkeypatch, code, timeout=4.0, jobs=2, combine=combine)
+    old = Result(VKITTI, "works+silent", 0, miou=40.0, seconds=1.0)  # its start was deleted
     results = {benchmark.key_of(old): old}
     benchmark.run_rows(rows, args, results)
     failed = {key[1]: result.error for key, result in results.items() if result.error}
@@ -183,7 +182,7 @@ def test_a_row_that_fails_costs_no_other_row(monkeypatch, capsys):
     }
     assert "works seed 0: 50.0" in capsys.readouterr().out
     assert rows_in("runs")[("hangs", 0)]["status"] == "failed"
-    assert rows_in("runs")[("whole", 0)]["miou"] == 40
+    assert rows_in("runs")[("works+silent", 0)]["miou"] == 40
 
 
 def test_ctrl_c_ends_the_rows(monkeypatch: pytest.MonkeyPatch):

@@ -305,6 +305,8 @@ def test_what_cannot_run(args: common.Args):
         ({"corrupt": 0.1}, "--inner-batch 1: a single image"),
         ({"corrupt": 0.1, "choose": "worst"}, "--choose worst --corrupt: each image has only one"),
         *(({"corrupt": x}, f"--corrupt {x}: expected a share") for x in (-0.1, 1.0, 1.5)),
+        ({"corrupt": 1.5, "choose": "random"}, "--corrupt 1.5: expected a share"),
+        ({"warm_up": -1}, "--warm-up -1: expected 0 or more"),
         ({"inner_updates": 0}, "--inner-updates 0: expected 1 or more"),
         ({"inner_batch": 0}, "--inner-batch 0: expected 1 or more"),
         ({"meta_steps": -1}, "--meta-steps -1: expected 0 or more"),

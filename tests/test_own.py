@@ -136,6 +136,7 @@ def refused(args: common.Args, message: str) -> None:
         ('{"road": 256}', "256 of road is no id or colour"),
         ('{"road": "7"}', "'7' of road is no id or colour"),
         ('{"road": 1.0}', "1.0 of road is no id or colour"),
+        ('{"road": 7.5}', "7.5 of road is no id or colour"),
         ('{"road": true}', "True of road is no id or colour"),
         ('{"road": [[1]]}', r"\[1\] of road is no id or colour"),
         ('{"road": [[1, 2]]}', r"\[1, 2\] of road is no id or colour"),
