@@ -212,7 +212,7 @@ def check(args: Args) -> None:
     if args.discriminator_width < 1:
         raise UserError(f"--discriminator-width {args.discriminator_width}: expected 1 or more")
     if enabled[adaptation] and round(args.steps * args.source_share) >= args.steps:
-        raise UserError(f"--source-share {args.source_share}: leaves no step for adaptation")
+        raise UserError(f"--source-share {args.source_share:g}: leaves no step for adaptation")
 
 
 def run(args: Args) -> Result:

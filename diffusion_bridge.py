@@ -874,10 +874,10 @@ def translate_folder(args: TranslateArgs) -> None:
         stamp = [(p.name, p.mask_name) for p in batch], [(f.st_mtime_ns, f.st_size) for f in files]
         records.append(out / f".records/{common.seed_of(repr(stamp)):014x}.json")
 
+    # Step 2: a new output folder, or one begun with these settings that holds no other images
     for folder in {path.parent.resolve() for p in pairs for path in (p.image, p.mask)}:
         if out.is_relative_to(folder):
             raise UserError(f"--output-dir {out}: inside {folder}, which has images or masks")
-    # Step 2: a new output folder, or one begun with these settings that holds no other images
     for folder in sorted({(out / n).parent for pair in pairs for n in (pair.name, pair.mask_name)}):
         if folder.resolve() != folder:
             raise UserError(f"{folder}: leads to {folder.resolve()}, outside of --output-dir")

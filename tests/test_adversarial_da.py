@@ -249,6 +249,7 @@ def test_init_replaces_the_first_updates(args: common.Args):
         ({"lambda_ent": -0.1, "self_train": False}, "--lambda-ent: expected a number from 0"),
         ({"translate": "fda", "beta": -0.1}, "--beta: expected a number from 0"),
         ({"align": "output", "discriminator_width": 0}, "--discriminator-width 0: expected 1"),
+        ({"source_share": 1.0}, "--source-share 1: leaves no step for adaptation"),
         ({"source_share": 0.95}, "--source-share 0.95: leaves no step for adaptation"),  # of 6
     ],
 )

@@ -254,8 +254,7 @@ def test_rows_that_do_not_compare(tmp_path: Path):
 def test_gap_closed_compares_the_same_seeds():
     costs, methods = {"steps": 1, "seconds": 1.0, "peak_memory_mb": 1.0}, {}
     for name, scores in {"source_only": (10, 20), "metasim": (40,), "oracle": (50, 60)}.items():
-        rows = [Result(VKITTI, name, i, miou=miou, **costs) for i, miou in enumerate(scores)]
-        methods[name] = rows
+        methods[name] = [Result(VKITTI, name, i, miou=x, **costs) for i, x in enumerate(scores)]
     assert benchmark.method_table(methods, {}, labelled=False)[1]["gap closed"] == "75%"
 
 

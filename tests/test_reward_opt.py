@@ -259,7 +259,10 @@ def test_a_run_that_is_cut_off_ends_with_the_same_weights(args, monkeypatch):
     ("changes", "message"),
     [
         ({"objective": "object_recall", "samples": 1}, "--samples 1: expected at least 2"),
-        ({"objective": "class_weighted_ce", "smooth": 0.0}, "--smooth 0.0: expected a number abo"),
+        (
+            {"objective": "class_weighted_ce", "smooth": 0.0},
+            "--smooth 0.0: expected a number above",
+        ),
         ({"objective": "cross_entropy", "anchor": 0.0}, "--anchor 0: nothing is left to train"),
         ({"labelled": 9}, "--labelled 9: "),
         ({"reward_share": 0.0}, "--reward-share 0.0: expected above 0"),
