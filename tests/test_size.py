@@ -1,6 +1,7 @@
 """GTA5's size: the start of every row on 24,966 frames of 1914x1052, which are links to four files.
 
 Decoding is left out: 24,966 frames need about half an hour of one core, once, and 52 GB of cache.
+So are the zeros of the bridge's set, 39 GB, which this test does not ask of a disk.
 """
 
 import json
@@ -39,7 +40,12 @@ def count(*arguments, **options):
     listed.append(str(options["root_dir"]))
     return listing(*arguments, **options)
 
+def create_array(path, shape):  # with holes in place of zeros
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return np.lib.format.open_memmap(path, "w+", np.uint8, shape=shape)
+
 datasets.cached, common.Run.steps = cached, steps
+datasets.create_array = create_array
 listing, listed, glob.glob = glob.glob, [], count
 for row in sys.argv[1:]:
     kind, run, own = baseline.Args, baseline.run, {"row": row}
