@@ -217,11 +217,13 @@ def check(args: Args) -> None:
 
 def run(args: Args) -> Result:
     """Trains the network on the source, then adapts it to the photos."""
-    check(common.resolve(args, "adversarial_da"))
     run = Run(args, "adversarial_da", stages=1)
     if run.result:
         return run.result
-    args, net = run.args, run.network()
+    args = run.args
+    check(args)
+    run.begin()
+    net = run.network()
     source, photos = datasets.load(args, "source"), datasets.load(args, "target_unlabelled")
     adapts = args.align != "none" or args.self_train or args.lambda_ent > 0
     source_steps = round(args.steps * args.source_share) if adapts else args.steps

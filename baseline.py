@@ -38,13 +38,13 @@ def run(args: Args) -> Result:
     few_label, oracle = args.row == "few_label", args.row == "oracle"
     if not 0 < args.finetune <= 1:
         raise UserError(f"--finetune {args.finetune}: expected above 0 and at most 1")
-    labelled = ()  # too few labelled photos are an error before there is a run folder
-    if few_label:
-        labelled = datasets.load(common.resolve(args, args.row), "target_few")
     run = common.Run(args, args.row, stages=2 if few_label else 1)
     if run.result:
         return run.result
-    args, net = run.args, run.network()
+    args = run.args
+    labelled = datasets.load(args, "target_few") if few_label else ()
+    run.begin()
+    net = run.network()
 
     # Step 1: training on the source. A checkpoint given by --init has had it already.
     finetune_steps = 0

@@ -109,9 +109,7 @@ def crop_flip(
     images: Tensor, labels: Tensor | None, rng: torch.Generator, zoom: float = 1.25
 ) -> tuple[Tensor, Tensor | None]:
     """A random part of each image, 1/zoom to 1 of its sides, at the full size again; half flipped.
-
-    images [B,3,H,W] bilinearly, labels [B,H,W] by nearest neighbour.
-    """
+    images [B,3,H,W] bilinearly, labels [B,H,W] by nearest neighbour."""
     numbers = draw(rng, len(images), 4)
     scale = 1 / (1 + numbers[:, 0] * (zoom - 1))  # [B] share of the sides that is kept
     shift = (numbers[:, 1:3] * 2 - 1) * (1 - scale)[:, None]  # in half sides
@@ -195,9 +193,7 @@ def color_transfer(source: Tensor, target: Tensor) -> Tensor:
 
 def fourier_transfer(source: Tensor, target: Tensor, beta: float) -> Tensor:
     """Images with the target's low frequencies (FDA, arXiv:2004.05498v1, eq. 3).
-
-    [B,3,H,W] twice -> [B,3,H,W], not clamped. beta: in cycles/px, for both axes.
-    """
+    [B,3,H,W] twice -> [B,3,H,W], not clamped. beta: in cycles/px, for both axes."""
     h, w = source.shape[2:]
     spectrum, style = torch.fft.rfft2(source), torch.fft.rfft2(target)  # [B,3,H,W//2+1]
     # The band is symmetric about frequency 0 at even sizes too, so the image stays real.
@@ -645,6 +641,7 @@ class Run:
         run = common.Run(args, "my_method", stages=1)
         if run.result:  # finished earlier, with the same arguments
             return run.result
+        run.begin()  # once all arguments are checked: a run of others is moved aside
         net = run.network()
         for step in run.steps("train", 400, net=net, optimizer=optimizer):  # an update of net
             run.log(step, loss=loss, lr=lr)
@@ -656,31 +653,33 @@ class Run:
     def __init__(self, args: Any, method: str, stages: int) -> None:
         self.args = args = resolve(args, method)
         self.method, self.device, self.out = method, torch.device(args.device), args.out
-        source, target = datasets.get_benchmark(args.benchmark, args.data)
-        self.classes = source.classes
+        self.classes = datasets.get_benchmark(args.benchmark, args.data).source.classes
+        self.stages, self.stage = stages, 0  # how many, and the number of the present one
+        self.steps_before, self.total = 0, 0  # of the stages before, and of the present one
         self.result = finished(args, method)
         if self.result:
             self.say(f"{self.out}: finished earlier, with these arguments")
-            return
-        if args.checkpoint:  # one that is of no use must not move an old run aside
+        elif args.checkpoint:
             _, checkpoint = read_network(args.checkpoint, Network(args.net, len(self.classes)))
             if checkpoint["classes"] != list(self.classes):
                 raise UserError(f"--init {args.checkpoint}: has other classes")
         if args.init and args.init.resolve().is_relative_to(self.out.resolve()):
             raise UserError(f"--init {args.init}: lies in the run folder; give another --out")
-        config = configuration(args, method)
+
+    def begin(self) -> None:
+        """Prepares the run folder, prints the run's first line, and seeds the initial weights."""
+        args, config = self.args, configuration(self.args, self.method)
         barrier()  # no process writes before all have seen that there is no result
         if rank() == 0:
             self.prepare_folder(config)
         barrier()
-        self.stages, self.stage = stages, 0  # how many, and the number of the present one
-        self.steps_before, self.total = 0, 0  # of the stages before, and of the present one
         self.lines, self.start = [], time.perf_counter()  # of scalars.json; minus earlier seconds
+        source, target = datasets.get_benchmark(args.benchmark, args.data)
         images, photos, test = (config[f"{n}_images"] for n in ("source", "target", "test"))
         kind = " (miniature)" if config["miniature"] else ""
         data = f"{source.name}, {images} images -> {target.name}{kind}, {photos} photos"
         settings = f"{args.net}, {args.size[0]}x{args.size[1]}, {args.steps} steps, {self.device}"
-        self.say(f"{method}: {data} and {test} for test; {settings}; {self.out}")
+        self.say(f"{self.method}: {data} and {test} for test; {settings}; {self.out}")
         self.test = datasets.load(args, "target_test")
         self.commit = commit()  # now, since the code may be edited meanwhile
         torch.manual_seed(args.seed)  # initial weights

@@ -292,7 +292,7 @@ def weight_gradient(
 # ---- Meta-training ------------------------------------------------------------------------------
 def meta_train(run: Run, source: Split, augmentations: Augmentations) -> Rater:
     """Parts 1 and 2: the warm-up and meta-training. Returns the trained rater."""
-    args, seed, rater = resolve(run.args), run.args.seed, Rater().to(run.device)
+    args, seed, rater = fill_in(run.args), run.args.seed, Rater().to(run.device)
     num_kinds = len(augmentations)  # A
     labelled_photos = datasets.load(args, "target_few")  # now, so that an error costs no warm-up
 
@@ -393,7 +393,7 @@ def choose_candidates(
 
     rater: None where --choose needs no scores; all scores are 0 then. -> scores, float32 [N,A].
     """
-    args, n, kinds = resolve(run.args), len(split), list(augmentations)
+    args, n, kinds = fill_in(run.args), len(split), list(augmentations)
     scores, choice = np.zeros((n, len(kinds)), np.float32), np.zeros((n, args.k), np.int64)
     images = datasets.create_array(
         run.out / "set/images.npy", (n * args.k, *split.images.shape[1:])
@@ -444,9 +444,9 @@ def corrupted(split: Split, share: float, seed: int) -> tuple[Split, np.ndarray]
 
 
 # ---- The method ---------------------------------------------------------------------------------
-def resolve(args: Args) -> Args:
-    """The arguments with the defaults that depend on other arguments. UserError for arguments that
-    cannot work or make no sense together. args: as common.resolve returns them."""
+def fill_in(args: Args) -> Args:
+    """Fills in the defaults that depend on other arguments. UserError for arguments that cannot
+    work or make no sense together. args: as common.resolve returns them."""
     given, values = args, {"warm_up": args.steps, "meta_steps": max(1, args.steps // 8)}
     values["inner_batch"] = 16 if args.corrupt else 4
     args = replace(args, **{k: v for k, v in values.items() if getattr(args, k) is None})
@@ -490,17 +490,17 @@ def run(args: Args) -> Result:
     """Trains the rater, chooses candidates, and trains the network on those."""
     method = "datarater" if args.choose == "best" else f"datarater_{args.choose}"
     method = f"{method}_corrupt" if args.corrupt else method
-    rated, resolved = args.choose in ("best", "worst"), common.resolve(args, method)
-    resolve(resolved)  # bad arguments and too few labelled photos leave no run folder
-    if rated:
-        datasets.load(resolved, "target_few")
+    rated = args.choose in ("best", "worst")
     run = Run(args, method, stages=3 if rated else 1)  # stages with updates: warm-up, rater, final
     if run.result:
         return run.result
-    args, net = resolve(run.args), run.network()
-    source, augmentations = datasets.load(args, "source"), load_augmentations(args)
+    args, source = fill_in(run.args), datasets.load(run.args, "source")
+    if rated:
+        datasets.load(args, "target_few")  # too few labelled photos are an error now
     if args.corrupt:
         source, amount = corrupted(source, args.corrupt, args.seed)
+    run.begin()
+    net, augmentations = run.network(), load_augmentations(args)
 
     # Parts 1 and 2: the warm-up and meta-training
     rater, other_updates = None, ""

@@ -646,11 +646,12 @@ def draw_translations(path: Path, columns: dict[str, np.ndarray], masks: np.ndar
 # ---- The benchmark's row ------------------------------------------------------------------------
 def run(args: Args) -> Result:
     """Trains the bridge, translates the source, and trains the network on the translations."""
-    fill_in(common.resolve(args, "diffusion_bridge"))  # bad arguments move no old run aside
     run = Run(args, "diffusion_bridge", stages=4)
     if run.result:
         return run.result
-    args, net = fill_in(run.args), run.network()
+    args = fill_in(run.args)
+    run.begin()
+    net = run.network()
     source, photos = datasets.load(args, "source"), datasets.load(args, "target_unlabelled")
 
     # Step 1: the reader and the U-Net, and now, in case that the disk is full, a file for Step 2
@@ -707,10 +708,10 @@ def train(args: Args) -> None:
     for name in ("bridge", "strength", "noise_floor", "statistics", "sample_steps"):
         if getattr(args, name) != getattr(Args, name):
             raise UserError(f"--{name.replace('_', '-')}: has no effect in the command train")
-    fill_in(common.resolve(args, "diffusion_bridge_train"))
     run = Run(args, "diffusion_bridge_train", stages=2)
     if not run.result:
         args = fill_in(run.args)
+        run.begin()
         source, photos = (datasets.load(args, role) for role in ("source", "target_unlabelled"))
         train_bridge(run, args, source, photos)
         run.complete(Result(args.benchmark, run.method, args.seed))

@@ -676,12 +676,10 @@ def run(args: Args) -> Result:
     check(args, 0, "scenes", "objects", "cut_outs", "feature_steps", "match_steps")
     if not args.reward_sigma > 0:
         raise UserError(f"--reward-sigma {args.reward_sigma}: expected a number above 0")
-    if args.task_reward:  # too few labelled photos are an error before there is a run folder
-        datasets.load(common.resolve(args, "metasim"), "target_few")
     run = Run(args, "metasim", stages=1 + 2 * learned + args.task_reward)
     if run.result:
         return run.result
-    args, net, transformer, updates = run.args, run.network(), None, ""
+    args = run.args
     lengths = {
         "scenes": min(5 * args.steps, 2000),
         "feature_steps": args.steps // 4,
@@ -695,6 +693,10 @@ def run(args: Args) -> Result:
         raise UserError(f"{photos.dataset.name}: metasim needs two photos, found {len(photos)}")
     if learned and args.match_batch % common.world_size():
         raise UserError(f"--match-batch {args.match_batch}: no multiple of the processes")
+    if args.task_reward:
+        datasets.load(args, "target_few")  # too few labelled photos are an error now
+    run.begin()
+    net, transformer, updates = run.network(), None, ""
 
     roads = RoadScenes(datasets.load(args, "source"), args, run.device)
     if learned:

@@ -309,11 +309,12 @@ def run(args: Args) -> Result:
         raise UserError(f"--reward-share {args.reward_share}: expected above 0 and at most 1")
     if args.cell is not None and (args.cell < 1 or common.STRIDE % args.cell):
         raise UserError(f"--cell {args.cell}: expected a divisor of {common.STRIDE}")
-    photos = datasets.load(common.resolve(args, "reward_opt"), "target_few")
     run = Run(args, "reward_opt", stages=1 if args.checkpoint else 2)
     if run.result:
         return run.result
-    args, net = run.args, run.network()
+    args, photos = run.args, datasets.load(run.args, "target_few")
+    run.begin()
+    net = run.network()
 
     # Part 2: training on the source
     few_steps = common.finetune_steps(args, args.reward_share, args.epochs)
@@ -364,10 +365,9 @@ def run(args: Args) -> Result:
             run.evaluate(net, step)
         if step == few_steps or common.is_quarter(step, few_steps):
             report_rewards(run, net, step)
-    result = run.finish(net, target_labels=len(photos), steps=source_steps + few_steps)
     if common.rank() == 0:
         draw_gradient(run, start.eval(), photos)
-    return result
+    return run.finish(net, target_labels=len(photos), steps=source_steps + few_steps)
 
 
 # ---- Figure -------------------------------------------------------------------------------------

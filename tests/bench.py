@@ -116,6 +116,7 @@ def main(args: Args) -> None:
             shared = {"data": args.data, "benchmark": args.benchmark, "device": args.device}
             with contextlib.redirect_stdout(None):
                 run = Run(common.Args(**shared, out=Path(folder) / "run"), "bench", stages=1)
+                run.begin()
             {"training": training, "input_pipeline": input_pipeline}[name](args, run)
 
 

@@ -67,6 +67,13 @@ def like(args: common.Args, kind: type, **changes: Any) -> Any:
     return kind(**{**shared, **changes})
 
 
+def begun(args: common.Args, method: str, stages: int) -> common.Run:
+    """A run of a method that does nothing yet."""
+    run = common.Run(args, method, stages)
+    run.begin()
+    return run
+
+
 def read_scalars(folder: Path) -> list[dict[str, Any]]:
     """The lines of a run folder's scalars.json."""
     return [json.loads(line) for line in (folder / "scalars.json").read_text().splitlines()]
@@ -77,14 +84,10 @@ def weights(folder: str | Path) -> dict[str, torch.Tensor]:
     return common.read_checkpoint(Path(folder) / "checkpoint.pt")["net"]
 
 
-def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    """Whether two networks are equal, bit for bit."""
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
-
 def same_weights(first: str, second: str) -> bool:
     """Whether the networks of two run folders are equal, bit for bit."""
-    return same(weights(first), weights(second))
+    a, b = weights(first), weights(second)
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import like, read_scalars, same_weights, whole_and_cut
+from conftest import begun, like, read_scalars, same_weights, whole_and_cut
 from PIL import Image
 
 import adversarial_da as da
@@ -181,7 +181,7 @@ def test_all_stages_together(args: common.Args):
 @pytest.mark.usefixtures("no_figures")
 def test_with_every_switch_off_it_trains_on_the_source_alone(args: common.Args):
     da.run(make(args, "off", translate="none", self_train=False))
-    run = common.Run(make(args, "plain"), "plain", stages=1)
+    run = begun(make(args, "plain"), "plain", stages=1)
     net = run.network()
     common.train(run, net, datasets.load(run.args, "source"), 6, "source")
     run.finish(net, target_labels=0)

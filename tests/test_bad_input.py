@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, environment, interrupted, like, read_scalars
+from conftest import ROOT, begun, environment, interrupted, like, read_scalars
 from PIL import Image
 
 import baseline
@@ -188,9 +188,8 @@ def test_a_labelled_photo_that_is_turned_by_its_exif_data(bad: common.Args):
 
 
 # ---- Flags --------------------------------------------------------------------------------------
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
+def test_flags_that_cannot_be(args: common.Args):
+    for change, message in (
         ({"labelled": 0}, r"--labelled 0: .*kitti has 6 labelled training photos"),
         ({"labelled": 5000}, r"--labelled 5000: .*kitti has 6 labelled training photos"),
         ({"size": (60, 128)}, "--size 60 128: expected multiples of 32"),
@@ -200,10 +199,8 @@ def test_a_labelled_photo_that_is_turned_by_its_exif_data(bad: common.Args):
         ({"seed": -1}, "--seed or .* is out of range"),
         ({"lr": -1.0}, "--lr is out of range"),
         ({"pretrained": True}, "--pretrained: there are no ImageNet weights of tiny"),
-    ],
-)
-def test_flags_that_cannot_be(args: common.Args, change: dict, message: str):
-    expect(replace(args, **change), message, row="few_label")
+    ):
+        expect(replace(args, **change), message, row="few_label")
 
 
 def test_a_device_that_is_not_there(args: common.Args, monkeypatch: pytest.MonkeyPatch):
@@ -266,7 +263,7 @@ def test_output_folder_that_holds_something_else(args: common.Args):
     expect(args, "run: not empty and not a run folder")
     assert Path("run/thesis.txt").read_text() == "mine"
     Path("run/thesis.txt").rename("run/.config.json.0123abcd.tmp")  # of a run that was killed
-    common.Run(replace(args, out=Path("run")), "x", stages=1)
+    begun(replace(args, out=Path("run")), "x", stages=1)
 
 
 def test_output_that_cannot_be_written(mini: Path, monkeypatch: pytest.MonkeyPatch):
@@ -279,7 +276,7 @@ def test_output_that_cannot_be_written(mini: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(args: common.Args):
-    run = common.Run(replace(args, out=Path("run")), "x", stages=1)
+    run = begun(replace(args, out=Path("run")), "x", stages=1)
     with pytest.raises(UserError, match="loss is nan at step 20; try a lower learning rate"):
         for step in run.steps("train", 40):
             run.log(step, loss=torch.tensor(float("nan") if step > 16 else 1.0), lr=0.1)

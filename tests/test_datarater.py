@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import like, same_weights, whole_and_cut
+from conftest import begun, like, same_weights, whole_and_cut
 from PIL import Image
 from torch import Tensor, nn
 
@@ -29,7 +29,7 @@ def make(args: common.Args, out: str = "run", **changes) -> dr.Args:
 
 
 def settings(args: common.Args, **changes) -> dr.Args:
-    return dr.resolve(common.resolve(make(args, **changes), "datarater"))
+    return dr.fill_in(common.resolve(make(args, **changes), "datarater"))
 
 
 # ---- Meta-gradients -----------------------------------------------------------------------------
@@ -159,7 +159,7 @@ def test_the_rater_learns_which_augmentation_harms(args: common.Args):
 
     args = settings(args, inner_batch=2, meta_lr=3e-3, meta_steps=30, warm_up=30)
     augmentations = {"original": common.identity, "noise": noise}
-    run, source = common.Run(args, "datarater", stages=3), datasets.load(args, "source")
+    run, source = begun(args, "datarater", stages=3), datasets.load(args, "source")
     rater = dr.meta_train(run, source, augmentations)
     scores = dr.choose_candidates(run, rater, source, augmentations)
     assert (scores[:, 0] > scores[:, 1]).mean() > 0.9
@@ -175,7 +175,7 @@ def test_weights_are_the_softmax_within_an_image(args: common.Args, monkeypatch,
     )
     corrupt = 0.1 * (len(kinds) == 1)  # a choice needs two candidates
     given = settings(args, inner_batch=3, meta_steps=1, augmentations=kinds, corrupt=corrupt)
-    run, augmentations = common.Run(given, "datarater", stages=3), dr.load_augmentations(given)
+    run, augmentations = begun(given, "datarater", stages=3), dr.load_augmentations(given)
     dr.meta_train(run, datasets.load(given, "source"), augmentations)
     weights = seen[0].view(2, len(kinds), 3)  # [T,A,N]
     sums = weights.sum(dim=1 if len(kinds) > 1 else 2)
@@ -187,7 +187,7 @@ def test_weights_are_the_softmax_within_an_image(args: common.Args, monkeypatch,
 def test_the_files_say_what_was_scored_and_trained_on(args: common.Args):
     given, rater = settings(args, k=2), dr.Rater().eval()
     nn.init.normal_(rater[-2].weight)
-    run, split = common.Run(given, "datarater", stages=3), datasets.load(given, "source")
+    run, split = begun(given, "datarater", stages=3), datasets.load(given, "source")
     augmentations, kinds, firsts = dr.load_augmentations(given), dr.KINDS, range(0, len(split), 16)
     scores = dr.choose_candidates(run, rater, split, augmentations)
     candidates = [dr.candidates_of(run, split, augmentations, first) for first in firsts]
@@ -224,7 +224,7 @@ def test_corruption_and_auroc(args: common.Args, capsys: pytest.CaptureFixture):
     assert (amount > 0).sum() == round(0.25 * len(split)) and damaged.labels is split.labels
     np.testing.assert_allclose(changed, amount, atol=0.05)
     assert amount[amount > 0].min() >= 0.1 and amount.max() <= 0.9
-    run, amount = common.Run(settings(args), "datarater", stages=3), np.array([0.2, 0, 0.8, 0, 0])
+    run, amount = begun(settings(args), "datarater", stages=3), np.array([0.2, 0, 0.8, 0, 0])
     dr.draw_corruption(run, np.array([1.0, 2, 2, 3, 5]), amount)
     assert f"{5.5 / 6:.3f} (AUROC)" in capsys.readouterr().out  # 1 < 2 3 5, 2 = 2, 2 < 3 5
 
@@ -233,7 +233,7 @@ def test_corruption_and_auroc(args: common.Args, capsys: pytest.CaptureFixture):
 def test_the_figure_shows_differences_of_scores(args: common.Args, monkeypatch, kinds: tuple):
     """Those between an image's candidates; those between images where each has one candidate."""
     given = settings(args, augmentations=kinds, corrupt=0.1 * (len(kinds) == 1), inner_batch=2)
-    run, split = common.Run(given, "datarater", stages=3), datasets.load(given, "source")
+    run, split = begun(given, "datarater", stages=3), datasets.load(given, "source")
     scores, figures = np.random.default_rng(0).normal(size=(len(split), len(kinds))), []
     monkeypatch.setattr(common, "save_figure", lambda figure, path: figures.append(figure))
     dr.draw_scores(run, split, dr.load_augmentations(given), 100 + scores)
@@ -313,10 +313,9 @@ def test_what_cannot_run(args: common.Args):
         ({"clip": 0.0}, "--clip: expected above 0"),
         ({"choose": "random"}, "--warm-up: has no effect with --choose random"),
         ({"labelled": 9}, "--labelled 9: "),
+        ({"corrupt": 0.001, "inner_batch": 2}, "--corrupt 0.001: 0 of "),
         ({"net": "lraspp"}, "--net lraspp"),
     ):
         with pytest.raises(UserError, match=message):
             dr.run(make(args, **changes))
         assert not Path("run").exists()
-    with pytest.raises(UserError, match=r"--corrupt 0.001: 0 of "):
-        dr.run(make(args, corrupt=0.001, inner_batch=2))

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import interrupted, like, read_scalars
+from conftest import begun, interrupted, like, read_scalars
 from PIL import Image
 from torch import Tensor
 
@@ -46,7 +46,7 @@ def trained(mini: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple:
     options = {"steps": 2, "batch_size": 8, "size": SIZE, "labelled": 2, "device": "cpu"}
     options |= {"width": 16, "unet_steps": 120, "reader_steps": 10, "out": folder / "run"}
     args = db.Args(data=str(mini), **options)
-    run = common.Run(args, "diffusion_bridge_train", stages=2)
+    run = begun(args, "diffusion_bridge_train", stages=2)
     source = datasets.load(run.args, "source")
     photos = datasets.load(run.args, "target_unlabelled")
     bridge = db.train_bridge(run, db.fill_in(run.args), source, photos)

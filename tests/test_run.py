@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import environment, interrupted, like, read_scalars, same, same_weights, weights
+from conftest import begun, environment, interrupted, like, read_scalars, same_weights, weights
 from PIL import Image
 
 import baseline
@@ -65,7 +65,7 @@ def test_a_run_writes_what_the_contract_says(args: common.Args):
 
 
 def test_every_tenth_step_is_logged_with_the_keys_that_it_has(args: common.Args):
-    run = common.Run(replace(args, out=Path("run")), "x", stages=2)
+    run = begun(replace(args, out=Path("run")), "x", stages=2)
     for step in run.steps("first", 25):
         extra = {"images": 3} if step == 20 else {}
         run.log(step, loss=torch.tensor(float(step)), **extra)
@@ -115,15 +115,15 @@ def test_ids_exchanged_in_a_file_of_equal_size_are_other_data(args, no_figures, 
     road, car = ids == 7, ids == 26
     Image.fromarray(ids).save(label, compress_level=0)
     first, before = run(args, "oracle", "run", data="copy"), label.stat()
-    kept = weights("run")
+    shutil.copytree("run", "kept")
     Image.fromarray(np.where(road, 26, np.where(car, 7, ids))).save(label, compress_level=0)
     assert label.stat().st_size == before.st_size
     if keep_times:
         os.utime(label, ns=(before.st_atime_ns, before.st_mtime_ns))
         datasets.fingerprint.cache_clear()  # a new process
     second = run(args, "oracle", "run", data="copy")
-    assert second.miou != first.miou and not same(weights("run"), kept)
-    assert same(weights("run.old1"), kept)
+    assert second.miou != first.miou and not same_weights("run", "kept")
+    assert same_weights("run.old1", "kept")
 
 
 def test_a_run_of_other_arguments_moves_the_old_ones_aside(args, monkeypatch, no_figures):
@@ -216,7 +216,7 @@ def test_a_run_cut_off_anywhere_ends_with_the_same_weights(args, monkeypatch, no
 
 def test_a_module_made_between_two_stages_is_the_same_after_a_restart(args, monkeypatch):
     def method(out: str) -> torch.Tensor:
-        run = common.Run(replace(args, out=Path(out)), "x", stages=2)
+        run = begun(replace(args, out=Path(out)), "x", stages=2)
         for step in run.steps("one", 3):
             torch.rand(step)  # dropout, say
         discriminator = torch.nn.Linear(2, 1)
@@ -308,6 +308,7 @@ def log(self, step, **values):
 
 def method(args):
     run = common.Run(args, "two", stages=1)
+    run.begin()
     net, source = run.network(), datasets.load(run.args, "source")
     common.train(run, net, source, 30, "source", augment=common.random_augmentation)
     return run.finish(net, 0)
