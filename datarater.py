@@ -450,8 +450,12 @@ def fill_in(args: Args) -> Args:
     given, values = args, {"warm_up": args.steps, "meta_steps": max(1, args.steps // 8)}
     values["inner_batch"] = 16 if args.corrupt else 4
     args = replace(args, **{k: v for k, v in values.items() if getattr(args, k) is None})
-    if args.corrupt or args.choose == "original":
-        args = replace(args, augmentations=("original",))
+    original = args.corrupt or args.choose == "original"  # the only kind then
+    if args.beta != Args.beta and (original or "fourier" not in args.augmentations):
+        raise UserError("--beta: has no effect without --augmentations fourier")
+    if original and args.augmentations not in (KINDS, ("original",)):
+        raise UserError("--augmentations: has no effect with --corrupt or --choose original")
+    args = replace(args, augmentations=("original",)) if original else args
     if not args.augmentations or not set(args.augmentations) <= set(KINDS):
         given, names = " ".join(args.augmentations), " ".join(KINDS)
         raise UserError(f"--augmentations {given}: expected names out of {names}")

@@ -313,6 +313,8 @@ def test_what_cannot_run(args: common.Args):
         ({"clip": 0.0}, "--clip: expected above 0"),
         ({"choose": "random"}, "--warm-up: has no effect with --choose random"),
         ({"labelled": 9}, "--labelled 9: "),
+        ({"choose": "original", "beta": 0.1}, "--beta: has no effect without"),
+        ({"choose": "original", "augmentations": ("blur",)}, "--augmentations: has no effect with"),
         ({"corrupt": 0.001, "inner_batch": 2}, "--corrupt 0.001: 0 of "),
         ({"net": "lraspp"}, "--net lraspp"),
     ):

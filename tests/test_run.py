@@ -265,7 +265,6 @@ def test_training_learns(args: common.Args, no_figures: None):
     assert losses[-1] < 0.6 * losses[0] and result.miou > 15
 
 
-# ---- Failures -----------------------------------------------------------------------------------
 def test_a_full_disk_gets_one_line_and_no_half_file(args: common.Args, mini: Path, no_figures):
     """A limit on the size of files stands for the disk: the write fails in the same way."""
     run(args, "source_only", "run")

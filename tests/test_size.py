@@ -4,7 +4,6 @@ Left out: decoding (half an hour of one core, once, and 52 GB), and the zeros of
 """
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -85,7 +84,7 @@ def full_size() -> None:
     for kind in ("images", "labels"):
         Path("data/gta5", kind).mkdir(parents=True)
         for i in range(1, FRAMES + 1):
-            os.symlink(Path(f"{i % 4}-{kind}.png").absolute(), f"data/gta5/{kind}/{i:05d}.png")
+            Path(f"data/gta5/{kind}/{i:05d}.png").symlink_to(f"../../../{i % 4}-{kind}.png")
     for split in ("train", "val"):
         for i in range(8):
             image = Path(f"data/cityscapes/leftImg8bit/{split}/a/a_{i}_leftImg8bit.png")
