@@ -14,14 +14,14 @@ is labelled synthetic images, the target is photos. No label of a photo is used 
 The first takes 2 to 5 minutes on one CPU core and reaches 56 mIoU on the miniature (the default
 data); colour transfer alone reaches 53. There is no discriminator by default. `--align entropy`
 aligns as ADVENT does, `--translate fda` translates as FDA does. To measure the effect of a
-discriminator, compare with `--lambda-adv 0`: the network then sees the same photos.
+discriminator, compare with the same command and `--lambda-adv 0`.
 
-The network is trained for --steps updates, with one schedule of the learning rate. The first
-updates (the share --source-share) use translated source images alone. Then adaptation starts: each
-update uses a batch of source images and a batch of photos. With --align, an update of the
-discriminator follows, by its own optimizer. With --init CHECKPOINT, a network that was trained on
-the source, the first updates are left out if there is any adaptation (--self-train, --align or
---lambda-ent).
+The network is trained for --steps updates, with one learning-rate schedule. The first updates (the
+share --source-share) use translated source images alone. Then adaptation starts: each update uses a
+batch of source images and a batch of photos. With --align, an update of the discriminator follows,
+by its own optimizer. A network that is given with --init CHECKPOINT has been trained on the source
+already: if there is any adaptation (--self-train, --align or --lambda-ent), the first updates are
+left out, and the schedule is that of the rest.
 
 With --align, scalars.json has the accuracy of the discriminator. Near 1, it tells source from
 target; near 0.5, it cannot.
@@ -57,13 +57,13 @@ class Args(common.Args):
     """DACS: a teacher predicts the pseudo-labels of photos, half of the classes of source images
     are pasted into the photos, and the network learns from these mixed images."""
     statistics: Literal["mixture", "target"] = "mixture"
-    """Statistics of batch normalisation with which the network is tested. mixture: running averages
-    over the batches of training: source images, mixed images with --self-train, and photos with
+    """Statistics of batch normalisation that are used in tests. mixture: running averages over the
+    batches of training: source images, mixed images with --self-train, and photos with
     --align or --lambda-ent. target: computed again at the end, from the photos alone (AdaBN)."""
     source_share: float = 0.5
     """Share of --steps on source images alone, at the start."""
     lambda_adv: float = 0.01
-    """Weight of the adversarial loss (a mean). In the papers' code: 0.001, with SGD."""
+    """Weight of the adversarial loss. In the papers' code, which trains with SGD: 0.001."""
     lambda_ent: float = 0.0
     """Weight of the entropy of predictions on photos. To get MinEnt (ADVENT): 0.001, with
     --no-self-train and --translate none."""
@@ -80,7 +80,7 @@ class Args(common.Args):
     """A pixel is confident if its largest probability is above this. Photo pixels are weighted by
     the share of confident pixels in their image. DACS: 0.968."""
     ema: float = 0.99
-    """EMA decay of the teacher, an average of the networks so far. DACS: 0.99; DAFormer: 0.999."""
+    """EMA decay of the teacher, the average of past weights. DACS: 0.99; DAFormer: 0.999."""
 
 
 # ---- Alignment ----------------------------------------------------------------------------------
@@ -115,7 +115,8 @@ def discriminator_input(logits: Tensor, align: str) -> Tensor:
 def bce_loss(scores: Tensor, is_source: bool) -> Tensor:
     """Binary cross-entropy of scores that should all say source, or all say target.
 
-    [B,1,h,w] -> scalar in nats, the mean over scores, as in the papers' code. Their equations sum.
+    [B,1,h,w] -> scalar in nats: the mean over scores, as in the papers' code, where the equations
+    have the sum.
     """
     return F.binary_cross_entropy_with_logits(scores, torch.full_like(scores, float(is_source)))
 
@@ -123,7 +124,7 @@ def bce_loss(scores: Tensor, is_source: bool) -> Tensor:
 def adversarial_loss(discriminator: nn.Module, target_logits: Tensor, align: str) -> Tensor:
     """Low if the discriminator mistakes predictions on photos for predictions on source images.
 
-    It trains the segmentation network. Logits [B,C,H,W] -> scalar in nats.
+    This loss trains the segmentation network. Logits [B,C,H,W] -> scalar in nats.
     """
     scores = discriminator(discriminator_input(target_logits, align))  # [B,1,h,w]
     return bce_loss(scores, is_source=True)  # AdaptSegNet, eq. 4, but a mean in place of the sum
@@ -132,7 +133,7 @@ def adversarial_loss(discriminator: nn.Module, target_logits: Tensor, align: str
 def discriminator_loss(
     discriminator: nn.Module, source_logits: Tensor, target_logits: Tensor, align: str
 ) -> tuple[Tensor, Tensor]:
-    """Low if the discriminator tells source from target. It trains the discriminator.
+    """Low if the discriminator tells source from target. This loss trains the discriminator.
 
     Logits [B,C,H,W] twice -> the loss, scalar in nats; the accuracy, scalar in [0, 1].
     """
@@ -176,8 +177,8 @@ def class_mix_mask(labels: Tensor, num_classes: int, rng: torch.Generator) -> Te
 def mixed_loss(logits: Tensor, labels: Tensor, pasted: Tensor, shares: Tensor) -> Tensor:
     """Cross-entropy of mixed images, the mean over all pixels, in nats.
 
-    Pasted source pixels have weight 1, photo pixels the share of confident pixels: that of their
-    own image, in the code of DACS that of the batch.
+    Pasted source pixels have weight 1, photo pixels the share of confident pixels in their own
+    image (in the code of DACS: in the batch).
     logits [B,C,H,W], labels [B,H,W], pasted: bool [B,H,W], shares [B] -> scalar.
     """
     losses = F.cross_entropy(logits, labels, ignore_index=datasets.IGNORE, reduction="none")
@@ -266,8 +267,8 @@ def train(
     state = {"net": net, "optimizer": optimizer, "teacher": teacher}
     state |= {"discriminator": discriminator, "optimizer_d": optimizer_d}
     net.train()
-    # "source" names the stage and seeds the batches, as in the baselines, so that all see the same
-    # source images in the same order.
+    # "source" names the stage and seeds the batches, as in the baselines, so that all methods see
+    # the same source images in the same order.
     for step in run.steps("source", steps, **state):
         rng = common.generator(seed, "source", step)
         lr = common.learning_rate(args.lr, step, steps)
@@ -277,21 +278,21 @@ def train(
         x, y = common.crop_flip(translate(x, rng), y, rng)
         with run.autocast():
             source_outputs = model(x, aux=True)  # [B,C,H,W] of each head, the main head first
-            loss = total = common.segmentation_loss(source_outputs, y)
-        scalars = {}
-        if step > source_steps:
+            source_loss = common.segmentation_loss(source_outputs, y)
+        total, scalars, adapts = source_loss, {}, step > source_steps
+        if adapts:
             x_target, _ = target_loader(step)  # [B,3,H,W]
             x_target, _ = common.crop_flip(x_target, None, rng)
 
         # Step 1: entropy and alignment. They train the network; the discriminator is frozen.
-        if step > source_steps and (args.align != "none" or args.lambda_ent > 0):
+        if adapts and (args.align != "none" or args.lambda_ent > 0):
             with run.autocast():
                 target_logits = model(x_target)  # [B,C,H,W]
                 # ADVENT, eq. 3, but a mean over pixels in place of the sum.
                 entropy = self_information(target_logits).sum(dim=1).mean()
                 total = total + args.lambda_ent * entropy
             scalars["entropy"] = entropy
-        if step > source_steps and args.align != "none":
+        if adapts and args.align != "none":
             discriminator.requires_grad_(False)
             with run.autocast():
                 loss_adv = adversarial_loss(discriminator, target_logits, args.align)
@@ -299,7 +300,7 @@ def train(
             scalars["adversarial_loss"] = loss_adv
 
         # Step 2: self-training. Half of the classes of each source image are pasted into a photo.
-        if step > source_steps and args.self_train:
+        if adapts and args.self_train:
             with run.autocast():
                 y_target, shares = pseudo_labels(teacher, x_target, args.confidence_threshold)
             pasted = class_mix_mask(y, len(run.classes), rng)  # [B,H,W]
@@ -317,11 +318,11 @@ def train(
         total.backward()
         optimizer.step()
         if args.self_train:
-            # In the first steps the teacher is the plain mean of all networks so far.
+            # In the first steps the teacher is the plain mean of all weights so far.
             common.update_ema(teacher, net, min(args.ema, 1 - 1 / (step + 1)))
 
         # Step 4: the discriminator
-        if step > source_steps and args.align != "none":
+        if adapts and args.align != "none":
             discriminator.requires_grad_(True)
             with run.autocast():
                 loss_d, accuracy = discriminator_loss(
@@ -332,13 +333,13 @@ def train(
             optimizer_d.step()
             scalars |= {"discriminator_loss": loss_d, "discriminator_accuracy": accuracy}
 
-        run.log(step, loss=loss, lr=lr, **scalars)
+        run.log(step, loss=source_loss, lr=lr, **scalars)
         if common.is_quarter(step, steps):
             run.evaluate(net, step)
 
 
 def draw_adaptation(run: Run, net: Network, photos: Split) -> None:
-    """figures/adaptation.png: predictions on photos, and their entropy (0 black, log C white)."""
+    """figures/adaptation.png: predictions on photos, and their entropy (black 0, white log C)."""
     images = photos.images[datasets.spaced(len(photos), 4)]  # uint8 [4,H,W,3]
     logits = common.predict(net.eval(), images, run.device)  # [4,C,H,W]
     entropy = (255 * self_information(logits).sum(dim=1)).byte()  # [4,H,W]

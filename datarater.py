@@ -1,6 +1,6 @@
-"""DataRater learns which candidates of each source image help on real photos, by meta-gradients.
+"""DataRater learns which altered copies of source images help on real photos, by meta-gradients.
 
-Candidates are altered copies of an image: blurred, jittered, in the colours of a photo, and so on.
+The copies of an image, blurred, jittered, in the colours of a photo, and so on, are its candidates.
 DataRater (arXiv:2505.17895v1) is used here to choose among them. Its meta-gradients are computed by
 mixed-mode differentiation (MixFlow-MG, arXiv:2505.00793v2).
 
@@ -21,7 +21,7 @@ the softmax over the scores of its image's candidates, divided by the number of 
 weights of a batch sum to 1. ("Weights" are always these, never those of a network.) With --corrupt
 an image has one candidate, and the softmax is over the images of a batch. After T updates
 (--inner-updates) the outer loss is measured: the loss on labelled target photos. Its gradient with
-respect to the weights (the gradient of the weights) says which candidates should have counted more.
+respect to the weights (d_weights in the code) says which candidates should have counted more.
 From this the chain rule, through softmax and rater, gives the meta-gradient, the gradient of the
 outer loss with respect to the rater's parameters, which trains the rater. The inner network then
 goes on from where it is.
@@ -30,17 +30,17 @@ Part 3, the choice: the rater scores all candidates, and the best of each image 
 Part 4: a new segmentation network is trained on this set. --steps is the number of its updates.
 With --corrupt the damaged images stay in the set, since each image has only one candidate.
 
-The run folder gets set/, the training set. For best and worst it also gets the scores and the
-choice of each image, best_augmentations_step_X.pt, where X is --meta-steps. Without --out the
-controls and --corrupt have run folders of their own: datarater_random, datarater_corrupt and so on.
-With --init RUN/set this and other methods train on such a set instead of the source images. With
+The run folder gets set/, the training set. For best and worst it also gets the scores of each image
+and the kinds that were chosen, best_augmentations_step_X.pt, where X is --meta-steps. Without --out
+the controls and --corrupt have run folders of their own: datarater_random, datarater_corrupt and so
+on. With --init RUN/set any method trains on such a set instead of the source images. With
 --init CHECKPOINT the networks of parts 1 and 4 start from that network.
 
 Deviations: the paper takes the softmax over the examples of a batch and leaves out those of low
 scores; here it is over an image's candidates, of which the best stays. The paper has a population
 of inner networks, which start untrained and are reset from time to time. Here one inner network
-starts trained and is never reset; under torchrun each process has its own (all that of rank 0, once
-resumed), the rater learns from the mean of their meta-gradients, and rank 0 chooses. The inner
+starts trained and is never reset; under torchrun each process has its own (after a resume, that of
+rank 0), the rater learns from the mean of their meta-gradients, and rank 0 chooses. The inner
 optimizer is Adam with fixed second moments: momentum SGD with fixed diagonal scaling. MixFlow-MG
 differentiates a gradient by forward mode; here reverse mode differentiates a forward-mode
 derivative, which gives the same product.
@@ -79,7 +79,8 @@ class Args(common.Args):
     target photo, fourier the amplitudes of the photo's low frequencies. With --corrupt or --choose
     original the only kind is original."""
     beta: float = 0.03
-    """fourier takes amplitudes below this, in cycles/px. FDA (arXiv:2004.05498): 0.01 to 0.09."""
+    """fourier takes the photo's amplitudes below this frequency, in cycles/px. The paper of FDA
+    (arXiv:2004.05498): 0.01 to 0.09."""
     k: int = 1
     """How many candidates of each image are chosen."""
     corrupt: float = 0.0
@@ -106,7 +107,7 @@ class Args(common.Args):
 
 # ---- Kinds of candidates ------------------------------------------------------------------------
 def load_augmentations(args: Args) -> Augmentations:
-    """The functions of --augmentations. Two of them give images the style of random photos."""
+    """The functions of --augmentations. color_transfer and fourier use random photos."""
     kinds = dict(AUGMENTATIONS)
     if set(args.augmentations) - set(kinds):
         photos = datasets.load(args, "target_unlabelled")
@@ -174,8 +175,8 @@ def image_losses(outputs: list[Tensor], labels: Tensor) -> Tensor:
 class InnerNetwork(nn.Module):
     """A segmentation network as a function of its parameters in one vector, theta [P].
 
-    net is changed in place: batch normalisation is replaced, dropout removed. autocast: makes a
-    context for the forward passes. The buffers momentum and scale, both [P], are those of `adam`.
+    net is changed in place: batch normalisation is replaced, dropout removed. autocast() gives
+    the context of the forward passes. The buffers momentum and scale, [P], are those of `adam`.
     """
 
     def __init__(self, net: nn.Module, autocast: Callable = contextlib.nullcontext) -> None:
@@ -228,8 +229,8 @@ BETA1 = 0.9  # share of the old momentum that an update keeps, as in Adam
 def adam(
     theta: Tensor, momentum: Tensor, gradient: Tensor, scale: Tensor, lr: float
 ) -> tuple[Tensor, Tensor]:
-    """An update of Adam without bias correction and with fixed second moments. scale: about 1 over
-    their roots. This is momentum SGD with a fixed learning rate for each parameter. All [P]."""
+    """An update of Adam without bias correction and with fixed second moments. scale: 1 / (their
+    roots + a constant). So this is momentum SGD with a fixed rate for each parameter. All [P]."""
     momentum = BETA1 * momentum + (1 - BETA1) * gradient
     return theta - lr * scale * momentum, momentum
 
@@ -248,11 +249,11 @@ def weight_gradient(
 
     Mixed-mode differentiation (MixFlow-MG) keeps only the parameters before each update, and goes
     through the updates in reverse order. Forward mode gives the derivatives of all l_i along
-    d outer / dg. As g depends on theta, too, d outer / d theta also has a term from it: the Hessian
-    of sum_i w_i l_i times this direction, by reverse mode of the weighted sum of the derivatives.
+    d outer / dg. Since g depends on theta, d outer / d theta gains a term: the Hessian of
+    sum_i w_i l_i times d outer / dg, by reverse mode of the weighted sum of the derivatives.
 
-    An approximation: in the outer loss batch normalisation uses running statistics, as at test.
-    These depend on the weights of all updates but the last; the derivative takes them as constants.
+    An approximation: in the outer loss batch normalisation uses running statistics, as in testing.
+    They depend on the weights of all updates but the last; the derivative takes them as constants.
     So the gradient is exact for the last update's weights and approximate for those before.
     """
     theta, momentum = inner.theta(), inner.momentum
@@ -294,7 +295,7 @@ def meta_train(run: Run, source: Split, augmentations: Augmentations) -> Rater:
     """Parts 1 and 2: the warm-up and meta-training. Returns the trained rater."""
     args, seed, rater = fill_in(run.args), run.args.seed, Rater().to(run.device)
     num_kinds = len(augmentations)  # A
-    labelled_photos = datasets.load(args, "target_few")  # now, so that an error costs no warm-up
+    labelled_photos = datasets.load(args, "target_few")
 
     # Part 1: the warm-up
     def random_candidates(images: Tensor, rng: torch.Generator) -> Tensor:  # [B,3,H,W]
@@ -457,8 +458,8 @@ def fill_in(args: Args) -> Args:
         raise UserError("--augmentations: has no effect with --corrupt or --choose original")
     args = replace(args, augmentations=("original",)) if original else args
     if not args.augmentations or not set(args.augmentations) <= set(KINDS):
-        given, names = " ".join(args.augmentations), " ".join(KINDS)
-        raise UserError(f"--augmentations {given}: expected names out of {names}")
+        names = " ".join(args.augmentations)
+        raise UserError(f"--augmentations {names}: expected names out of {' '.join(KINDS)}")
     count = len(set(args.augmentations))
     if not 1 <= args.k <= count:
         raise UserError(f"--k {args.k}: expected 1 to {count}, the candidates of an image")
@@ -476,7 +477,7 @@ def fill_in(args: Args) -> Args:
             raise UserError(f"--{name.replace('_', '-')}: expected above 0, or no rater is trained")
     if args.choose == "worst" and args.corrupt:
         raise UserError("--choose worst --corrupt: each image has only one candidate to choose")
-    minimum = {"inner_updates": 1, "inner_batch": 1, "meta_steps": 0, "warm_up": 0}
+    minimum = {"inner_updates": 1, "inner_batch": 1, "meta_steps": 1, "warm_up": 0}
     for name, least in minimum.items():
         if getattr(args, name) < least:
             flag = f"--{name.replace('_', '-')} {getattr(args, name)}"

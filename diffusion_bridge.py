@@ -1,8 +1,8 @@
 """Translates synthetic images into the style of photos by diffusion; masks stay as they are.
 
 One denoising U-Net learns both domains, conditioned on the domain, the share of each class in each
-cell, and five statistics of appearance. The probability flow of the source turns an image almost
-into noise (encoding), and that of the photos turns the noise into an image (decoding). This is DDIB
+cell, and five statistics of appearance. The probability flow of the source (an ODE) turns an image
+almost into noise (encoding), that of the photos turns the noise into an image (decoding): DDIB
 (arXiv:2203.08382v4), with the v-prediction and cosine schedule of arXiv:2202.00512v2. The commands,
 each with its own --help:
 
@@ -88,8 +88,8 @@ class Args(common.Args):
     levels: int | None = None
     """Resolutions of the U-Net, each half of the one before. Default: 3, for large images 4."""
     patch: Literal[2, 4, 8] | None = None
-    """Side of a cell in pixels. Noise is added to the Hadamard coefficients of the cells (for 2
-    those of Haar), which are the U-Net's channels. Default: 2, for large images 4."""
+    """Side of a cell in pixels. Noise is added to the Hadamard coefficients of the cells (Haar's
+    if it is 2), which are the U-Net's channels. Default: 2, for large images 4."""
     whiten: float = 0.5
     """Each channel is divided by its standard deviation to this power: 1 makes all variances 1."""
     unet_lr: float | None = None
@@ -104,7 +104,7 @@ class Args(common.Args):
 SMALL = {"width": 32, "levels": 3, "patch": 2, "unet_lr": 2e-3}
 LARGE = {"width": 128, "levels": 4, "patch": 4, "unet_lr": 5e-4}
 LARGE_PIXELS = 256 * 256  # images with at least so many are large, as those of the real datasets
-MAX_PIXELS = 1 << 22  # of a batch of several images in `translate`
+MAX_PIXELS = 1 << 22  # of a batch in `translate`, if it has more than one image
 
 
 def fill_in(args: Args) -> Args:
@@ -184,7 +184,7 @@ def appearance(images: Tensor) -> Tensor:
     """Statistics of appearance, in the order of STATISTICS. [B,3,H,W] in [0,1] -> [B,S].
 
     Saturation is the mean of the largest less the smallest of R, G, B. Warmth is the mean of R - B.
-    Haze is the mean of the dark channel (He et al., CVPR 2009), the minimum of R, G, B in adjacent
+    Haze is the mean of the dark channel (He et al., CVPR 2009), the minimum of R, G, B in disjoint
     squares whose side is an eighth of the height. It is near 0 in clear air, except in the sky.
     """
     luma, side = luminance(images), max(1, min(images.shape[2] // 8, images.shape[3]))
@@ -271,7 +271,7 @@ def flow(velocity: Callable[[Tensor, float], Tensor], x: Tensor, angles: Sequenc
 
     x [B,K,h,w] at the first angle -> x [B,K,h,w] at the last. The first step is that of DDIM
     (arXiv:2202.00512v2, app. D). The later steps extrapolate image and noise linearly to the
-    midpoint of the step, for second order, but not too far, since that multiplies errors of v.
+    midpoint of the step, for second order, by at most twice the last change, to limit errors of v.
     """
     previous, last = None, 0.0  # image and noise at the step before, and its angle
     for a, b in pairwise(angles):
@@ -342,7 +342,7 @@ class Bridge(nn.Module):
     ) -> tuple[np.ndarray, np.ndarray]:
         """Images of the source, uint8 [B,H,W,3], with labels [B,H,W] -> uint8 [B,H,W,3], and the
         root mean square of each image's encoded noise [B]. With ddib and a strength near 1 it is
-        near 1 if the U-Net makes no error. H and W are any. The photo depends only on --seed, name
+        near 1 if the U-Net makes no error. Any H and W. The photo depends only on --seed, name
         and number of photos; the noise only on --seed, name, size and kind of device."""
         device = self.mean.device
         images = common.to_tensor(images, device)  # [B,3,H,W]
@@ -651,11 +651,10 @@ def run(args: Args) -> Result:
         return run.result
     args = fill_in(run.args)
     run.begin()
-    net = run.network()
+    net, folder, n = run.network(), run.out / "set", args.batch_size
     source, photos = datasets.load(args, "source"), datasets.load(args, "target_unlabelled")
 
-    # Step 1: the reader and the U-Net, and now, in case that the disk is full, a file for Step 2
-    folder, n = run.out / "set", args.batch_size
+    # Step 1: the reader and the U-Net. First the file of Step 2, so that a full disk fails now.
     if common.rank() == 0:
         if not (folder / "images.npy").exists():  # deleted meanwhile: translate all images again
             (run.out / "stage_translate.pt").unlink(missing_ok=True)
@@ -740,7 +739,7 @@ def find_pairs(
         by_stem: dict[str, Path] = {}  # by the path below the folder, without its suffix
         pictures, others = datasets.find_images(folder, "**/*")
         paths = [folder / path for path in (*pictures.values(), *others)]
-        # The folder of the masks may lie in that of the images, or be linked there, or the reverse.
+        # Files of the other folder are left out if that lies in this one, perhaps by a link.
         parents = set(chain(*(path.parents for path in paths))) - {*folder.parents}
         nested = {parent for parent in parents if parent.resolve() == other_folder}
         ignored += sum(nested.isdisjoint(path.parents) for path in paths[len(pictures) :])
@@ -789,9 +788,9 @@ def read_mask(pair: Pair, dataset: datasets.Dataset | None) -> np.ndarray:
 def write_pair(
     args: TranslateArgs, pair: Pair, new: np.ndarray, share: float, noise: float
 ) -> dict[str, Any]:
-    """Writes a translation, uint8 [H,W,3], in its image's file format, and a copy of the mask,
-    unless `share`, of pixels predicted as in the mask, is below --min-agreement. Keeps grey
-    (16 bits, too, with 256 levels) and alpha (8 bits); palettes become RGB. -> its record."""
+    """Writes a translation, uint8 [H,W,3], in its image's file format, and a copy of the mask;
+    neither if `share`, its agreement, is below --min-agreement. Keeps grey (16 bits too, but 256
+    levels) and alpha (8 bits); palettes become RGB. -> the image's entry in the batch's record."""
     out, left_out = args.output_dir.resolve(), bool(share < args.min_agreement)
     record = {
         "image": pair.name,
@@ -869,7 +868,7 @@ def translate_folder(args: TranslateArgs) -> None:
     for group in [list(group) for _, group in groupby(pairs, key=lambda pair: pair.size)]:
         n = max(1, min(args.batch_size, MAX_PIXELS // math.prod(group[0].size)))
         batches += [group[i : i + n] for i in range(0, len(group), n)]
-    records = []  # One for each batch. Its name depends on the input's paths, times and sizes.
+    records = []  # One file for each batch. Its name depends on the input's paths, times and sizes.
     for batch in batches:
         files = [path.stat() for pair in batch for path in (pair.image, pair.mask)]
         stamp = [(p.name, p.mask_name) for p in batch], [(f.st_mtime_ns, f.st_size) for f in files]
@@ -925,7 +924,7 @@ def translate_folder(args: TranslateArgs) -> None:
                 continue
             # Threads read and write the files, which take longer than the network on a GPU.
             old = np.stack([*pool.map(lambda pair: datasets.read_image(pair.image), batch)])
-            masks = [*pool.map(partial(read_mask, dataset=dataset), batch)]  # a bad one ends here
+            masks = [*pool.map(partial(read_mask, dataset=dataset), batch)]
             labels = np.stack(masks) if dataset else read(bridge.reader, old)[0]  # [B,H,W]
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 new, noise = bridge.translate(old, labels, [pair.name for pair in batch], args)

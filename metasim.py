@@ -43,15 +43,15 @@ class Args(common.Args):
     attributes: Literal["learned", "prior"] = "learned"
     """Attributes of the scenes: rewritten by the transformer, or as the grammar draws them."""
     task_reward: bool = False
-    """After the updates by MMD, also REINFORCE. Its reward is the mIoU on the labelled photos."""
+    """REINFORCE after the updates by MMD. Its reward is the mIoU on the labelled photos."""
     scenes: int | None = None
     """Scenes to save in set/ after training, for --init of another method; 0: none.
     Default: 5 times --steps, at most 2,000."""
     objects: int = 1
     """Maximum number of objects to add to a source image; the number is uniform from 0 to this."""
     cut_outs: int = 600
-    """Objects to cut out of the source images, at most 1/11 of them of each of 11 classes. So they
-    are fewer where the dataset lacks some of these classes."""
+    """Objects to cut out of the source images, as many of each of 11 classes (rounded up). They are
+    fewer where the dataset lacks some of these classes."""
     feature_steps: int | None = None
     """Updates of the network whose features are compared. Default: a quarter of --steps."""
     match_steps: int | None = None
@@ -123,8 +123,8 @@ SURFACE = {
     "texture": Attribute(0, 0.1, 0.3, "log2 of the gain of details, which a blur of 1 px removes"),
 }
 OBJECT = {
-    "lateral": Attribute(0, 0.3, 0.3, "half widths right of its own place"),
-    "distance": Attribute(0, 0.4, 0.5, "log2 of the gain over its own distance"),
+    "lateral": Attribute(0, 0.3, 0.3, "half widths right of its place in the source image"),
+    "distance": Attribute(0, 0.4, 0.5, "log2 of the gain over its distance in the source image"),
     "size": Attribute(0, 0.1, 0.2, "log2 of the gain"),
     "brightness": Attribute(0, 0.2, 0.3, "log2 of the gain"),
 }
@@ -146,7 +146,7 @@ class Graphs(NamedTuple):
 
 class Grammar:
     """Prior and scale of the mutable attributes of V nodes, padded with 0 to M for each node.
-    kinds: attributes of the nodes of each kind, and the number of these nodes."""
+    kinds: for each kind of node its attributes, and how many nodes there are."""
 
     def __init__(self, kinds: Sequence[tuple[dict[str, Attribute], int]]) -> None:
         self.kinds, rows = kinds, []
@@ -156,7 +156,7 @@ class Grammar:
             rows += [row + [(0.0, 0.0, 0.0)] * (most - len(row))] * count
         # Each [V,M]. The scale is 0 where there is no attribute.
         self.mean, std, self.scale = torch.tensor(rows).unbind(dim=2)
-        self.prior_std = std / self.scale.where(self.scale > 0, 1)  # in scales
+        self.prior_std = std / self.scale.where(self.scale > 0, 1)  # in units of scale
         self.mutable = self.scale > 0
 
     def read(self, values: Tensor) -> dict[str, Tensor]:
@@ -182,8 +182,8 @@ MAX_READ = 2000  # source images that are searched for objects
 
 
 def horizons(labels: np.ndarray, names: Sequence[str]) -> Tensor:
-    """The horizon of each image: the first row by which a quarter of the columns have reached the
-    ground, but never in the uppermost or lowest quarter of the image.
+    """The horizon of each image: the first row at which a quarter of the columns have ground there
+    or above, but never in the uppermost or lowest quarter of the image.
 
     [B,H,W] train ids -> [B] in half heights, -1 at the top.
     """
@@ -290,14 +290,14 @@ class RoadScenes:
         present = torch.arange(self.objects) < limit  # [B,K]
         asset = torch.randint(max(1, len(self.kinds)), present.shape, generator=rng)
 
-        # Horizon and tone of the source images; of large ones from a part of their columns
+        # Horizon and tone of the source images; of large ones from a part of their pixels
         every, grammar, tones = max(1, self.size[1] // 256), self.grammar, len(TONE)
         pixels = np.s_[source.numpy(), ::every, ::every]
         horizon = horizons(self.split.labels[pixels], self.names)
         measured = tone(common.to_tensor(self.split.images[pixels], torch.device("cpu")))
         measured = (measured - grammar.mean[0, :tones]) / grammar.scale[0, :tones]
         values = torch.randn(count, *grammar.mean.shape, generator=rng) * grammar.prior_std
-        values[:, 0, :tones] += measured.clamp(-6, 6)  # extreme for images of one colour
+        values[:, 0, :tones] += measured.clamp(-6, 6)  # far off for images of a single colour
         classes = torch.arange(1, 1 + FIRST).expand(count, FIRST)
         classes = torch.cat([classes, (1 + FIRST + self.kinds[asset]) * present], dim=1)
         fixed = torch.zeros(*classes.shape, self.num_fixed)
@@ -454,7 +454,7 @@ BANDWIDTHS = (0.5, 1.0, 2.0, 4.0)  # of the kernels, as multiples of the median 
 
 def mmd2(x: Tensor, y: Tensor) -> Tensor:
     """Unbiased estimate of the squared MMD (Gretton et al., JMLR 2012, eq. 3). The kernel is the
-    mean of exp(-d^2 / (2 b^2)) over BANDWIDTHS b. [n,D], [m,D] -> scalar, which may be below 0."""
+    mean of exp(-d^2 / (2 s^2)) over BANDWIDTHS s. [n,D], [m,D] -> scalar, which may be below 0."""
     kernels = []
     for a, b in ((x, x), (y, y), (x, y)):
         squared = a.square().sum(dim=1)[:, None] + b.square().sum(dim=1) - 2 * a @ b.T
@@ -590,7 +590,7 @@ def learn_attributes(run: Run, args: Args, roads: RoadScenes, photos: Split) -> 
     net.eval().requires_grad_(False)
     if common.world_size() > 1:  # each process has batch statistics of its own
         for buffer in net.buffers():
-            torch.distributed.broadcast(buffer, 0)  # those of the checkpoint, for a resumed run
+            torch.distributed.broadcast(buffer, 0)  # rank 0's, which its checkpoint has
     draws = (roads.sample(8, common.generator(seed, "prior", batch)) for batch in range(32))
     scenes = (render_graphs(roads, None, graphs)[0] for graphs in draws)
     chosen = datasets.spaced(len(photos), 256)
@@ -837,8 +837,8 @@ def blurred_pixels(images: Tensor) -> list[Tensor]:
 
 def run_digits(args: DigitsArgs) -> None:
     """Meta-Sim's experiments on digits: learns how the digits of a target are turned and placed.
-    Writes result.json, with the accuracy of a classifier that is trained on the scenes before and
-    after, and figures/digits.png: scenes before and after, and images of the target."""
+    Writes result.json, with the accuracy of classifiers that are trained on the prior's and on the
+    learned scenes, and figures/digits.png: both kinds of scenes, and images of the target."""
     check(args, 1, "starts", "steps")
     check(args, 0, "seed")
     seed, device = args.seed, torch.device(common.join_processes(args.device))
@@ -856,7 +856,7 @@ def run_digits(args: DigitsArgs) -> None:
     images, truth = render_graphs(test, None, draw)
     draw = world.sample(1000, common.generator(seed, "scenes"))
     prior, _ = render_graphs(world, None, draw)
-    # min_std: edge pixels hardly vary in the prior's scenes, which must not raise their weight.
+    # Pixels at the edge hardly vary in the prior's scenes; min_std keeps their weights low.
     features = Features(blurred_pixels, [prior[:256]], [photos], min_std=(1, 1, 1, 1))
 
     # Step 2: the transformer with the lowest MMD of several
@@ -880,7 +880,7 @@ def run_digits(args: DigitsArgs) -> None:
         candidates.append((mmd, candidate, scenes))
     _, transformer, learned = min(candidates, key=lambda item: item[0])
 
-    # Step 3: test accuracy, in %, of a classifier trained on scenes before and after step 2
+    # Step 3: test accuracy, in %, of classifiers trained on the prior's and the learned scenes
     accuracies, steps = [], args.steps * 4 // 10
     for rewrite in (None, transformer):
         torch.manual_seed(common.seed_of(seed, "task"))
@@ -895,7 +895,7 @@ def run_digits(args: DigitsArgs) -> None:
         correct = net.eval()(images).argmax(dim=1) == truth
         accuracies.append(100 * correct.float().mean().item())
 
-    # Step 4: the result; learned angles are within 180 degrees of the target's
+    # Step 4: the result; learned angles are shown within 180 degrees of the target's
     before, after = accuracies
     attributes, target = world.grammar.read(transformer(draw)), world.target
     attributes["yaw"] = (attributes["yaw"] - target["yaw"] + 180) % 360 + target["yaw"] - 180
@@ -914,8 +914,8 @@ def run_digits(args: DigitsArgs) -> None:
 
 # ---- Figures ------------------------------------------------------------------------------------
 def draw_scenes(run: Run, roads: RoadScenes, transformer: Any, photos: Split, net: Any) -> None:
-    """scenes.png: some graphs before and after, and photos. content.png: where the photos' six
-    commonest classes lie in scenes before and after, and in photos as `net` predicts. The distance
+    """scenes.png: scenes of the prior, learned ones, and photos. content.png: where the photos' six
+    commonest classes lie in both kinds of scenes, and in photos as `net` predicts. The distance
     is half the sum of the differences of the classes' shares at a pixel, averaged over pixels."""
     # Step 1: scenes.png
     folder, columns, labels = run.out / "figures", {}, {}

@@ -3,17 +3,17 @@
 After "Tuning computer vision models with task rewards" (arXiv:2302.08242v1). The network is trained
 on the source, then fine-tuned on the labelled target photos with a reward and with cross-entropy
 (the anchor). If the reward is the IoU of single images (its mean over classes), the exact gradient
-of the expected reward points in the direction that lowers a soft-Jaccard loss (1 - IoU of expected
-counts): the cosine is 0.9999, measured, not proven. Training by either ends at the same mIoU, so
-sampling is meant for rewards that have no such loss.
+of the expected reward has, but for its sign, almost the direction of that of a soft-Jaccard loss
+(1 - IoU of expected counts): the cosine is 0.9999, measured, not proven. Training with either ends
+at the same mIoU. So rewards, which need random label maps, are meant for aims without such a loss.
 
 Object recall is such a reward. An object is a connected region of one class. It is found if at
 least half of its pixels are right. Recall is the share of objects that are found. On the miniature
 (the default data) a network that is trained on it finds more objects than one that is trained on
-the losses below. On real photos soft_jaccard finds as many (docs/ablations.md).
+the controls below. On real photos soft_jaccard finds as many (docs/ablations.md).
 
 Controls replace the reward by a loss of the same --weight (soft_jaccard, class_weighted_ce) or
-leave it out (cross_entropy, which is the baseline few_label). All else stays the same.
+leave it out (cross_entropy, which is few_label of baseline.py). All else stays the same.
 
     python reward_opt.py                                 (16 labelled photos; the reward is the IoU)
 
@@ -25,13 +25,13 @@ Each command takes 1 to 4 minutes on one CPU core; the first reaches 58 mIoU on 
 measures both rewards on the test photos: their means are in scalars.json (test_iou,
 test_object_recall), the values of each photo in rewards/.
 
-IoU: the label of each pixel is drawn independently. For one drawn map, the estimator asks for each
-pixel what the reward would be if this pixel alone had another label, and takes the exact
-expectation over this label. The IoU changes by an amount that depends only on the old label, the
-true class and the new label. So a table of C x C x C numbers is enough for all pixels of an image.
+IoU: the label of each pixel is drawn independently. The gradient is estimated from one drawn map:
+for each pixel, what would the reward be if this pixel alone had another label? The expectation over
+this label is exact. The IoU changes by an amount that depends only on the old label, the true class
+and the new label. So a table of C x C x C numbers is enough for all pixels of an image.
 
-Object recall: one label is drawn for each cell, a square of a few pixels. With independent pixels
-nearly every draw would find the same objects; with cells, draws differ in the objects they find.
+Object recall: one label is drawn for each cell, a small square of pixels. If pixels were drawn
+independently, all maps would find nearly the same objects; with cells, maps differ in them.
 REINFORCE with a baseline from other samples (algorithm 2 of the paper) gives the same reward to all
 cells of an image, which makes a very noisy estimate. But whether an object is found depends only on
 the cells that it touches. So each cell is rewarded only for the objects that it touches: the
@@ -72,7 +72,7 @@ class Args(common.Args):
     """Share of --steps for fine-tuning with the objective, after training on the source."""
     epochs: int = 400
     """Maximum number of passes over the labelled photos. Steps of --reward-share beyond this go to
-    training on the source, unless --init has replaced it."""
+    training on the source; with --init CHECKPOINT they are left out."""
     reward_lr: float = 0.5
     """Initial learning rate of fine-tuning, as a multiple of --lr."""
     smooth: float = 0.01
@@ -139,7 +139,7 @@ def counterfactual(p: Tensor, labels: Tensor, truth: Tensor) -> Tensor:
 
     p [B,H,W,C], labels drawn from it [B,H,W] -> [B]. Its gradient is an unbiased estimate: grad
     E[R] = E[sum over pixels and k of (grad p(k)) * R(labels, with k at this pixel)]. The gain is
-    this R minus R(labels), which changes nothing, since sum_k grad p(k) = 0.
+    this R less R(labels). The latter has no effect on the gradient, since sum_k grad p(k) = 0.
     """
     gains = gain_table(*counts(labels, truth, p.shape[3]))  # [B,a,t,k]
     valid = truth != IGNORE
@@ -216,10 +216,10 @@ def object_recall(labels: Tensor, objects: Objects) -> tuple[Tensor, Tensor]:
 
 
 def reinforce(log_p: Tensor, maps: Tensor, objects: Objects, credit: str) -> tuple[Tensor, Tensor]:
-    """-> [B], whose gradient is the estimate; the object recall of each sample [K,B].
+    """-> [B], whose gradient estimates that of E[object recall]; the recall of each sample [K,B].
 
-    log_p [B,h,w,C], maps drawn from it [K,B,h,w]. In algorithm 2 of the paper one sample has a
-    gradient, and others are its baseline. Here each of the K samples has one, and the mean of the
+    log_p [B,h,w,C], maps drawn from it [K,B,h,w]. In algorithm 2 of the paper one sample gives the
+    gradient, and others are its baseline. Here each of the K samples gives one, and the mean of the
     others is its baseline.
     """
     shares, rewards = object_recall(maps, objects)  # [K,M], [K,B]

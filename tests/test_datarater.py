@@ -309,7 +309,7 @@ def test_what_cannot_run(args: common.Args):
         ({"warm_up": -1}, "--warm-up -1: expected 0 or more"),
         ({"inner_updates": 0}, "--inner-updates 0: expected 1 or more"),
         ({"inner_batch": 0}, "--inner-batch 0: expected 1 or more"),
-        ({"meta_steps": -1}, "--meta-steps -1: expected 0 or more"),
+        ({"meta_steps": -1}, "--meta-steps -1: expected 1 or more"),
         ({"clip": 0.0}, "--clip: expected above 0"),
         ({"choose": "random"}, "--warm-up: has no effect with --choose random"),
         ({"labelled": 9}, "--labelled 9: "),
