@@ -659,12 +659,15 @@ class Run:
         self.result = finished(args, method)
         if self.result:
             self.say(f"{self.out}: finished earlier, with these arguments")
-        elif args.checkpoint:
+            return
+        if args.checkpoint:
             _, checkpoint = read_network(args.checkpoint, Network(args.net, len(self.classes)))
             if checkpoint["classes"] != list(self.classes):
                 raise UserError(f"--init {args.checkpoint}: has other classes")
         if args.init and args.init.resolve().is_relative_to(self.out.resolve()):
             raise UserError(f"--init {args.init}: lies in the run folder; give another --out")
+        if not read_json(self.out / "config.json") and any(self.out.glob("[!.]*")):  # not .x.tmp
+            raise UserError(f"{self.out}: not empty and not a run folder; give another --out")
 
     def begin(self) -> None:
         """Prepares the run folder, prints the run's first line, and seeds the initial weights."""
@@ -690,8 +693,6 @@ class Run:
     def prepare_folder(self, config: dict[str, Any]) -> None:
         """Continues a run folder of this configuration; one of another is renamed."""
         old = read_json(self.out / "config.json")
-        if not old and any(self.out.glob("[!.]*")):  # a killed run may leave a temporary file
-            raise UserError(f"{self.out}: not empty and not a run folder; give another --out")
         same = {**old, "test_files": ""} == {**config, "test_files": ""}  # which change no weight
         if old and not (same and self.args.resume and not (self.out / "result.json").exists()):
             names = (Path(f"{self.out}.old{n}") for n in itertools.count(1))

@@ -499,13 +499,14 @@ def run(args: Args) -> Result:
     run = Run(args, method, stages=3 if rated else 1)  # stages with updates: warm-up, rater, final
     if run.result:
         return run.result
-    args, source = fill_in(run.args), datasets.load(run.args, "source")
+    args = fill_in(run.args)
     if rated:
-        datasets.load(args, "target_few")  # too few labelled photos are an error now
+        datasets.load(args, "target_few")  # fails early if there are too few labelled photos
+    run.begin()
+    net, source = run.network(), datasets.load(args, "source")
+    augmentations = load_augmentations(args)
     if args.corrupt:
         source, amount = corrupted(source, args.corrupt, args.seed)
-    run.begin()
-    net, augmentations = run.network(), load_augmentations(args)
 
     # Parts 1 and 2: the warm-up and meta-training
     rater, other_updates = None, ""

@@ -688,15 +688,15 @@ def run(args: Args) -> Result:
         "reward_steps": max(1, args.steps // 16),
     }
     args = replace(args, **{k: n for k, n in lengths.items() if getattr(args, k) is None})
-    photos = datasets.load(args, "target_unlabelled")
-    if len(photos) < 2:
-        raise UserError(f"{photos.dataset.name}: metasim needs two photos, found {len(photos)}")
     if learned and args.match_batch % common.world_size():
         raise UserError(f"--match-batch {args.match_batch}: no multiple of the processes")
     if args.task_reward:
-        datasets.load(args, "target_few")  # too few labelled photos are an error now
+        datasets.load(args, "target_few")  # fails early if there are too few labelled photos
     run.begin()
     net, transformer, updates = run.network(), None, ""
+    photos = datasets.load(args, "target_unlabelled")
+    if len(photos) < 2:
+        raise UserError(f"{photos.dataset.name}: metasim needs two photos, found {len(photos)}")
 
     roads = RoadScenes(datasets.load(args, "source"), args, run.device)
     if learned:

@@ -365,9 +365,10 @@ def run(args: Args) -> Result:
             run.evaluate(net, step)
         if step == few_steps or common.is_quarter(step, few_steps):
             report_rewards(run, net, step)
-    if common.rank() == 0:
+    result = run.finish(net, target_labels=len(photos), steps=source_steps + few_steps)
+    if common.rank() == 0:  # after the result, which names time and memory
         draw_gradient(run, start.eval(), photos)
-    return run.finish(net, target_labels=len(photos), steps=source_steps + few_steps)
+    return result
 
 
 # ---- Figure -------------------------------------------------------------------------------------

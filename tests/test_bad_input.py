@@ -53,7 +53,7 @@ LABEL = "vkitti2/Scene*/clone/frames/classSegmentation/Camera_0/*.png"
 GREY = "kitti/training/semantic/*.png"
 
 
-# ---- Folders ------------------------------------------------------------------------------------
+# ---- Folders and files --------------------------------------------------------------------------
 def test_folders_that_are_missing_or_empty(bad: common.Args):
     message = r"nowhere/vkitti2: no such folder; --data must hold vkitti2/ with Scene\*/clone"
     expect(replace(bad, data="nowhere"), message)
@@ -64,7 +64,6 @@ def test_folders_that_are_missing_or_empty(bad: common.Args):
     expect(bad, "copy/kitti: no such folder")
 
 
-# ---- Files --------------------------------------------------------------------------------------
 def test_image_without_a_label(bad: common.Args):
     first(LABEL).unlink()
     message = "image without a label, expected .*classgt_00000.png; such images: 1"
@@ -210,7 +209,7 @@ def test_a_device_that_is_not_there(args: common.Args, monkeypatch: pytest.Monke
     expect(replace(args, device="cuda"), "--device cuda:63: not available")
 
 
-# ---- Checkpoints and training sets --------------------------------------------------------------
+# ---- Checkpoints, training sets, output ---------------------------------------------------------
 def test_checkpoint_of_another_network(args: common.Args):
     run(args)
     shutil.move("run/checkpoint.pt", "tiny10.pt")
@@ -256,7 +255,6 @@ def test_a_folder_that_holds_no_training_set_or_another(args: common.Args):
     expect(replace(args, init=made, benchmark="gta52cityscapes"), r"expected \('gta5', 32, 64\)")
 
 
-# ---- Output -------------------------------------------------------------------------------------
 def test_output_folder_that_holds_something_else(args: common.Args):
     Path("run").mkdir()
     Path("run/thesis.txt").write_text("mine")

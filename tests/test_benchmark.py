@@ -321,7 +321,7 @@ def test_a_failed_row_and_an_absent_class_are_named():
     assert table[0]["mIoU"] == "2.5 ± 1.8"  # n - 1: sqrt((2.25 + 0.25 + 4) / 2) = 1.80
 
 
-# ---- Statistics ---------------------------------------------------------------------------------
+# ---- Statistics and curves ----------------------------------------------------------------------
 @pytest.mark.parametrize(("seeds", "of_seed"), [(1, 0.0), (3, 0.0), (3, 0.03), (5, 0.01)])
 def test_the_interval_covers_the_truth(seeds: int, of_seed: float):
     """Simulated rows of two classes whose accuracies on an infinite test set are known: an image is
@@ -363,7 +363,6 @@ def test_the_interval_is_paired():
     assert benchmark.interval(*with_void) == (mean, low, high)
 
 
-# ---- Curves -------------------------------------------------------------------------------------
 def test_curves_of_our_runs_and_of_mmsegmentation(tmp_path: Path, capsys: pytest.CaptureFixture):
     ours, mmseg = tmp_path / "a/run/seed0", tmp_path / "work/2026/vis_data"
     lines = [{"loss": 2.0 / s, "lr": 0.1, "iter": s, "step": s} for s in range(1, 6)]

@@ -315,9 +315,10 @@ def test_what_cannot_run(args: common.Args):
         ({"labelled": 9}, "--labelled 9: "),
         ({"choose": "original", "beta": 0.1}, "--beta: has no effect without"),
         ({"choose": "original", "augmentations": ("blur",)}, "--augmentations: has no effect with"),
-        ({"corrupt": 0.001, "inner_batch": 2}, "--corrupt 0.001: 0 of "),
         ({"net": "lraspp"}, "--net lraspp"),
     ):
         with pytest.raises(UserError, match=message):
             dr.run(make(args, **changes))
         assert not Path("run").exists()
+    with pytest.raises(UserError, match=r"--corrupt 0.001: 0 of "):
+        dr.run(make(args, corrupt=0.001, inner_batch=2))

@@ -399,16 +399,17 @@ def test_a_run_writes_its_scenes_and_pictures(args: common.Args):
     assert {"features_loss", "mmd_loss", "mmd_content", "change", "reward", "loss"} <= names
 
 
-def test_what_cannot_run_costs_one_line_and_no_folder(args: common.Args, monkeypatch):
+def test_what_cannot_run_costs_one_line_and_no_training(args: common.Args, monkeypatch):
     bad = {"match_batch": 1}, {"reward_samples": 1}, {"task_reward": True, "attributes": "prior"}
     for changes in (*bad, {"feature_steps": 3, "attributes": "prior"}):
         flag = "--" + next(iter(changes)).replace("_", "-")
         with pytest.raises(UserError, match=rf"^{flag}.*$"):
             metasim.run(made(args, "run", **changes))
+    assert not Path("run").exists()
     changed_data(monkeypatch, "target_unlabelled", lambda images: images[:1])
     with pytest.raises(UserError, match="kitti: metasim needs two photos, found 1"):
         metasim.run(made(args, "run"))
-    assert not Path("run").exists()
+    assert not list(Path("run").glob("stage_*"))
 
 
 @pytest.mark.usefixtures("no_figures")

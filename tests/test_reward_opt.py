@@ -193,7 +193,6 @@ def test_the_default_cell_divides_the_size(args: common.Args, monkeypatch, size,
     assert cells == [cell]
 
 
-# ---- Losses -------------------------------------------------------------------------------------
 def test_class_weighted_cross_entropy_by_hand():
     """Weights 1 / (6 + 4), 1 / (4 + 4), 1 / (30 + 4), 1 / (0 + 4) for counts 6, 4, 30, 0."""
     (logits, truth), pixels = example(6, 9), torch.tensor([6, 4, 30, 0])

@@ -132,6 +132,8 @@ def test_a_run_of_other_arguments_moves_the_old_ones_aside(args, monkeypatch, no
     for changes in ({"seed": 0}, {"seed": 1}, {"seed": 1, "resume": False}):
         run(args, "source_only", "run", **changes)
         kept.append(Path("run/result.json").read_bytes())
+    with pytest.raises(datasets.UserError, match="--labelled 99"):  # which moves nothing
+        run(args, "few_label", "run", labelled=99)
     for name, content in zip(("run.old1", "run.old2", "run"), kept, strict=True):
         assert Path(name, "result.json").read_bytes() == content
     assert same_weights("run.old2", "run")  # the same seed
