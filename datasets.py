@@ -424,14 +424,17 @@ def sha256(path: Path) -> str:
 def create_array(path: Path, shape: tuple[int, ...]) -> np.ndarray:
     """A uint8 array in a .npy file, to be filled piece by piece; one of this shape is kept.
 
-    Zeros are written first, since a full disk is an error here and a crash in a memory map.
+    Its disk space is reserved first: a full disk is an error here, and a crash in a memory map.
     """
     if not path.exists() or np.load(path, mmap_mode="r").shape != shape:
         with replacing(path) as temporary, temporary.open("wb") as file:
             header = {"descr": "|u1", "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(file, header)
-            for _ in range(shape[0]):
-                file.write(bytes(math.prod(shape[1:])))
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), file.tell(), math.prod(shape))
+            else:  # on macOS: zeros
+                for _ in range(shape[0]):
+                    file.write(bytes(math.prod(shape[1:])))
     return np.load(path, mmap_mode="r+")
 
 

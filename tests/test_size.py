@@ -1,6 +1,6 @@
 """GTA5's size: the start of every row on 24,966 frames of 1914x1052, which are links to four files.
 
-Left out: decoding (half an hour of one core, once, and 52 GB), and the zeros of a set (39 GB).
+Left out: decoding (half an hour of one core, once, and 52 GB), and the space of a set (39 GB).
 """
 
 import json
@@ -37,7 +37,7 @@ def count(*arguments, **options):
     listed.append(str(options["root_dir"]))
     return listing(*arguments, **options)
 
-def create_array(path, shape):  # with holes in place of zeros
+def create_array(path, shape):  # which reserves no space
     path.parent.mkdir(exist_ok=True)
     return np.lib.format.open_memmap(path, "w+", np.uint8, shape=shape)
 
